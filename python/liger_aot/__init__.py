@@ -1,0 +1,4 @@
+"""Fused training kernels for PyTorch, compiled ahead of time: torch.ops.liger.*"""
+
+from ._build import VERSION as __version__
+from .ops.rms_norm import rms_norm

@@ -1,0 +1,215 @@
+"""The CUDA driver, behind the few calls that a launcher needs. Nothing else in the package touches a device.
+
+Two back ends offer the driver's functions in one form, status first: cuda.bindings where it is installed (torch's CUDA 13
+builds bring it), ctypes otherwise. A test hands `Driver` a third.
+"""
+
+import contextlib
+import ctypes
+import functools
+import os
+import sys
+
+import torch
+
+INVALID_CONTEXT = 201
+MAX_SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+MULTIPROCESSORS = 16
+CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
+DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+SHARED_MEMORY_FOR_ALL = 48 * 1024  # a kernel that needs more must ask for it
+RELAXED_CAPTURE = 2
+
+
+class Ctypes:
+    """libcuda by its C ABI, in the form of cuda.bindings: each function returns (status, result...)."""
+
+    name = "ctypes"
+
+    def __init__(self, library):
+        self.library = library
+        out, p, i, u, size = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
+        for name, *types in (
+            ("cuInit", u),
+            ("cuDriverGetVersion", out),
+            ("cuGetErrorString", i, out),
+            ("cuDeviceGet", out, i),
+            ("cuDeviceGetAttribute", out, i, i),
+            ("cuDevicePrimaryCtxRetain", out, i),
+            ("cuCtxSetCurrent", p),
+            ("cuThreadExchangeStreamCaptureMode", out),
+            ("cuLibraryLoadData", out, p, p, p, u, p, p, u),
+            ("cuLibraryGetKernel", out, p, ctypes.c_char_p),
+            ("cuKernelSetAttribute", i, i, p, i),
+            ("cuLaunchKernel", p, u, u, u, u, u, u, u, p, p, p),
+        ):
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, i
+        self._launch = library.cuLaunchKernel
+        self._size = size
+
+    def _get(self, type_, name, *args):
+        result = type_()
+        return getattr(self.library, name)(ctypes.byref(result), *args), result.value
+
+    def cuInit(self, flags):
+        return (self.library.cuInit(flags),)
+
+    def cuDriverGetVersion(self):
+        return self._get(ctypes.c_int, "cuDriverGetVersion")
+
+    def cuGetErrorString(self, status):
+        text = ctypes.c_char_p()
+        return self.library.cuGetErrorString(status, ctypes.byref(text)), text.value
+
+    def cuDeviceGet(self, index):
+        return self._get(ctypes.c_int, "cuDeviceGet", index)
+
+    def cuDeviceGetAttribute(self, attribute, device):
+        return self._get(ctypes.c_int, "cuDeviceGetAttribute", attribute, device)
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return self._get(ctypes.c_void_p, "cuDevicePrimaryCtxRetain", device)
+
+    def cuCtxSetCurrent(self, context):
+        return (self.library.cuCtxSetCurrent(context),)
+
+    def cuThreadExchangeStreamCaptureMode(self, mode):
+        mode = ctypes.c_int(mode)
+        return self.library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), mode.value
+
+    def cuLibraryLoadData(self, image, *_):
+        return self._get(ctypes.c_void_p, "cuLibraryLoadData", image, None, None, 0, None, None, 0)
+
+    def cuLibraryGetKernel(self, library, symbol):
+        return self._get(ctypes.c_void_p, "cuLibraryGetKernel", library, symbol)
+
+    def cuKernelSetAttribute(self, attribute, value, kernel, device):
+        return (self.library.cuKernelSetAttribute(attribute, value, kernel, device),)
+
+    def cuLaunchKernel(self, *args):
+        return (self._launch(*args),)
+
+
+class Bindings:
+    """cuda.bindings, with plain integers where it wants its own types."""
+
+    name = "cuda.bindings"
+
+    def __init__(self, driver):
+        self.driver = driver
+        self._launch, self._stream = driver.cuLaunchKernel, functools.lru_cache(64)(driver.CUstream)
+
+    def __getattr__(self, name):
+        return getattr(self.driver, name)
+
+    def cuGetErrorString(self, status):
+        return self.driver.cuGetErrorString(self.driver.CUresult(status))
+
+    def cuDeviceGetAttribute(self, attribute, device):
+        return self.driver.cuDeviceGetAttribute(self.driver.CUdevice_attribute(attribute), device)
+
+    def cuThreadExchangeStreamCaptureMode(self, mode):
+        return self.driver.cuThreadExchangeStreamCaptureMode(self.driver.CUstreamCaptureMode(mode))
+
+    def cuLibraryLoadData(self, image, *_):
+        return self.driver.cuLibraryLoadData(image, [], [], 0, [], [], 0)
+
+    def cuLibraryGetKernel(self, library, symbol):
+        # A CUkernel may be launched like a function of the current context.
+        status, kernel = self.driver.cuLibraryGetKernel(library, symbol)
+        return status, kernel
+
+    def cuKernelSetAttribute(self, attribute, value, kernel, device):
+        return self.driver.cuKernelSetAttribute(self.driver.CUfunction_attribute(attribute), value, kernel, device)
+
+    def cuLaunchKernel(self, kernel, x, y, z, threads, ty, tz, shared, stream, params, extra):
+        return self._launch(kernel, x, y, z, threads, ty, tz, shared, self._stream(stream), params, extra)
+
+
+class Driver:
+    """One process's driver: devices, loading, launching. Every status becomes an exception with the driver's text."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.process = os.getpid()
+        self.call("cuInit", 0)
+        self.launch = backend.cuLaunchKernel
+
+    def call(self, name, *args):
+        status, *result = getattr(self.backend, name)(*args)
+        if status:
+            raise RuntimeError(f"{name}: {self.text(status)}")
+        return result[0] if result else None
+
+    def text(self, status):
+        text = self.backend.cuGetErrorString(int(status))[1]
+        return f"{text.decode() if text else 'unknown error'} (CUDA driver error {int(status)})"
+
+    @functools.cached_property
+    def version(self):
+        return self.call("cuDriverGetVersion")
+
+    @functools.cache
+    def attribute(self, name, index):
+        return int(self.call("cuDeviceGetAttribute", name, self.call("cuDeviceGet", index)))
+
+    def capability(self, index):
+        return self.attribute(CAPABILITY_MAJOR, index), self.attribute(CAPABILITY_MINOR, index)
+
+    def multiprocessors(self, index):
+        return self.attribute(MULTIPROCESSORS, index)
+
+    def max_shared_memory(self, index):
+        return self.attribute(MAX_SHARED_MEMORY, index)
+
+    # What torch knows better than the driver: the stream and the device that its user chose.
+    stream = staticmethod(getattr(torch._C, "_cuda_getCurrentRawStream", None))
+    current_device = staticmethod(getattr(torch._C, "_cuda_getDevice", None))
+
+    def guard(self, index):
+        return torch.cuda.device(index)
+
+    def load(self, image, symbol, shared, index):
+        """A kernel handle from a cubin, also while another thread captures a CUDA graph."""
+        mode = self.call("cuThreadExchangeStreamCaptureMode", RELAXED_CAPTURE)
+        try:
+            self.ensure_context(index)
+            library = self.call("cuLibraryLoadData", image, None, None, 0, None, None, 0)
+            kernel = self.call("cuLibraryGetKernel", library, symbol.encode())
+            if shared > SHARED_MEMORY_FOR_ALL:
+                self.call("cuKernelSetAttribute", DYNAMIC_SHARED_MEMORY, shared, kernel, self.call("cuDeviceGet", index))
+            return kernel
+        finally:
+            self.call("cuThreadExchangeStreamCaptureMode", int(mode))
+
+    def ensure_context(self, index):
+        # Threads that torch has not touched, such as the first backward's, have no context until something makes it current.
+        self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", index)))
+
+    def relaunch(self, status, name, index, *args):
+        """What follows a launch that did not succeed: once more in a thread without a context, else an exception."""
+        if int(status) == INVALID_CONTEXT:
+            self.ensure_context(index)
+            (status,) = self.launch(*args)
+        if status:
+            _, x, y, z, threads, _, _, shared, *_ = args
+            raise RuntimeError(
+                f"{name}: cuLaunchKernel: {self.text(status)}; grid {x, y, z}, {threads} threads, {shared} B of shared memory"
+            )
+
+
+@functools.cache
+def driver():
+    """The machine's driver; a RuntimeError that says what is missing where there is none."""
+    if sys.platform != "linux":
+        raise RuntimeError(f"liger_aot: CUDA kernels are served on Linux, not on {sys.platform}; CPU tensors work everywhere")
+    with contextlib.suppress(ImportError):
+        from cuda.bindings import driver as bindings
+
+        return Driver(Bindings(bindings))
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise RuntimeError(f"liger_aot: no NVIDIA driver on this machine ({error}); CPU tensors work without") from None
+    return Driver(Ctypes(library))

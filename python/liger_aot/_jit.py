@@ -1,0 +1,82 @@
+"""The kernels as Triton functions, interpreted on the CPU. The one file of the package that imports Triton."""
+
+import contextlib
+import functools
+import importlib
+import os
+import pathlib
+import sys
+
+# Triton decides while it is imported whether its own library functions are interpreted.
+if "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"
+import numpy as np
+import triton
+import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensor
+from triton.runtime import interpreter
+
+from ._op import on_cpu
+from ._runtime import DTYPES, kernels
+
+if not isinstance(tl.sum, interpreter.InterpretedFunction):
+    raise ImportError("liger_aot: Triton was imported before, compiling; set TRITON_INTERPRET=1 in this process's environment")
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SOURCES = pathlib.Path(__file__).parent / "_triton"
+
+
+@functools.cache
+def load(folder=SOURCES):
+    """{name: interpreted kernel} of the kernel files in a folder."""
+    sys.path.insert(0, str(folder))
+    try:
+        names = sorted(p.stem for p in pathlib.Path(folder).glob("*.py"))
+        modules = [importlib.import_module(name) for name in names if name != "_gate"]
+    finally:
+        sys.path.remove(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
+    return {name: k for m in modules for name, k in vars(m).items() if hasattr(k, "variants")}
+
+
+def round_to_bfloat16(original, data, source, target, mode):
+    """Triton's interpreter truncates fp32 to bf16; hardware rounds to nearest even."""
+    if (source, target) != (tl.float32, tl.bfloat16):
+        return original(data, source, target, mode)
+    bits = np.frombuffer(data.tobytes(), np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(nan, np.uint16(0x7FC0), rounded).reshape(data.shape)
+
+
+class Interpreter:
+    """A launcher that interprets the kernel's source, for tensors in host memory."""
+
+    def __init__(self, functions, multiprocessors=3):
+        self.functions, self.count, self.launched = functions, multiprocessors, []
+
+    def multiprocessors(self, tensor):
+        return self.count
+
+    def launch(self, kernel, grid, *args, **constants):
+        if isinstance(args[0], FakeTensor) or 0 in grid:
+            return
+        function = self.functions[kernel]
+        declared = [(list(types.values()), c) for types, c, _ in function.variants]
+        dtypes = [f"*{NAMES[a.dtype]}" for a in args if hasattr(a, "dtype")]
+        if (dtypes, constants) not in [([t for t in types if t[0] == "*"], c) for types, c in declared]:
+            raise NotImplementedError(f"{kernel}: no variant is declared for {dtypes}, {constants}")
+        self.launched.append(kernel)
+        function[grid](*(int(a) if isinstance(a, bool) else a for a in args), **constants)
+
+
+@contextlib.contextmanager
+def interpreted(folder=SOURCES):
+    """Inside the `with`, operators on CPU tensors run the Triton kernels, interpreted; yields the launcher."""
+    launcher, original = Interpreter(load(folder)), interpreter._convert_float
+    interpreter._convert_float = functools.partial(round_to_bfloat16, original)
+    try:
+        with kernels.launched_by(launcher), on_cpu():
+            yield launcher
+    finally:
+        interpreter._convert_float = original

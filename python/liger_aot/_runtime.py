@@ -1,0 +1,346 @@
+"""Find, load and launch compiled kernels:  kernels.name[grid](*args, **constants),  as in Triton.
+
+Selection is a lookup. The architecture of the device picks a pack; alignment, dtypes and constants pick a variant in it.
+"""
+
+import contextlib
+import ctypes
+import functools
+import json
+import os
+import pathlib
+import struct
+import threading
+import zipfile
+from functools import partial
+from functools import reduce
+from operator import or_
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import _build
+from . import _driver
+
+FOLDER = pathlib.Path(__file__).parent / "cubins"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i64": torch.int64}
+CODES = {"i32": "i", "i64": "q", "fp32": "f"}  # how struct packs a scalar; a pointer is "P"
+THREADS_PER_WARP = 32
+INT32_MAX = 2**31 - 1
+BUFFER_POINTER, BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
+EXACT, FAMILY, SAME_MAJOR = range(3)
+
+
+class Pack:
+    """The variants for one architecture: a zip of cubins and, for each kernel, the table of its variants."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            self.archive = zipfile.ZipFile(path)
+            self.manifest = json.loads(self._read("manifest.json"))
+        except (zipfile.BadZipFile, KeyError, ValueError) as error:
+            raise RuntimeError(f"liger_aot: {path} is damaged ({error}); install liger-aot again") from error
+        self.arch = self.manifest["arch"]
+        if (self.manifest["schema"], self.manifest["contract"]) != (_build.SCHEMA, _build.CONTRACT):
+            raise RuntimeError(
+                f"liger_aot: {path} was built for liger-aot {self.manifest['version']} (contract "
+                f"{self.manifest['contract'][:12]}), this is {_build.VERSION} (contract {_build.CONTRACT[:12]}); "
+                "install liger-aot again, or build the pack anew from the sources of this version"
+            )
+        self.entries, self.tables = {}, {}
+        self.lock = threading.Lock()
+
+    def _read(self, name):
+        return self.archive.read(name)
+
+    def read(self, name):
+        with self.lock:  # a ZipFile has one file position
+            try:
+                return self._read(name)
+            except (zipfile.BadZipFile, zipfile.zlib.error) as error:
+                raise RuntimeError(f"liger_aot: {self.path} is damaged at {name} ({error}); install liger-aot again") from error
+
+    def entry(self, kernel):
+        """What was built of one kernel; no other kernel's entry is read."""
+        if kernel not in self.entries:
+            if kernel not in self.manifest["kernels"]:
+                raise NotImplementedError(f"{kernel}: not in {self.path.name}, which holds {', '.join(self.manifest['kernels'])}")
+            self.entries[kernel] = json.loads(self.read(f"{kernel}.json"))
+        return self.entries[kernel]
+
+    def parameters(self, kernel):
+        """[(name, Triton type)], constants left out."""
+        return self.entry(kernel)["parameters"]
+
+    def table(self, kernel):
+        """{key: Variant}."""
+        if kernel not in self.tables:
+            variants = [Variant(**row) for row in self.entry(kernel)["variants"]]
+            self.tables[kernel] = {v.key: v for v in variants}
+        return self.tables[kernel]
+
+
+class Variant:
+    """One form of a kernel: a cubin, what it is for, and how many threads and bytes of shared memory a program takes."""
+
+    def __init__(self, *, cubin, dtypes, constants, aligned, warps, shared, registers):
+        self.cubin, self.constants, self.aligned, self.registers = cubin, constants, aligned, registers
+        self.dtypes, self.threads, self.shared = [DTYPES[d] for d in dtypes], warps * THREADS_PER_WARP, shared
+        self.key = self.aligned, *self.dtypes, *self.constants.values()
+
+
+LOADING = threading.RLock()
+
+
+class Arguments(threading.local):
+    """This thread's launch buffer: backward runs on other threads, and the driver reads it with the GIL released."""
+
+    def __init__(self):
+        self.buffer = ctypes.create_string_buffer(512)
+        self.size = ctypes.c_size_t()
+        self.extra = (ctypes.c_void_p * 5)(
+            BUFFER_POINTER, ctypes.addressof(self.buffer), BUFFER_SIZE, ctypes.addressof(self.size), 0
+        )
+        self.address = ctypes.addressof(self.extra)
+
+
+ARGUMENTS = Arguments()
+NO_GUARD = contextlib.nullcontext()
+
+
+class Device:
+    """A GPU: its driver, its pack, and for each kernel what was selected on it so far."""
+
+    def __init__(self, driver, index):
+        self.driver, self.index = driver, index
+        self.capability = driver.capability(index)
+        self.multiprocessors = driver.multiprocessors(index)
+        self.max_shared_memory = driver.max_shared_memory(index)
+        self.pack = select_pack(self.capability)
+        if driver.version < self.pack.manifest["min_driver"]:
+            raise RuntimeError(
+                f"liger_aot: the NVIDIA driver serves CUDA {version_text(driver.version)}, the sm_{self.pack.arch} kernels need "
+                f"{version_text(self.pack.manifest['min_driver'])} or newer; update the driver, or install the wheel of an older CUDA"
+            )
+        self.plans = {}
+
+    def plan(self, kernel):
+        return self.plans.setdefault(kernel, Plan(self, kernel))
+
+    def variant(self, kernel, key):
+        table = self.pack.table(kernel)
+        found = table.get(key)
+        if found is None or found.shared > self.max_shared_memory:
+            raise NotImplementedError(refusal(self, kernel, key, table))
+        return found
+
+
+class Plan:
+    """How the variants of one kernel are launched on one device: they differ in dtypes and constants, not in parameters."""
+
+    def __init__(self, device, kernel):
+        parameters = device.pack.parameters(kernel)
+        self.names = [name for name, _ in parameters]
+        types = [type_ for _, type_ in parameters]
+        pointers = sum(t.startswith("*") for t in types)  # which the build makes come first
+        scalars = types[pointers:]
+        self.others = pointers - 1
+        self.divisible = [i for i, t in enumerate(scalars) if t.endswith(":16")]
+        # Triton appends two pointers to every kernel's parameters: global scratch and profiler scratch.
+        form = struct.Struct("P" * pointers + "".join(CODES[t.removesuffix(":16")] for t in scalars) + "PP")
+        self.pack_into, self.size = form.pack_into, form.size
+        self.loaded = {}  # key -> (handle, threads, shared)
+
+    def load(self, device, kernel, key):
+        variant = device.variant(kernel, key)
+        with LOADING:
+            if key not in self.loaded:
+                image = device.pack.read(variant.cubin)
+                handle = device.driver.load(image, kernel, variant.shared, device.index)
+                self.loaded[key] = handle, variant.threads, variant.shared
+        return self.loaded[key]
+
+    def mismatch(self, kernel, pointers, scalars):
+        given = ", ".join(f"{n}={v}" for n, v in zip(self.names, [*pointers, *scalars], strict=False))
+        return f"{kernel}: takes ({', '.join(self.names)}), each size and stride below 2**31; got {given}"
+
+
+def version_text(version):
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def reject(variant, device, key):
+    """Why a variant does not serve a key; None if it does."""
+    aligned, *rest = key
+    dtypes, constants = rest[: len(variant.dtypes)], rest[len(variant.dtypes) :]
+    if list(dtypes) != variant.dtypes:
+        return f"dtypes {short(variant.dtypes)}, not {short(dtypes)}"
+    if list(constants) != list(variant.constants.values()):
+        return f"constants {variant.constants}, not {list(constants)}"
+    if aligned != variant.aligned:
+        return "for pointers and sizes divisible by 16" if variant.aligned else "for any alignment; the aligned one is faster"
+    if variant.shared > device.max_shared_memory:
+        return f"needs {variant.shared} B of shared memory, the device has {device.max_shared_memory}"
+    return None
+
+
+def short(dtypes):
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def refusal(device, kernel, key, table):
+    trace = [f"\n  {v.cubin}: {reject(v, device, key)}" for v in table.values()]
+    return (
+        f"{kernel}: no variant in {device.pack.path.name} for {'aligned' if key[0] else 'any'} pointers, {short_key(key)}. "
+        f"Built are:{''.join(trace) or ' none'}\nRemedy: cast the inputs to a built combination, or declare the variant "
+        "in csrc_triton and build"
+    )
+
+
+def short_key(key):
+    return ", ".join(str(k).removeprefix("torch.") for k in key[1:])
+
+
+@functools.cache
+def pack_paths():
+    """{architecture: path} of every pack: the package's own, then those in the folder LIGER_AOT_PACKS."""
+    folders = [FOLDER, *filter(None, [os.environ.get("LIGER_AOT_PACKS")])]
+    return {p.stem.removeprefix("sm_"): p for folder in folders for p in sorted(pathlib.Path(folder).glob("sm_*.zip"))}
+
+
+open_pack = functools.cache(Pack)
+
+
+def fitness(arch, capability):
+    """How a pack serves a device: (EXACT | FAMILY | SAME_MAJOR, minor distance), or a sentence why it does not."""
+    number, (major, minor) = int(arch.rstrip("af")), capability
+    if number == 10 * major + minor:
+        return EXACT, 0
+    if number // 10 != major:
+        return f"runs on {number // 10}.x"
+    if arch.endswith("a"):
+        return f"runs on {number // 10}.{number % 10} alone"
+    if number % 10 > minor:
+        return f"needs {number // 10}.{number % 10} or a newer minor version"
+    return FAMILY if arch.endswith("f") else SAME_MAJOR, minor - number % 10
+
+
+def select_pack(capability):
+    paths = pack_paths()
+    ranks = {arch: fitness(arch, capability) for arch in paths}
+    fitting = sorted((rank, arch) for arch, rank in ranks.items() if not isinstance(rank, str))
+    if not fitting:
+        trace = "".join(f"\n  sm_{arch}: {why}" for arch, why in ranks.items()) or " none"
+        raise NotImplementedError(
+            f"liger_aot: no kernels for compute capability {capability[0]}.{capability[1]}. Packs:{trace}\n"
+            "Remedy: build one from the sources with LIGER_AOT_ARCHS, and name its folder in LIGER_AOT_PACKS"
+        )
+    return open_pack(paths[fitting[0][1]])
+
+
+class Cuda:
+    """Launches on the device of a kernel's first tensor."""
+
+    def __init__(self, driver=_driver.driver):
+        self.find_driver, self.devices = driver, {}
+
+    def device(self, tensor, what="liger_aot"):
+        index = tensor.get_device()
+        try:
+            return self.devices[index]
+        except KeyError:
+            if index < 0:
+                raise ValueError(f"{what}: tensors must be on a CUDA device, got {tensor.device}") from None
+            return self.devices.setdefault(index, Device(self.find_driver(), index))
+
+    def multiprocessors(self, tensor):
+        return self.device(tensor).multiprocessors
+
+    def launch(self, kernel, grid, first, *others, **constants):
+        if isinstance(first, FakeTensor) or 0 in grid:
+            return  # tracing: the shapes are known, nothing runs; an empty grid: nothing to do, and the driver refuses it
+        device = self.devices.get(first.get_device()) or self.device(first, kernel)
+        plan = device.plans.get(kernel) or device.plan(kernel)
+        tensors, scalars = (first, *others[: plan.others]), others[plan.others :]
+        pointers = [t.data_ptr() for t in tensors]
+        bits = reduce(or_, pointers)
+        for i in plan.divisible:
+            bits |= scalars[i]
+        key = (not bits & 15, *[t.dtype for t in tensors], *constants.values())
+        handle, threads, shared = plan.loaded.get(key) or plan.load(device, kernel, key)
+        arguments = ARGUMENTS
+        try:
+            plan.pack_into(arguments.buffer, 0, *pointers, *scalars, 0, 0)
+        except (struct.error, OverflowError, TypeError):
+            raise ValueError(plan.mismatch(kernel, pointers, scalars)) from None
+        arguments.size.value = plan.size
+        driver, index = device.driver, device.index
+        x, y = grid if len(grid) == 2 else (grid[0], 1)
+        with NO_GUARD if driver.current_device() == index else driver.guard(index):
+            stream = driver.stream(index)
+            (status,) = driver.launch(handle, x, y, 1, threads, 1, 1, shared, stream, 0, arguments.address)
+            if status:
+                driver.relaunch(status, kernel, index, handle, x, y, 1, threads, 1, 1, shared, stream, 0, arguments.address)
+
+
+class Kernel:
+    """One Triton kernel by name, whichever variants of it exist."""
+
+    def __init__(self, name, owner):
+        self.name, self.owner = name, owner
+
+    def __getitem__(self, grid):
+        return partial(self.owner.launcher.launch, self.name, grid)
+
+
+class Kernels:
+    """Kernels by name, and what launches them."""
+
+    def __init__(self):
+        self.launcher = Cuda()
+
+    def __getattr__(self, name):
+        kernel = self.__dict__[name] = Kernel(name, self)
+        return kernel
+
+    @contextlib.contextmanager
+    def launched_by(self, launcher):
+        """Launch with something else inside the `with`: an interpreter, a stub, a trace."""
+        before, self.launcher = self.launcher, launcher
+        try:
+            yield
+        finally:
+            self.launcher = before
+
+
+kernels = Kernels()
+
+
+def cdiv(a, b):
+    return -(-a // b)
+
+
+def fit(n, blocks):
+    """The smallest block that holds n, else the largest, over which the kernel loops. Under tracing any will do."""
+    return next((b for b in blocks if b >= n), blocks[-1]) if type(n) is int else blocks[0]
+
+
+def programs(tensor, rows, each=1):
+    """As many programs as the device has multiprocessors, times `each`, but no more than rows."""
+    if type(rows) is not int or isinstance(tensor, FakeTensor):
+        return 1
+    return min(rows, each * kernels.launcher.multiprocessors(tensor))
+
+
+def after_fork():
+    """The driver does not survive a fork: say so instead of crashing in it."""
+    if kernels.launcher.devices:
+
+        def refuse():
+            raise RuntimeError("liger_aot: this process was forked after CUDA was used; start it with the spawn method")
+
+        kernels.launcher = Cuda(refuse)
+
+
+os.register_at_fork(after_in_child=after_fork)

@@ -1,0 +1,32 @@
+"""What the operators require of their inputs, and how they see them as rows."""
+
+import torch
+
+FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+INT32_MAX = 2**31 - 1
+
+
+def wide(x):
+    """x in the dtype that a reference computes in: fp32, or fp64 if x is."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def check_same(op, name, tensor, shape, x):
+    """tensor has this shape, a dtype that kernels take, and x's device."""
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device} like the input, got {tensor.device}; move it with .to()")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{op}: {name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+
+
+def rows_of(x):
+    """x as rows: (x or, only where its rows are not evenly spaced, a copy; its row stride; how many rows; their width)."""
+    n = x.shape[-1]
+    rows = x.numel() // n if n else x.shape[:-1].numel()
+    if x.is_contiguous():
+        return x, n, rows, n
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x, x.stride(0), rows, n
+    return x.contiguous(), n, rows, n
