@@ -27,7 +27,8 @@ def check(function, reference, *inputs, slack=2.0, through=None):
         for measure in worst, average:
             error, allowed = measure(got, exact[name]), slack * measure(rounded, exact[name])
             # A result that float32 hits exactly leaves no allowance: one unit in the last place of its largest number.
-            allowed = max(allowed, torch.finfo(through or got.dtype).eps * exact[name].abs().max().item() if exact[name].numel() else 0)
+            unit = torch.finfo(through or got.dtype).eps
+            allowed = max(allowed, unit * exact[name].abs().max().item() if got.numel() else 0.0)
             assert error <= allowed, f"{name}: {measure.__name__} error {error:.2e}, allowed {allowed:.2e}"
     return results
 
@@ -47,7 +48,8 @@ def run(function, inputs, dtype=None):
     outs = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(o.shape, generator=generator).to(lowest).to(o.dtype) for o in outs]
-    torch.autograd.backward([o for o in outs if o.requires_grad], [u for o, u in zip(outs, upstream, strict=True) if o.requires_grad])
+    pairs = [(o, u) for o, u in zip(outs, upstream, strict=True) if o.requires_grad]
+    torch.autograd.backward(*zip(*pairs, strict=True))
     outputs = {f"output {n}": o.detach() for n, o in enumerate(outs)}
     return outputs | {f"gradient {n}": x.grad for n, (i, x) in enumerate(zip(inputs, leaves, strict=True)) if is_float(i)}
 

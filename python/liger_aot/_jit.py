@@ -11,13 +11,13 @@ import sys
 if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np
-import triton
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime import interpreter
 
 from ._op import on_cpu
-from ._runtime import DTYPES, kernels
+from ._runtime import DTYPES
+from ._runtime import kernels
 
 if not isinstance(tl.sum, interpreter.InterpretedFunction):
     raise ImportError("liger_aot: Triton was imported before, compiling; set TRITON_INTERPRET=1 in this process's environment")
