@@ -17,6 +17,7 @@ except RuntimeError as error:
         f"(or liger_aot was imported twice from two places); use one of them. torch says: {error}"
     ) from error
 TAGS = (torch.Tag.pt2_compliant_tag,)
+PUBLIC = []  # the names of the differentiable operators
 BODIES = {}  # name -> the function that launches the kernels, for whoever runs it on other than CUDA tensors
 
 
@@ -90,6 +91,7 @@ def public(function):
     """Register the differentiable operator: export keeps it as one node, autograd and compile see through it."""
     overload = _define(function)
     LIBRARY.impl(function.__name__, function, "CompositeImplicitAutograd")
+    PUBLIC.append(function.__name__)
     return overload
 
 
@@ -110,7 +112,14 @@ def on_cpu():
 
 
 class Function(torch.autograd.Function):
-    """An autograd.Function whose gradient is computed by a kernel, once."""
+    """An autograd.Function whose gradient is computed by a kernel, once. `name` is the operator's."""
+
+    @classmethod
+    def apply(cls, *args):
+        if maybe_current_level() is not None:
+            raise RuntimeError(f"{cls.name}: torch.func transforms are not supported; use torch.autograd")
+        # torch's own apply, without its Python preamble, which sees to transforms (2 us).
+        return super(torch.autograd.Function, cls).apply(*args)
 
     @staticmethod
     def once(name):

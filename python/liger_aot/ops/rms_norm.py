@@ -108,6 +108,8 @@ def column_sum(partial, count, weight):
 
 
 class RMSNormFunction(Function):
+    name = "rms_norm"
+
     @staticmethod
     def forward(ctx, x, weight, eps, offset, cast):
         y, rstd = rms_norm_fwd(x, weight, eps, offset, cast)

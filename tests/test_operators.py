@@ -1,0 +1,141 @@
+"""What holds for every operator."""
+
+import pathlib
+import re
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from examples import EXAMPLES
+from examples import call
+from examples import leaves
+from liger_aot import _op
+
+OPERATORS = pytest.mark.parametrize("name", EXAMPLES)
+SCHEMAS = pathlib.Path(__file__).parent / "schemas.txt"
+
+
+def gradients(outputs, arguments):
+    wanted = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+    return torch.autograd.grad([o.float().sum() for o in outputs], wanted)
+
+
+def test_every_operator_has_an_example():
+    assert set(EXAMPLES) == {name for name in _op.PUBLIC if not name.endswith("_stats")}
+
+
+def test_schemas_are_the_committed_ones():
+    """Arguments are only ever appended, keyword-only, with defaults: exported graphs and other people's code hold these."""
+    now = sorted(str(getattr(torch.ops.liger, name).default._schema) for name in {*_op.PUBLIC, *_op.BODIES})
+    assert SCHEMAS.read_text().splitlines() == now
+
+
+@OPERATORS
+def test_double_backward_is_refused(path, name):
+    arguments, options = EXAMPLES[name](torch.float32)
+    arguments = leaves(arguments)
+    outputs = call(name, arguments, options)
+    with pytest.raises(RuntimeError, match=f"{name}: double backward is not supported; call backward without create_graph=True"):
+        torch.autograd.grad([o.sum() for o in outputs], arguments[0], create_graph=True)
+
+
+@OPERATORS
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_nothing(path, name, reentrant):
+    arguments, options = EXAMPLES[name](torch.float32)
+    arguments = leaves(arguments)
+    expected = gradients(call(name, arguments, options), arguments)
+    outputs = checkpoint(lambda *a: tuple(call(name, a, options)), *arguments, use_reentrant=reentrant)
+    for output in outputs:
+        assert output.requires_grad
+    if reentrant:  # which only serves backward(), and sums into .grad
+        torch.autograd.backward([o.float().sum() for o in outputs])
+        got = [a.grad for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+    else:
+        got = gradients(outputs, arguments)
+    for g, e in zip(got, expected, strict=True):
+        assert torch.equal(g, e)
+
+
+@OPERATORS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(path, name, dtype):
+    """Autocast leaves an operator's inputs as they are, but for the matmuls of the linear ones; losses are fp32 then, as torch's."""
+    arguments, options = EXAMPLES[name](dtype)
+    arguments = leaves(arguments)
+    plain = call(name, arguments, options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = call(name, arguments, options)
+        got = gradients(under, arguments)
+    for o, p in zip(under, plain, strict=True):
+        assert o.dtype == (torch.float32 if "entropy" in name or "logprob" in name else p.dtype)
+        if not name.startswith("linear"):
+            torch.testing.assert_close(o, p.to(o.dtype), rtol=1e-2 if o.dtype != p.dtype else 0, atol=0)
+    if name.startswith("linear") and dtype == torch.float32:
+        halves = [a.bfloat16() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+        for o, h in zip(under, call(name, halves, options), strict=True):
+            torch.testing.assert_close(o, h.to(o.dtype), rtol=1e-2, atol=0)
+    for g, a in zip(got, [a for a in arguments if torch.is_tensor(a) and a.requires_grad], strict=True):
+        assert g.dtype == a.dtype
+
+
+@OPERATORS
+def test_function_transforms_are_refused(name):
+    arguments, options = EXAMPLES[name](torch.float32)
+    with pytest.raises(RuntimeError, match=f"{name}: torch.func transforms are not supported"):
+        torch.func.grad(lambda x: call(name, [x, *arguments[1:]], options)[0].sum())(arguments[0])
+
+
+@OPERATORS
+def test_what_needs_no_gradient_gets_none(path, name):
+    """Each tensor alone requires a gradient: it gets the one it gets with all others, and nothing else gets any."""
+    arguments, options = EXAMPLES[name](torch.float32)
+    everything = leaves(arguments)
+    expected = gradients(call(name, everything, options), everything)
+    places = [n for n, a in enumerate(everything) if torch.is_tensor(a) and a.requires_grad]
+    for place, want in zip(places, expected, strict=True):
+        alone = [a.detach() if torch.is_tensor(a) else a for a in everything]
+        alone[place].requires_grad_()
+        (got,) = gradients(call(name, alone, options), alone)
+        assert torch.equal(got, want)
+
+
+@OPERATORS
+def test_without_gradients_no_graph(name):
+    arguments, options = EXAMPLES[name](torch.float32)
+    for output in call(name, arguments, options):
+        assert not output.requires_grad
+    with torch.no_grad():
+        for output in call(name, leaves(arguments), options):
+            assert not output.requires_grad
+
+
+@OPERATORS
+def test_inputs_are_never_written(path, name):
+    arguments, options = EXAMPLES[name](torch.float32)
+    arguments = leaves(arguments)
+    before = [a.detach().clone() if torch.is_tensor(a) else a for a in arguments]
+    outputs = call(name, arguments, options)
+    upstream = [torch.ones_like(o) for o in outputs]
+    torch.autograd.backward(outputs, upstream)
+    for a, b in zip(arguments, before, strict=True):
+        assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+    assert all(torch.equal(u, torch.ones_like(u)) for u in upstream)
+
+
+@OPERATORS
+def test_neg_views_are_what_they_say(path, name):
+    """A tensor whose minus sign is still to be applied (torch._neg_view) reaches no kernel as it lies in memory."""
+    arguments, options = EXAMPLES[name](torch.float32)
+    plain = call(name, arguments, options)
+    lazy = [torch._neg_view(-a) if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+    for got, want in zip(call(name, lazy, options), plain, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@OPERATORS
+def test_source_is_named(name):
+    """The page of an operator starts with its formula."""
+    module = __import__(f"liger_aot.ops.{name}", fromlist=["_"])
+    assert re.search(r"=|softmax|log", module.__doc__.splitlines()[0]), module.__doc__.splitlines()[0]
