@@ -27,6 +27,21 @@ def rows_of(x):
     rows = x.numel() // n if n else x.shape[:-1].numel()
     if x.is_contiguous():
         return x, n, rows, n
-    if x.dim() == 2 and x.stride(1) == 1:
-        return x, x.stride(0), rows, n
-    return x.contiguous(), n, rows, n
+    stride = row_stride(x.shape, x.stride())
+    return (x.contiguous(), n, rows, n) if stride is None else (x, stride, rows, n)
+
+
+def row_stride(shape, strides):
+    """The one distance between rows, such as those of a chunk of a wider tensor; None where there is no such."""
+    if strides[-1] != 1:
+        return None
+    step = None
+    for i in range(len(shape) - 2, -1, -1):
+        if shape[i] == 1:
+            continue
+        if step is None:
+            step = reach = strides[i]
+        elif strides[i] != reach:
+            return None
+        reach *= shape[i]
+    return step
