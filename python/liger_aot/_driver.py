@@ -7,7 +7,6 @@ builds bring it), ctypes otherwise. A test hands `Driver` a third.
 import contextlib
 import ctypes
 import functools
-import os
 import sys
 
 import torch
@@ -28,7 +27,7 @@ class Ctypes:
 
     def __init__(self, library):
         self.library = library
-        out, p, i, u, size = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_size_t
+        out, p, i, u = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint
         for name, *types in (
             ("cuInit", u),
             ("cuDriverGetVersion", out),
@@ -37,16 +36,19 @@ class Ctypes:
             ("cuDeviceGetAttribute", out, i, i),
             ("cuDevicePrimaryCtxRetain", out, i),
             ("cuCtxSetCurrent", p),
+            ("cuCtxGetCurrent", out),
             ("cuThreadExchangeStreamCaptureMode", out),
             ("cuLibraryLoadData", out, p, p, p, u, p, p, u),
             ("cuLibraryGetKernel", out, p, ctypes.c_char_p),
+            ("cuKernelGetFunction", out, p),
             ("cuKernelSetAttribute", i, i, p, i),
             ("cuLaunchKernel", p, u, u, u, u, u, u, u, p, p, p),
         ):
-            function = getattr(library, name)
+            function = getattr(library, name, None)
+            if function is None:
+                raise RuntimeError(f"liger_aot: this NVIDIA driver has no {name}; it is older than CUDA 12.0, update it")
             function.argtypes, function.restype = types, i
         self._launch = library.cuLaunchKernel
-        self._size = size
 
     def _get(self, type_, name, *args):
         result = type_()
@@ -74,6 +76,9 @@ class Ctypes:
     def cuCtxSetCurrent(self, context):
         return (self.library.cuCtxSetCurrent(context),)
 
+    def cuCtxGetCurrent(self):
+        return self._get(ctypes.c_void_p, "cuCtxGetCurrent")
+
     def cuThreadExchangeStreamCaptureMode(self, mode):
         mode = ctypes.c_int(mode)
         return self.library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), mode.value
@@ -83,6 +88,9 @@ class Ctypes:
 
     def cuLibraryGetKernel(self, library, symbol):
         return self._get(ctypes.c_void_p, "cuLibraryGetKernel", library, symbol)
+
+    def cuKernelGetFunction(self, kernel):
+        return self._get(ctypes.c_void_p, "cuKernelGetFunction", kernel)
 
     def cuKernelSetAttribute(self, attribute, value, kernel, device):
         return (self.library.cuKernelSetAttribute(attribute, value, kernel, device),)
@@ -115,11 +123,6 @@ class Bindings:
     def cuLibraryLoadData(self, image, *_):
         return self.driver.cuLibraryLoadData(image, [], [], 0, [], [], 0)
 
-    def cuLibraryGetKernel(self, library, symbol):
-        # A CUkernel may be launched like a function of the current context.
-        status, kernel = self.driver.cuLibraryGetKernel(library, symbol)
-        return status, kernel
-
     def cuKernelSetAttribute(self, attribute, value, kernel, device):
         return self.driver.cuKernelSetAttribute(self.driver.CUfunction_attribute(attribute), value, kernel, device)
 
@@ -132,7 +135,6 @@ class Driver:
 
     def __init__(self, backend):
         self.backend = backend
-        self.process = os.getpid()
         self.call("cuInit", 0)
         self.launch = backend.cuLaunchKernel
 
@@ -150,7 +152,7 @@ class Driver:
     def version(self):
         return self.call("cuDriverGetVersion")
 
-    @functools.cache
+    @functools.cache  # noqa: B019
     def attribute(self, name, index):
         return int(self.call("cuDeviceGetAttribute", name, self.call("cuDeviceGet", index)))
 
@@ -170,27 +172,38 @@ class Driver:
     def guard(self, index):
         return torch.cuda.device(index)
 
+    @functools.cache  # noqa: B019 (a process has one driver)
+    def context(self, index):
+        """The device's primary context, which torch uses: retained once, for the life of the process."""
+        return self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", index))
+
     def load(self, image, symbol, shared, index):
-        """A kernel handle from a cubin, also while another thread captures a CUDA graph."""
+        """A kernel handle from a cubin that is on its device when this returns, also while CUDA graphs are captured.
+
+        The thread's current device stays what it was.
+        """
         mode = self.call("cuThreadExchangeStreamCaptureMode", RELAXED_CAPTURE)
         try:
-            self.ensure_context(index)
-            library = self.call("cuLibraryLoadData", image, None, None, 0, None, None, 0)
-            kernel = self.call("cuLibraryGetKernel", library, symbol.encode())
-            if shared > SHARED_MEMORY_FOR_ALL:
-                self.call("cuKernelSetAttribute", DYNAMIC_SHARED_MEMORY, shared, kernel, self.call("cuDeviceGet", index))
-            return kernel
+            before = self.call("cuCtxGetCurrent")
+            self.call("cuCtxSetCurrent", self.context(index))
+            try:
+                library = self.call("cuLibraryLoadData", image, None, None, 0, None, None, 0)
+                kernel = self.call("cuLibraryGetKernel", library, symbol.encode())
+                if shared > SHARED_MEMORY_FOR_ALL:
+                    self.call("cuKernelSetAttribute", DYNAMIC_SHARED_MEMORY, shared, kernel, self.call("cuDeviceGet", index))
+                # A library is loaded lazily, by the first launch, unless a function of it is asked for.
+                self.call("cuKernelGetFunction", kernel)
+                return kernel
+            finally:
+                self.call("cuCtxSetCurrent", before)
         finally:
             self.call("cuThreadExchangeStreamCaptureMode", int(mode))
-
-    def ensure_context(self, index):
-        # Threads that torch has not touched, such as the first backward's, have no context until something makes it current.
-        self.call("cuCtxSetCurrent", self.call("cuDevicePrimaryCtxRetain", self.call("cuDeviceGet", index)))
 
     def relaunch(self, status, name, index, *args):
         """What follows a launch that did not succeed: once more in a thread without a context, else an exception."""
         if int(status) == INVALID_CONTEXT:
-            self.ensure_context(index)
+            # A thread that torch has not touched, such as the first backward's, has no context.
+            self.call("cuCtxSetCurrent", self.context(index))
             (status,) = self.launch(*args)
         if status:
             _, x, y, z, threads, _, _, shared, *_ = args
@@ -204,12 +217,16 @@ def driver():
     """The machine's driver; a RuntimeError that says what is missing where there is none."""
     if sys.platform != "linux":
         raise RuntimeError(f"liger_aot: CUDA kernels are served on Linux, not on {sys.platform}; CPU tensors work everywhere")
-    with contextlib.suppress(ImportError):
-        from cuda.bindings import driver as bindings
-
-        return Driver(Bindings(bindings))
+    if not torch.backends.cuda.is_built():
+        raise RuntimeError(
+            f"liger_aot: PyTorch {torch.__version__} is a build without CUDA; install one with, or use CPU tensors"
+        )
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
         raise RuntimeError(f"liger_aot: no NVIDIA driver on this machine ({error}); CPU tensors work without") from None
+    with contextlib.suppress(ImportError):
+        from cuda.bindings import driver as bindings
+
+        return Driver(Bindings(bindings))
     return Driver(Ctypes(library))
