@@ -59,6 +59,8 @@ def geglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, tanh: bool) -> tuple[Tensor,
 
 
 class GeGLUFunction(Function):
+    name = "geglu"
+
     @staticmethod
     def forward(ctx, gate, up, tanh):
         ctx.save_for_backward(gate, up)

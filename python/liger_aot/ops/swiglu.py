@@ -47,6 +47,8 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, gate_multiplier: float, dow
 
 
 class SwiGLUFunction(Function):
+    name = "swiglu"
+
     @staticmethod
     def forward(ctx, gate, up, gate_multiplier, down_multiplier):
         ctx.save_for_backward(gate, up)

@@ -1,0 +1,154 @@
+"""Rotary position embedding:  out = x · cos + rotate_half(x) · sin,  rotate_half(x) = (-x2, x1) of the halves (x1, x2) of x.
+
+Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021 (arXiv 2104.09864), in the order of columns
+that transformers has.
+"""
+
+import torch
+from torch import Tensor
+
+from .._op import Function
+from .._op import needs_grad
+from .._op import op
+from .._op import public
+from .._runtime import cdiv
+from .._runtime import fit
+from .._runtime import kernels
+from ._check import FLOATS
+from ._check import wide
+
+HEADS = 8
+HALVES = 32, 64, 128
+
+
+def unit_stride(x):
+    """x, or a copy where neighbouring columns are not neighbours in memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def turned(x, cos, sin, sign):
+    """x rotated, or for sign -1 the gradient of x from that of the result, laid out as x where x is dense."""
+    x = unit_stride(x)
+    out, half, r = torch.empty_like(x), cos.shape[-1] // 2, cos.shape[-1]
+    if cos.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    c1, c2, s1, s2 = (wide(t) for angles in (cos, sin) for t in (angles[..., :half], angles[..., half:]))
+    if sign < 0:
+        s1, s2 = -s2, -s1
+    x1, x2 = wide(x[..., :half]), wide(x[..., half:r])
+    out[..., :half] = x1 * c1 - x2 * s1
+    out[..., half:r] = x2 * c2 + x1 * s2
+    out[..., r:] = x[..., r:]
+    return out
+
+
+def forward_reference(q, k, cos, sin):
+    return turned(q, cos, sin, 1), turned(k, cos, sin, 1)
+
+
+def backward_reference(dq_out, dk_out, cos, sin):
+    return turned(dq_out, cos, sin, -1), turned(dk_out, cos, sin, -1)
+
+
+def turn(q, k, cos, sin, backward):
+    q, k = unit_stride(q), unit_stride(k)
+    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    batch, q_heads, tokens, n = q.shape
+    k_heads, half = k.shape[1], cos.shape[-1] // 2
+    block = fit(half, HALVES)
+    blocks = cdiv(q_heads, HEADS) + cdiv(k_heads, HEADS)
+    kernels.rope[(batch * tokens * blocks,)](
+        q,
+        k,
+        cos,
+        sin,
+        q_out,
+        k_out,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *q_out.stride()[:3],
+        *k_out.stride()[:3],
+        0 if cos.dim() == 2 or cos.shape[0] == 1 else cos.stride(0),
+        cos.stride(-2),
+        tokens,
+        q_heads,
+        k_heads,
+        half,
+        n,
+        half if backward else 0,
+        -1.0 if backward else 1.0,
+        HEADS=HEADS,
+        HALF=block,
+        LOOP=type(half) is int and half > block,
+    )
+    return q_out, k_out
+
+
+@op(cpu=forward_reference, strided=True)
+def rope_fwd(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return turn(q, k, cos, sin, False)
+
+
+@op(cpu=backward_reference, strided=True)
+def rope_bwd(dq_out: Tensor, dk_out: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return turn(dq_out, dk_out, cos, sin, True)
+
+
+class RopeFunction(Function):
+    name = "rope"
+
+    @staticmethod
+    def forward(ctx, q, k, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rope_fwd(q, k, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dq_out, dk_out):
+        Function.once("rope")
+        return *rope_bwd(dq_out, dk_out, *ctx.saved_tensors), None, None
+
+
+@public
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """q (b, hq, s, d) and k (b, hk, s, d) rotated by the angles of cos and sin, (b or 1, s, r) or (s, r) with r <= d even.
+
+    Columns from r on stay as they are. Arithmetic in fp32, rounded once. Any strides, such as those of a transposed
+    (b, s, h, d), are read where they lie, and the results have them too. Raises ValueError on shapes, devices or dtypes
+    that do not fit together, and where cos or sin require a gradient, of which there is none.
+    """
+    check(q, k, cos, sin)
+    if needs_grad(q, k):
+        return RopeFunction.apply(q, k, cos, sin)
+    return rope_fwd(q, k, cos, sin)
+
+
+def check(q, k, cos, sin):
+    if q.dim() != 4:
+        raise ValueError(f"rope: q must have shape (batch, heads, tokens, head width), got {tuple(q.shape)}")
+    batch, _, tokens, n = q.shape
+    if k.dim() != 4 or (k.shape[0], k.shape[2], k.shape[3]) != (batch, tokens, n):
+        raise ValueError(f"rope: k must have shape ({batch}, any heads, {tokens}, {n}) like q, got {tuple(k.shape)}")
+    if q.dtype not in FLOATS or k.dtype is not q.dtype:
+        raise ValueError(
+            f"rope: q and k must have one dtype of float32, float16 and bfloat16, got {q.dtype} and {k.dtype}; cast with .to()"
+        )
+    r = cos.shape[-1] if cos.dim() else 0
+    if r > n or r % 2 or tuple(cos.shape) not in ((tokens, r), (1, tokens, r), (batch, tokens, r)):
+        raise ValueError(
+            f"rope: cos must have shape ({tokens}, r), (1, {tokens}, r) or ({batch}, {tokens}, r) with r even, at most {n}, "
+            f"got {tuple(cos.shape)}"
+        )
+    if sin.shape != cos.shape:
+        raise ValueError(f"rope: sin must have shape {tuple(cos.shape)} like cos, got {tuple(sin.shape)}")
+    if sin.dtype is not cos.dtype or cos.dtype not in (q.dtype, torch.float32):
+        raise ValueError(
+            f"rope: cos and sin must both be {' or '.join(dict.fromkeys((str(q.dtype), 'torch.float32')))}, "
+            f"got {cos.dtype} and {sin.dtype}; cast with .to()"
+        )
+    for name, tensor in (("k", k), ("cos", cos), ("sin", sin)):
+        if tensor.device != q.device:
+            raise ValueError(f"rope: {name} must be on {q.device} like q, got {tensor.device}; move it with .to()")
+    if needs_grad(cos, sin):
+        raise ValueError("rope: cos and sin must not require gradients, which are not computed; got one that does; detach() it")
