@@ -9,9 +9,12 @@ import functools
 import json
 import os
 import pathlib
+import re
 import struct
 import threading
 import zipfile
+import zlib
+from collections import Counter
 from functools import partial
 from functools import reduce
 from operator import or_
@@ -29,43 +32,48 @@ THREADS_PER_WARP = 32
 INT32_MAX = 2**31 - 1
 BUFFER_POINTER, BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
 EXACT, FAMILY, SAME_MAJOR = range(3)
+# What reading a zip raises when bytes of it are missing or changed, its headers' flags and methods among them.
+DAMAGE = zipfile.BadZipFile, zlib.error, struct.error, KeyError, ValueError, EOFError, OSError, RuntimeError
 
 
 class Pack:
     """The variants for one architecture: a zip of cubins and, for each kernel, the table of its variants."""
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.lock = path, threading.Lock()
         try:
             self.archive = zipfile.ZipFile(path)
-            self.manifest = json.loads(self._read("manifest.json"))
-        except (zipfile.BadZipFile, KeyError, ValueError) as error:
-            raise RuntimeError(f"liger_aot: {path} is damaged ({error}); install liger-aot again") from error
-        self.arch = self.manifest["arch"]
-        if (self.manifest["schema"], self.manifest["contract"]) != (_build.SCHEMA, _build.CONTRACT):
+        except DAMAGE as error:
+            raise self.damaged("its directory", error) from error
+        self.manifest = manifest = json.loads(self.read("manifest.json"))
+        if manifest.get("schema") != _build.SCHEMA or manifest.get("contract") != _build.CONTRACT:
             raise RuntimeError(
-                f"liger_aot: {path} was built for liger-aot {self.manifest['version']} (contract "
-                f"{self.manifest['contract'][:12]}), this is {_build.VERSION} (contract {_build.CONTRACT[:12]}); "
+                f"liger_aot: {path} was built for liger-aot {manifest.get('version')} (contract "
+                f"{str(manifest.get('contract'))[:12]}), this is {_build.VERSION} (contract {_build.CONTRACT[:12]}); "
                 "install liger-aot again, or build the pack anew from the sources of this version"
             )
+        self.arch = manifest["arch"]
+        if path.stem != f"sm_{self.arch}":
+            raise RuntimeError(f"liger_aot: {path} holds kernels for sm_{self.arch}; name it sm_{self.arch}.zip")
         self.entries, self.tables = {}, {}
-        self.lock = threading.Lock()
 
-    def _read(self, name):
-        return self.archive.read(name)
+    def damaged(self, what, error):
+        return RuntimeError(f"liger_aot: {self.path} is damaged: {what} cannot be read ({error}); install liger-aot again")
 
     def read(self, name):
         with self.lock:  # a ZipFile has one file position
             try:
-                return self._read(name)
-            except (zipfile.BadZipFile, zipfile.zlib.error) as error:
-                raise RuntimeError(f"liger_aot: {self.path} is damaged at {name} ({error}); install liger-aot again") from error
+                return self.archive.read(name)
+            except DAMAGE as error:
+                raise self.damaged(name, error) from error
 
     def entry(self, kernel):
         """What was built of one kernel; no other kernel's entry is read."""
         if kernel not in self.entries:
             if kernel not in self.manifest["kernels"]:
-                raise NotImplementedError(f"{kernel}: not in {self.path.name}, which holds {', '.join(self.manifest['kernels'])}")
+                raise NotImplementedError(
+                    f"{kernel}: not in {self.path.name}, which holds {', '.join(self.manifest['kernels'])}"
+                )
             self.entries[kernel] = json.loads(self.read(f"{kernel}.json"))
         return self.entries[kernel]
 
@@ -120,8 +128,9 @@ class Device:
         self.pack = select_pack(self.capability)
         if driver.version < self.pack.manifest["min_driver"]:
             raise RuntimeError(
-                f"liger_aot: the NVIDIA driver serves CUDA {version_text(driver.version)}, the sm_{self.pack.arch} kernels need "
-                f"{version_text(self.pack.manifest['min_driver'])} or newer; update the driver, or install the wheel of an older CUDA"
+                f"liger_aot: the NVIDIA driver serves CUDA {version_text(driver.version)}, the sm_{self.pack.arch} kernels "
+                f"need {version_text(self.pack.manifest['min_driver'])} or newer; update the driver, or install the wheel "
+                "of an older CUDA"
             )
         self.plans = {}
 
@@ -141,7 +150,7 @@ class Plan:
 
     def __init__(self, device, kernel):
         parameters = device.pack.parameters(kernel)
-        self.names = [name for name, _ in parameters]
+        self.parameters = parameters
         types = [type_ for _, type_ in parameters]
         pointers = sum(t.startswith("*") for t in types)  # which the build makes come first
         scalars = types[pointers:]
@@ -162,8 +171,18 @@ class Plan:
         return self.loaded[key]
 
     def mismatch(self, kernel, pointers, scalars):
-        given = ", ".join(f"{n}={v}" for n, v in zip(self.names, [*pointers, *scalars], strict=False))
-        return f"{kernel}: takes ({', '.join(self.names)}), each size and stride below 2**31; got {given}"
+        """Which argument it was that struct did not pack."""
+        values = [*pointers, *scalars]
+        if len(values) != len(self.parameters):
+            return f"{kernel}: takes {', '.join(name for name, _ in self.parameters)}, got {len(values)} arguments"
+        for (name, type_), value in zip(self.parameters, values, strict=True):
+            code = "P" if type_.startswith("*") else CODES[type_.removesuffix(":16")]
+            try:
+                struct.pack(code, value)
+            except (struct.error, OverflowError, TypeError):
+                what = {"i": "an integer below 2**31 (split the tensor, or make it contiguous)", "f": "a number within float32"}
+                return f"{kernel}: {name} must be {what.get(code, 'an integer below 2**63')}, got {value}"
+        return f"{kernel}: {self.size} bytes of arguments are more than the launch buffer holds"
 
 
 def version_text(version):
@@ -190,11 +209,12 @@ def short(dtypes):
 
 
 def refusal(device, kernel, key, table):
-    trace = [f"\n  {v.cubin}: {reject(v, device, key)}" for v in table.values()]
+    reasons = Counter(reject(v, device, key) for v in table.values())
+    trace = [f"\n  {count} x {reason}" for reason, count in reasons.items()]
     return (
         f"{kernel}: no variant in {device.pack.path.name} for {'aligned' if key[0] else 'any'} pointers, {short_key(key)}. "
-        f"Built are:{''.join(trace) or ' none'}\nRemedy: cast the inputs to a built combination, or declare the variant "
-        "in csrc_triton and build"
+        f"Built are {len(table)}, rejected for:{''.join(trace)}\nRemedy: cast the inputs to a built combination, or declare "
+        "the variant in csrc_triton and build; liger_aot.explain lists every candidate"
     )
 
 
@@ -206,7 +226,8 @@ def short_key(key):
 def pack_paths():
     """{architecture: path} of every pack: the package's own, then those in the folder LIGER_AOT_PACKS."""
     folders = [FOLDER, *filter(None, [os.environ.get("LIGER_AOT_PACKS")])]
-    return {p.stem.removeprefix("sm_"): p for folder in folders for p in sorted(pathlib.Path(folder).glob("sm_*.zip"))}
+    found = [p for folder in folders for p in sorted(pathlib.Path(folder).glob("sm_*.zip"))]
+    return {p.stem.removeprefix("sm_"): p for p in found if re.fullmatch(r"sm_\d+[af]?", p.stem)}
 
 
 open_pack = functools.cache(Pack)
@@ -247,12 +268,12 @@ class Cuda:
 
     def device(self, tensor, what="liger_aot"):
         index = tensor.get_device()
-        try:
-            return self.devices[index]
-        except KeyError:
-            if index < 0:
-                raise ValueError(f"{what}: tensors must be on a CUDA device, got {tensor.device}") from None
-            return self.devices.setdefault(index, Device(self.find_driver(), index))
+        if index < 0 and index not in self.devices:
+            raise ValueError(f"{what}: tensors must be on a CUDA device, got {tensor.device}")
+        return self.at(index)
+
+    def at(self, index):
+        return self.devices.get(index) or self.devices.setdefault(index, Device(self.find_driver(), index))
 
     def multiprocessors(self, tensor):
         return self.device(tensor).multiprocessors
@@ -335,7 +356,8 @@ def programs(tensor, rows, each=1):
 
 def after_fork():
     """The driver does not survive a fork: say so instead of crashing in it."""
-    if kernels.launcher.devices:
+    open_pack.cache_clear()  # parent and child would move one file position
+    if _driver.driver.cache_info().currsize or getattr(kernels.launcher, "devices", None):
 
         def refuse():
             raise RuntimeError("liger_aot: this process was forked after CUDA was used; start it with the spawn method")
