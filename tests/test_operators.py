@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from liger_aot import _op
+
 from examples import EXAMPLES
 from examples import call
 from examples import leaves
-from liger_aot import _op
 
 OPERATORS = pytest.mark.parametrize("name", EXAMPLES)
 SCHEMAS = pathlib.Path(__file__).parent / "schemas.txt"
@@ -36,7 +37,9 @@ def test_double_backward_is_refused(path, name):
     arguments, options = EXAMPLES[name](torch.float32)
     arguments = leaves(arguments)
     outputs = call(name, arguments, options)
-    with pytest.raises(RuntimeError, match=f"{name}: double backward is not supported; call backward without create_graph=True"):
+    with pytest.raises(
+        RuntimeError, match=f"{name}: double backward is not supported; call backward without create_graph=True"
+    ):
         torch.autograd.grad([o.sum() for o in outputs], arguments[0], create_graph=True)
 
 
@@ -61,7 +64,7 @@ def test_checkpointing_changes_nothing(path, name, reentrant):
 @OPERATORS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(path, name, dtype):
-    """Autocast leaves an operator's inputs as they are, but for the matmuls of the linear ones; losses are fp32 then, as torch's."""
+    """Autocast changes no operator's inputs but those of the linear ones, which multiply matrices; losses are fp32 then, as torch's."""
     arguments, options = EXAMPLES[name](dtype)
     arguments = leaves(arguments)
     plain = call(name, arguments, options)
@@ -132,6 +135,29 @@ def test_neg_views_are_what_they_say(path, name):
     lazy = [torch._neg_view(-a) if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
     for got, want in zip(call(name, lazy, options), plain, strict=True):
         torch.testing.assert_close(got, want)
+
+
+def far_apart(t, stride, path):
+    """t with rows that far from each other in memory: a file with holes, which takes no room."""
+    rows = t.numel() // t.shape[-1]
+    memory = torch.from_file(str(path), shared=True, size=(rows - 1) * stride + t.shape[-1], dtype=t.dtype)
+    path.unlink()
+    view = memory.as_strided((rows, t.shape[-1]), (stride, 1)).unflatten(0, t.shape[:-1])
+    return view.copy_(t.detach()).requires_grad_()
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if not name.startswith("linear")])
+def test_offsets_beyond_int32(interpreted, name, tmp_path):
+    arguments, options = EXAMPLES[name](torch.float16)
+    stride = 2**28 if name == "rope" else 2**29  # of rope, heads have a stride too, which is five times that
+    near = leaves(arguments)
+    far = [
+        far_apart(a, stride + 16, tmp_path / "far") if torch.is_tensor(a) and a.requires_grad and a.dim() > 1 else a
+        for a in near
+    ]
+    outputs, expected = call(name, far, options), call(name, near, options)
+    for got, want in zip([*outputs, *gradients(outputs, far)], [*expected, *gradients(expected, near)], strict=True):
+        assert torch.equal(got, want)
 
 
 @OPERATORS
