@@ -64,7 +64,7 @@ def test_checkpointing_changes_nothing(path, name, reentrant):
 @OPERATORS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(path, name, dtype):
-    """Autocast changes no operator's inputs but those of the linear ones, which multiply matrices; losses are fp32 then, as torch's."""
+    """Autocast changes the inputs of the linear operators alone, which multiply matrices; losses are fp32 then, as torch's."""
     arguments, options = EXAMPLES[name](dtype)
     arguments = leaves(arguments)
     plain = call(name, arguments, options)
