@@ -4,43 +4,11 @@ import triton
 import triton.language as tl
 
 from _aot import variants
+from _norm import BLOCK
+from _norm import RMS_AXES
+from _norm import normalise
 
-BLOCK = [128, 1024, 2048, 4096, 8192]
-ROWS = {128: 16, 1024: 2}  # rows a program takes of that BLOCK, else 1
-LOOP_BLOCK = 4096
-# (x, weight, y): y has the dtype of x, or of weight where that is wider and the norm is cast to x before the product
-DTYPES = [
-    ("fp32", "fp32", "fp32"),
-    *((t, w, y) for t in ("bf16", "fp16") for w, y in ((t, t), ("fp32", t), ("fp32", "fp32"))),
-]
-
-
-def num_warps(BLOCK):
-    return {4096: 8, 8192: 16}.get(BLOCK, 4)
-
-
-def declared(X, W, Y, ROWS, BLOCK, LOOP):
-    return (X, W, Y) in DTYPES and ROWS == globals()["ROWS"].get(BLOCK, 1) and (not LOOP or BLOCK == LOOP_BLOCK)
-
-
-AXES = {
-    "X": ["fp32", "bf16", "fp16"],
-    "W": ["fp32", "bf16", "fp16"],
-    "Y": ["fp32", "bf16", "fp16"],
-    "ROWS": [1, 2, 16],
-    "BLOCK": BLOCK,
-    "LOOP": [False, True],
-    "num_warps": num_warps,
-    "where": declared,
-}
-
-
-@triton.jit
-def normalise(xs, ws, scale, offset, cast, T: tl.constexpr):
-    """(xs · scale) · (offset + ws), the first product rounded to T where cast says so, and that first product."""
-    xhat = xs * scale[:, None]
-    xhat = tl.where(cast != 0, xhat.to(T).to(tl.float32), xhat)
-    return xhat * (offset + ws)[None, :], xhat
+AXES = {**RMS_AXES, "BLOCK": [128, *BLOCK]}
 
 
 @variants(
@@ -117,6 +85,7 @@ def rms_norm_fwd(
     has_weight="i32",
     cast="i32",
     has_ds="i32",
+    need_dw="i32",
     **AXES,
 )
 @triton.jit
@@ -135,6 +104,7 @@ def rms_norm_bwd(
     has_weight,
     cast,
     has_ds,
+    need_dw,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LOOP: tl.constexpr,
@@ -172,9 +142,9 @@ def rms_norm_bwd(
                 wdy = dys * (offset + ws)[None, :]
                 dxs = (wdy - xs * scale[:, None] * mean[:, None]) * scale[:, None] + rest
                 tl.store(dx + at + (start + col)[None, :], dxs, mask=both)
-                # The same threads wrote these numbers for the rows before, so they read what they wrote.
-                before = tl.load(own + start + col, mask=keep & (first >= step) & (has_weight != 0), other=0.0)
-                tl.store(own + start + col, before + tl.sum(dys * xhat, axis=0), mask=keep & (has_weight != 0))
+                # This program wrote these numbers for the row before; the sum above is a barrier between the two.
+                before = tl.load(own + start + col, mask=keep & (first >= step) & (need_dw != 0), other=0.0)
+                tl.store(own + start + col, before + tl.sum(dys * xhat, axis=0), mask=keep & (need_dw != 0))
     else:
         keep = col < n
         ws = tl.load(weight + col, mask=keep & (has_weight != 0), other=0.0).to(tl.float32)
@@ -192,4 +162,4 @@ def rms_norm_bwd(
             mean = tl.sum(xs * wdy, axis=1) * scale / n
             tl.store(dx + at, (wdy - xs * scale[:, None] * mean[:, None]) * scale[:, None] + rest, mask=both)
             dws += dys * xhat
-        tl.store(own + col, tl.sum(dws, axis=0), mask=keep & (has_weight != 0))
+        tl.store(own + col, tl.sum(dws, axis=0), mask=keep & (need_dw != 0))

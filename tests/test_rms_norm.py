@@ -2,16 +2,18 @@ import re
 
 import pytest
 import torch
-from harness import DTYPES
-from harness import check
-from harness import check_operator
 
 from liger_aot.ops.rms_norm import forward_reference
 
+from harness import DTYPES
+from harness import check
+from harness import check_operator
+from harness import run
+
 rms_norm = torch.ops.liger.rms_norm.default
 rms_norm_fwd = torch.ops.liger.rms_norm_fwd.default
-# One row, a ragged tail, more rows than programs, several rows a program, every BLOCK, and a row that is walked in a loop.
-SHAPES = [(1, 3), (3, 100), (50, 128), (2, 5, 129), (7, 2000), (2, 4096), (4, 5000), (4, 8200)]
+# One row, a ragged tail, more row groups than programs, several rows a program, every BLOCK, a row that is walked in a loop.
+SHAPES = [(3,), (1, 3), (3, 100), (200, 128), (3, 9, 129), (13, 2000), (7, 4096), (4, 5000), (7, 8200)]
 
 
 def reference(casting="none", offset=0.0):
@@ -66,8 +68,10 @@ def test_is_torchs():
 
 def test_views_and_offsets(interpreted):
     base = torch.randn(9, 77)
-    for x in (base[1:, 3:60], base[:, ::2], base.t(), base[None, :, 5:70].expand(2, 9, 65)):
-        check(lambda x, w: rms_norm(x, w, 1e-6), reference(), x, torch.randn(x.shape[-1]))
+    for x in (base[1:, 3:60], base[:, ::2], base.t(), base[0].expand(9, 77), base[None, :, 5:70].expand(2, 9, 65)):
+        weight = torch.randn(2 * x.shape[-1])[::2]
+        got, want = (run(rms_norm, i) for i in ((x, weight), (x.contiguous(), weight.contiguous())))
+        torch.testing.assert_close(got, want)
     assert "rms_norm_bwd" in interpreted.launched
 
 
@@ -80,6 +84,16 @@ def test_nothing_in_nothing_out(path, shape):
     assert torch.equal(weight.grad, torch.zeros(shape[-1]))
 
 
+@pytest.mark.parametrize("shape", [(9, 300), (7, 8200)], ids=str)
+def test_a_frozen_weight_gets_no_work(interpreted, shape):
+    x, weight = make(shape, torch.float32, torch.float32)
+    y = rms_norm(x.requires_grad_(), weight, 1e-6)
+    y.backward(dy := torch.randn(shape))
+    assert interpreted.launched == ["rms_norm_fwd", "rms_norm_bwd"]
+    (dx,) = torch.autograd.grad(rms_norm(x, weight.requires_grad_(), 1e-6), x, dy)
+    assert torch.equal(x.grad, dx)
+
+
 def test_is_an_operator():
     x, weight = make((3, 4, 24), torch.float32, torch.float32)
     check_operator(rms_norm, (rms_norm_fwd, (x, weight, 1e-6, 0.0, False)), x, weight, 1e-6)
@@ -88,9 +102,15 @@ def test_is_an_operator():
 BAD = [
     (lambda x, w: rms_norm(x, w[1:]), ValueError, "rms_norm: weight must have shape (8,), got (7,)"),
     (lambda x, w: rms_norm(x, w.int()), ValueError, "rms_norm: weight must be float32, float16 or bfloat16, got torch.int32"),
+    (lambda x, w: rms_norm(x[0, 0], w), ValueError, "rms_norm: x must have a last dimension to normalise over, got a scalar"),
+    (lambda x, w: rms_norm(x.double(), w), ValueError, "rms_norm: x must be float32, float16 or bfloat16, got torch.float64"),
     (lambda x, w: rms_norm(x.long(), None), ValueError, "rms_norm: x must be float32, float16 or bfloat16, got torch.int64"),
     (lambda x, w: rms_norm(x, w.to("meta")), ValueError, "rms_norm: weight must be on cpu like the input, got meta"),
-    (lambda x, w: rms_norm(x, w, casting="llma"), ValueError, "rms_norm: casting must be one of none, gemma, llama, got 'llma'"),
+    (
+        lambda x, w: rms_norm(x, w, casting="llma"),
+        ValueError,
+        "rms_norm: casting must be one of none, gemma, llama, got 'llma'",
+    ),
 ]
 
 
