@@ -110,16 +110,16 @@ def test_x_added_to_itself(path):
 
 
 def test_views_and_offsets(interpreted):
-    base, other = torch.randn(2, 9, 77)
     views = [
-        lambda t: t[1:, 3:60],
-        lambda t: t[:, ::2],
-        lambda t: t.t(),
-        lambda t: t[0].expand(9, 77),
-        lambda t: t[None, :, 5:70].expand(2, 9, 65),
+        lambda t: t[1:10, 3:60],
+        lambda t: t[:9, :77:2],
+        lambda t: t[:9, :77].t(),
+        lambda t: t[0, :77].expand(9, 77),
+        lambda t: t[None, :9, 5:70].expand(2, 9, 65),
+        lambda t: t[:3, 50:8250],
     ]
     for view in views:
-        x, residual = view(base), view(other)
+        x, residual = (view(t) for t in torch.randn(2, 10, 8300))
         weight = torch.randn(2 * x.shape[-1])[::2]
         plain = x.contiguous(), residual.contiguous(), weight.contiguous()
         want = run(fused_add_rms_norm, plain)

@@ -94,8 +94,9 @@ def test_gradients_of_some(interpreted, shape, wanted):
 
 
 def test_views_and_offsets(interpreted):
-    base = torch.randn(9, 77)
-    for x in (base[1:, 3:60], base[:, ::2], base.t(), base[0].expand(9, 77), base[None, :, 5:70].expand(2, 9, 65)):
+    base, walked = torch.randn(9, 77), torch.randn(3, 8300)[:, 50:8250]
+    views = base[1:, 3:60], base[:, ::2], base.t(), base[0].expand(9, 77), base[None, :, 5:70].expand(2, 9, 65), walked
+    for x in views:
         weight, bias = torch.randn(2 * x.shape[-1])[::2], torch.randn(x.shape[-1] + 1)[1:]
         for inputs in ((x, weight, bias), (x, bias, weight), (x, None, weight)):
             plain = [i if i is None else i.contiguous() for i in inputs]

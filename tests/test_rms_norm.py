@@ -67,8 +67,9 @@ def test_is_torchs():
 
 
 def test_views_and_offsets(interpreted):
-    base = torch.randn(9, 77)
-    for x in (base[1:, 3:60], base[:, ::2], base.t(), base[0].expand(9, 77), base[None, :, 5:70].expand(2, 9, 65)):
+    base, walked = torch.randn(9, 77), torch.randn(3, 8300)[:, 50:8250]
+    views = base[1:, 3:60], base[:, ::2], base.t(), base[0].expand(9, 77), base[None, :, 5:70].expand(2, 9, 65), walked
+    for x in views:
         weight = torch.randn(2 * x.shape[-1])[::2]
         got, want = (run(rms_norm, i) for i in ((x, weight), (x.contiguous(), weight.contiguous())))
         torch.testing.assert_close(got, want)
