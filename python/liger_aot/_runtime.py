@@ -194,11 +194,11 @@ def reject(variant, device, key):
     aligned, *rest = key
     dtypes, constants = rest[: len(variant.dtypes)], rest[len(variant.dtypes) :]
     if list(dtypes) != variant.dtypes:
-        return f"dtypes {short(variant.dtypes)}, not {short(dtypes)}"
+        return f"for {short(variant.dtypes)}"
     if list(constants) != list(variant.constants.values()):
-        return f"constants {variant.constants}, not {list(constants)}"
+        return f"for {', '.join(f'{k}={v}' for k, v in variant.constants.items())}"
     if aligned != variant.aligned:
-        return "for pointers and sizes divisible by 16" if variant.aligned else "for any alignment; the aligned one is faster"
+        return "for pointers and sizes divisible by 16" if variant.aligned else "for any alignment: the aligned one is faster"
     if variant.shared > device.max_shared_memory:
         return f"needs {variant.shared} B of shared memory, the device has {device.max_shared_memory}"
     return None

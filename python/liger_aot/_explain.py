@@ -1,0 +1,200 @@
+"""Which kernels a call launches and why these; and loading kernels before the first call."""
+
+import ast
+import json
+import re
+import sys
+from collections import Counter
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import _op
+from ._runtime import EXACT
+from ._runtime import FAMILY
+from ._runtime import fitness
+from ._runtime import kernels
+from ._runtime import pack_paths
+from ._runtime import reject
+from ._runtime import select_pack
+from ._runtime import short
+
+# KiB of shared memory that a program may have, by compute capability: CUDA Programming Guide, "Technical Specifications".
+SHARED_MEMORY = {(7, 5): 64, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99, (12, 1): 99}
+ASSUMED_MULTIPROCESSORS = 100
+FITS = {EXACT: "exact", FAMILY: "same family"}
+
+
+def preload(*names, device=None):
+    """Load these kernels (default: all) onto a CUDA device (default: the current one) now, and return how many variants.
+
+    What is loaded before a CUDA graph is captured need not be loaded during it.
+    """
+    launcher = kernels.launcher
+    index = device if isinstance(device, int) or device is None else torch.device(device).index
+    found = launcher.at(launcher.find_driver().current_device() if index is None else index)
+    count = 0
+    for kernel in names or found.pack.manifest["kernels"]:
+        for key, variant in found.pack.table(kernel).items():
+            if variant.shared <= found.max_shared_memory:
+                found.plan(kernel).load(found, kernel, key)
+                count += 1
+    return count
+
+
+def explain(op, *args, arch=None, **kwargs):
+    """What op(*args, **kwargs) would launch, and its backward where an argument requires a gradient; nothing is launched.
+
+    op is a function of liger_aot, an operator or its name. Without a GPU, say for which: arch="90", and pass CPU tensors.
+    Returns a Trace: print it, or read .launches and .rows. Other threads must not run operators meanwhile.
+    """
+    function = getattr(torch.ops.liger, op).default if isinstance(op, str) else op
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    trace = Trace(op if isinstance(op, str) else getattr(op, "__name__", str(op)).split(".")[0], target(arch, tensors))
+    with kernels.launched_by(trace), _op.on_cpu():
+        results = function(*args, **kwargs)
+        outputs = [r for r in (results if isinstance(results, tuple) else (results,)) if r is not None and r.requires_grad]
+        inputs = [t for t in tensors if t.requires_grad]
+        if outputs and inputs:
+            torch.autograd.grad(outputs, inputs, [torch.empty_like(o) for o in outputs], allow_unused=True)
+    return trace
+
+
+def target(arch, tensors):
+    if arch is not None:
+        return Target(arch)
+    for t in tensors:
+        if t.is_cuda:
+            return kernels.launcher.at(t.get_device())
+    raise ValueError("explain: for CPU tensors, arch must name a GPU architecture like '90', got None")
+
+
+class Target:
+    """A device that need not be there."""
+
+    def __init__(self, arch):
+        digits = re.fullmatch(r"(\d+)\.?(\d)[af]?", str(arch))
+        if not digits:
+            raise ValueError(f"explain: arch must be a GPU architecture like '90', '100f' or '8.6', got {arch!r}")
+        self.capability = int(digits[1]), int(digits[2])
+        self.max_shared_memory = 1024 * SHARED_MEMORY.get(self.capability, 163)
+        self.multiprocessors = ASSUMED_MULTIPROCESSORS
+        self.pack = select_pack(self.capability)
+
+
+class Launch:
+    """A launch that did not take place: `rows` has each candidate (cubin, why not); `variant` is the one without a reason."""
+
+    def __init__(self, device, kernel, grid, args, constants):
+        types = [type_ for _, type_ in device.pack.parameters(kernel)]
+        pointers = [a.data_ptr() for a, type_ in zip(args, types, strict=True) if type_.startswith("*")]
+        sizes = [a for a, type_ in zip(args, types, strict=True) if type_.endswith(":16")]
+        dtypes = [a.dtype for a in args[: len(pointers)]]
+        self.kernel, self.grid, self.dtypes, self.constants = kernel, tuple(grid), dtypes, constants
+        self.aligned = all(value % 16 == 0 for value in (*pointers, *sizes))
+        key = self.aligned, *dtypes, *constants.values()
+        table = device.pack.table(kernel).values()
+        self.rows = [(v.cubin, reject(v, device, key)) for v in table]
+        self.variant = next((v for v, (_, why) in zip(table, self.rows, strict=True) if why is None), None)
+
+    def __str__(self):
+        asked = ", ".join([short(self.dtypes), *(f"{k}={v}" for k, v in self.constants.items())])
+        v = self.variant
+        chosen = (
+            f"{v.cubin}\n   {v.threads} threads, {v.registers} registers, {v.shared} B of shared memory" if v else "NO VARIANT"
+        )
+        counts = Counter(why for _, why in self.rows if why).most_common()
+        others = "".join(f"\n   {count:4} x {why}" for why, count in counts)
+        return (
+            f"{self.kernel}, grid {self.grid}, {'aligned' if self.aligned else 'any alignment'}, {asked}\n   {chosen}{others}"
+        )
+
+
+class Trace:
+    """A launcher that launches nothing, and remembers what was asked of it."""
+
+    def __init__(self, name, device):
+        self.name, self.device, self.launches = name, device, []
+        fits = {arch: fitness(arch, device.capability) for arch in pack_paths()}
+        self.packs = {arch: why if isinstance(why, str) else FITS.get(why[0], "same major") for arch, why in fits.items()}
+
+    def multiprocessors(self, tensor):
+        return self.device.multiprocessors
+
+    def launch(self, kernel, grid, *args, **constants):
+        if not isinstance(args[0], FakeTensor) and 0 not in grid:
+            self.launches.append(Launch(self.device, kernel, grid, args, constants))
+
+    @property
+    def rows(self):
+        """Every candidate of every launch: dicts of launch (from 0), kernel, cubin and the reason against it, or None."""
+        return [
+            {"launch": n, "kernel": launch.kernel, "cubin": cubin, "rejected": why}
+            for n, launch in enumerate(self.launches)
+            for cubin, why in launch.rows
+        ]
+
+    def __str__(self):
+        major, minor = self.device.capability
+        assumed = f", as if it had {ASSUMED_MULTIPROCESSORS} multiprocessors" if isinstance(self.device, Target) else ""
+        chosen = f"sm_{self.device.pack.arch}: {self.packs[self.device.pack.arch]}"
+        others = "".join(f"; not sm_{arch}: {why}" for arch, why in self.packs.items() if arch != self.device.pack.arch)
+        launches = "".join(f"\n{n}. {launch}" for n, launch in enumerate(self.launches, 1))
+        head = f"{self.name} on compute capability {major}.{minor}{assumed}\npack {chosen}{others}"
+        return head + (launches or "\nlaunches nothing")
+
+
+def add_arguments(parser):
+    parser.add_argument("op", choices=sorted(_op.PUBLIC), help="an operator")
+    parser.add_argument("shape", nargs="+", type=parse_shape, help="of each tensor argument: 8x4096, or 8x4096:int64")
+    parser.add_argument("--dtype", default="bfloat16", type=parse_dtype, help="of the tensors without their own (bfloat16)")
+    parser.add_argument("--set", nargs="*", default=[], type=parse_option, metavar="NAME=VALUE", help="other arguments")
+    parser.add_argument("--arch", help="a GPU architecture, like 90; default: that of the current device")
+    parser.add_argument("--backward", action="store_true", help="also what the gradients of the floating tensors launch")
+    parser.add_argument("--json", action="store_true")
+
+
+def parse_shape(text):
+    shape, _, dtype = text.partition(":")
+    return [int(n) for n in shape.split("x")], parse_dtype(dtype) if dtype else None
+
+
+def parse_dtype(text):
+    dtype = getattr(torch, text, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(text)
+    return dtype
+
+
+def parse_option(text):
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(text)
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def main(args):
+    options, declared = dict(args.set), getattr(torch.ops.liger, args.op).default._schema.arguments
+    missing = [a.name for a in declared[len(args.shape) :] if not a.has_default_value() and a.name not in options]
+    unknown = sorted(options.keys() - {a.name for a in declared[len(args.shape) :]})
+    if missing or unknown or len(args.shape) > len(declared) or not (args.arch or torch.cuda.is_available()):
+        hint = "" if args.arch else "; without a CUDA device, --arch says for which"
+        print(
+            f"explain: {args.op} takes {', '.join(a.name for a in declared)}; missing {missing}, unknown {unknown}{hint}",
+            file=sys.stderr,
+        )
+        return 2
+    device = "cpu" if args.arch else "cuda"
+    tensors = [torch.zeros(shape, dtype=dtype or args.dtype, device=device) for shape, dtype in args.shape]
+    for t in tensors:
+        t.requires_grad_(args.backward and t.is_floating_point())
+    trace = explain(args.op, *tensors, arch=args.arch, **options)
+    if args.json:
+        print(json.dumps({"arch": trace.device.pack.arch, "packs": trace.packs, "candidates": trace.rows}, indent=1))
+    else:
+        print(trace)
+    return 0 if all(launch.variant for launch in trace.launches) else 1
