@@ -4,6 +4,8 @@ Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021 (
 that transformers has.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -50,16 +52,26 @@ def backward_reference(dq_out, dk_out, cos, sin):
     return turned(dq_out, cos, sin, -1), turned(dk_out, cos, sin, -1)
 
 
+@functools.cache
+def _tile(half):
+    return {"HEADS": HEADS, "HALF": fit(half, HALVES), "LOOP": half > HALVES[-1]}
+
+
+def tile(half):
+    """The constants of the kernel for halves of that width; under tracing any will do."""
+    return _tile(half if type(half) is int else 1)
+
+
 def turn(q, k, cos, sin, backward):
     q, k = unit_stride(q), unit_stride(k)
-    if cos.stride() != sin.stride() or cos.stride(-1) != 1:
+    angle_strides = cos.stride()
+    if angle_strides != sin.stride() or angle_strides[-1] != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
+        angle_strides = cos.stride()
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     batch, q_heads, tokens, n = q.shape
     k_heads, half = k.shape[1], cos.shape[-1] // 2
-    block = fit(half, HALVES)
-    blocks = cdiv(q_heads, HEADS) + cdiv(k_heads, HEADS)
-    kernels.rope[(batch * tokens * blocks,)](
+    kernels.rope[(batch * tokens * (cdiv(q_heads, HEADS) + cdiv(k_heads, HEADS)),)](
         q,
         k,
         cos,
@@ -70,8 +82,8 @@ def turn(q, k, cos, sin, backward):
         *k.stride()[:3],
         *q_out.stride()[:3],
         *k_out.stride()[:3],
-        0 if cos.dim() == 2 or cos.shape[0] == 1 else cos.stride(0),
-        cos.stride(-2),
+        0 if len(angle_strides) == 2 or cos.shape[0] == 1 else angle_strides[0],
+        angle_strides[-2],
         tokens,
         q_heads,
         k_heads,
@@ -79,9 +91,7 @@ def turn(q, k, cos, sin, backward):
         n,
         half if backward else 0,
         -1.0 if backward else 1.0,
-        HEADS=HEADS,
-        HALF=block,
-        LOOP=type(half) is int and half > block,
+        **tile(half),
     )
     return q_out, k_out
 
@@ -128,27 +138,36 @@ def check(q, k, cos, sin):
     if q.dim() != 4:
         raise ValueError(f"rope: q must have shape (batch, heads, tokens, head width), got {tuple(q.shape)}")
     batch, _, tokens, n = q.shape
-    if k.dim() != 4 or (k.shape[0], k.shape[2], k.shape[3]) != (batch, tokens, n):
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[2] != tokens or k.shape[3] != n:
         raise ValueError(f"rope: k must have shape ({batch}, any heads, {tokens}, {n}) like q, got {tuple(k.shape)}")
-    if q.dtype not in FLOATS or k.dtype is not q.dtype:
+    dtype, angle_dtype, device, shape = q.dtype, cos.dtype, q.device, cos.shape
+    if dtype not in FLOATS or k.dtype is not dtype:
         raise ValueError(
-            f"rope: q and k must have one dtype of float32, float16 and bfloat16, got {q.dtype} and {k.dtype}; cast with .to()"
+            f"rope: q and k must have one dtype of float32, float16 and bfloat16, got {dtype} and {k.dtype}; cast with .to()"
         )
-    r = cos.shape[-1] if cos.dim() else 0
-    if r > n or r % 2 or tuple(cos.shape) not in ((tokens, r), (1, tokens, r), (batch, tokens, r)):
+    if not fits(shape, batch, tokens, n):
         raise ValueError(
             f"rope: cos must have shape ({tokens}, r), (1, {tokens}, r) or ({batch}, {tokens}, r) with r even, at most {n}, "
-            f"got {tuple(cos.shape)}"
+            f"got {tuple(shape)}"
         )
-    if sin.shape != cos.shape:
-        raise ValueError(f"rope: sin must have shape {tuple(cos.shape)} like cos, got {tuple(sin.shape)}")
-    if sin.dtype is not cos.dtype or cos.dtype not in (q.dtype, torch.float32):
+    if sin.shape != shape:
+        raise ValueError(f"rope: sin must have shape {tuple(shape)} like cos, got {tuple(sin.shape)}")
+    if sin.dtype is not angle_dtype or (angle_dtype is not dtype and angle_dtype is not torch.float32):
         raise ValueError(
-            f"rope: cos and sin must both be {' or '.join(dict.fromkeys((str(q.dtype), 'torch.float32')))}, "
-            f"got {cos.dtype} and {sin.dtype}; cast with .to()"
+            f"rope: cos and sin must both be {dtype}{'' if dtype is torch.float32 else ' or torch.float32'}, "
+            f"got {angle_dtype} and {sin.dtype}; cast with .to()"
         )
     for name, tensor in (("k", k), ("cos", cos), ("sin", sin)):
-        if tensor.device != q.device:
-            raise ValueError(f"rope: {name} must be on {q.device} like q, got {tensor.device}; move it with .to()")
+        if tensor.device != device:
+            raise ValueError(f"rope: {name} must be on {device} like q, got {tensor.device}; move it with .to()")
     if needs_grad(cos, sin):
         raise ValueError("rope: cos and sin must not require gradients, which are not computed; got one that does; detach() it")
+
+
+def fits(shape, batch, tokens, n):
+    """Whether angles of this shape are those of (batch, any heads, tokens, n)."""
+    if len(shape) == 3:
+        one, *shape = shape
+        if one != 1 and one != batch:
+            return False
+    return len(shape) == 2 and shape[0] == tokens and shape[1] <= n and shape[1] % 2 == 0
