@@ -235,10 +235,10 @@ class Stub:
 
 
 class StubDriver(_driver.Driver):
-    """The launcher's driver over a stub, and in torch's place."""
+    """The package's own driver over a stub, or over a back end over it; and in torch's place."""
 
-    def __init__(self, stub):
-        super().__init__(stub)
+    def __init__(self, stub, backend=None):
+        super().__init__(backend or stub)
         self.stub = stub
         if not stub.record:  # as cheap as torch's own, which are C functions
             self.stream, self.current_device = {0: 7}.get, int
@@ -261,8 +261,8 @@ class StubDriver(_driver.Driver):
 class Launcher(_runtime.Cuda):
     """The package's own launcher over a stub; tensors in host memory pass for device 0's."""
 
-    def __init__(self, stub):
-        super().__init__(functools.cache(lambda: StubDriver(stub)))
+    def __init__(self, stub, backend=None):
+        super().__init__(functools.cache(lambda: StubDriver(stub, backend)))
         self.stub = stub
 
     def device(self, tensor, what="liger_aot"):
@@ -272,8 +272,8 @@ class Launcher(_runtime.Cuda):
 
 
 @contextlib.contextmanager
-def stubbed(stub=None, **options):
+def stubbed(stub=None, backend=None, **options):
     """Inside the `with`, operators on CPU tensors launch over a stub (yielded); record=False for timing the launcher."""
-    launcher = Launcher(stub or Stub(**options))
+    launcher = Launcher(stub or Stub(**options), backend)
     with _runtime.kernels.launched_by(launcher), on_cpu():
         yield launcher.stub
