@@ -13,6 +13,7 @@ from harness import run
 fused_add_rms_norm = torch.ops.liger.fused_add_rms_norm.default
 fused_add_rms_norm_fwd = torch.ops.liger.fused_add_rms_norm_fwd.default
 rms_norm = torch.ops.liger.rms_norm.default
+rms_norm_bwd = torch.ops.liger.rms_norm_bwd.default
 # One row, a ragged tail, more row groups than programs, two rows a program, every BLOCK, and a row that is walked in a loop.
 SHAPES = [(3,), (1, 3), (27, 100), (2, 5, 129), (13, 2000), (7, 4096), (4, 5000), (7, 8200)]
 
@@ -142,6 +143,9 @@ def test_is_an_operator():
     x, residual, weight = make((3, 4, 24), torch.float32, torch.float32)
     fwd = fused_add_rms_norm_fwd, (x, residual, weight, 1e-6, 0.0, False)
     check_operator(fused_add_rms_norm, fwd, x, residual, weight, 1e-6)
+    _, s, rstd = fused_add_rms_norm_fwd(*fwd[1])
+    for ds, need_dw in ((None, True), (x, True), (x, False)):
+        torch.library.opcheck(rms_norm_bwd, (residual, s, weight, rstd, 0.0, False, ds, need_dw))
 
 
 @pytest.mark.parametrize("used", [0, 1])

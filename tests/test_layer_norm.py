@@ -12,6 +12,7 @@ from harness import run
 
 layer_norm = torch.ops.liger.layer_norm.default
 layer_norm_fwd = torch.ops.liger.layer_norm_fwd.default
+layer_norm_bwd = torch.ops.liger.layer_norm_bwd.default
 # One row, a ragged tail, more row groups than programs, two rows a program, every BLOCK, and rows that are walked in a loop.
 SHAPES = [(3,), (1, 3), (27, 100), (2, 5, 129), (13, 2000), (7, 4096), (4, 5000), (7, 8200), (2, 12300)]
 
@@ -119,6 +120,9 @@ def test_nothing_in_nothing_out(path, shape):
 def test_is_an_operator(weight_dtype, bias_dtype):
     x, weight, bias = make((3, 4, 24), torch.float32, weight_dtype, bias_dtype)
     check_operator(layer_norm, (layer_norm_fwd, (x, weight, bias, 1e-5)), x, weight, bias)
+    _, mean, rstd = layer_norm_fwd(x, weight, bias, 1e-5)
+    for need_dw, need_db in {(weight is not None, bias is not None), (False, bias is not None), (False, False)}:
+        torch.library.opcheck(layer_norm_bwd, (torch.randn_like(x), x, weight, bias, mean, rstd, need_dw, need_db))
 
 
 BAD = [
