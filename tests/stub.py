@@ -8,10 +8,13 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import importlib.util
+import json
 import pathlib
 import struct
 import threading
+import zipfile
 import zlib
 
 import liger_aot
@@ -277,3 +280,19 @@ def stubbed(stub=None, backend=None, **options):
     launcher = Launcher(stub or Stub(**options), backend)
     with _runtime.kernels.launched_by(launcher), on_cpu():
         yield launcher.stub
+
+
+def copy_pack(folder, change=lambda manifest, entries: None, kernel="column_sum", arch="90"):
+    """A pack in `folder`, of one kernel of an installed pack, with what `change` does to it; then packed as the build packs."""
+    source = _runtime.FOLDER / f"sm_{arch}.zip"
+    with zipfile.ZipFile(source) as archive:
+        manifest = json.loads(archive.read("manifest.json")) | {"kernels": [kernel]}
+        entries = {n: archive.read(n) for n in archive.namelist() if n.startswith((f"{kernel}-", f"{kernel}."))}
+    change(manifest, entries)
+    manifest["sha256"] = hashlib.sha256(b"".join(entries[name] for name in sorted(entries))).hexdigest()
+    path = pathlib.Path(folder) / source.name
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in sorted(entries):
+            archive.writestr(name, entries[name])
+        archive.writestr("manifest.json", json.dumps(manifest))
+    return path

@@ -180,7 +180,7 @@ class Plan:
             try:
                 struct.pack(code, value)
             except (struct.error, OverflowError, TypeError):
-                what = {"i": "an integer below 2**31 (split the tensor, or make it contiguous)", "f": "a number within float32"}
+                what = {"i": "an integer below 2**31 (split the tensor, or make it contiguous)", "f": "a number"}
                 return f"{kernel}: {name} must be {what.get(code, 'an integer below 2**63')}, got {value}"
         return f"{kernel}: {self.size} bytes of arguments are more than the launch buffer holds"
 
