@@ -1,0 +1,110 @@
+"""What the linear losses share: logits = hidden · weightᵀ + bias in fp32, for a chunk of the rows at a time."""
+
+import torch
+
+from .._op import needs_grad
+from ._check import FLOATS
+
+# Each chunk adds to the fp32 gradient of weight (V, H), which moves 8·V·H bytes, for 6·rows·V·H flops of matmul. A GPU that
+# does 200 flops in the time of a byte spends as long on the one as on the other at some 270 rows, and little of it at 2048.
+CHUNK = 2048
+LEAST = 128  # rows, below which a matmul does not fill a GPU
+WHOLE = 1024  # more rows than this are always cut in two at least
+
+
+def chunk_rows(rows, width, itemsize):
+    """How many rows a chunk has, whose fp32 logits and their gradient take no more memory than a fp32 gradient of weight."""
+    fits = 4 * width // (4 + itemsize)
+    chunk = min(CHUNK, max(LEAST, fits))
+    return min(chunk, -(-rows // 2)) if rows > WHOLE else chunk
+
+
+def chunks(hidden):
+    """Slices over the rows of hidden (rows, width)."""
+    rows, width = hidden.shape
+    step = chunk_rows(rows, width, hidden.element_size())
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def logits_of(hidden, weight, bias):
+    """hidden · weightᵀ + bias, not rounded to 16 bits on the way."""
+    if hidden.dtype is torch.float32:
+        logits = hidden @ weight.t()
+    elif hidden.is_cuda:
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        logits = hidden.float() @ weight.float().t()
+    return logits if bias is None else logits.add_(bias)
+
+
+def accumulate(dweight, dlogits, hidden):
+    """dweight += dlogitsᵀ · hidden, in fp32."""
+    if hidden.dtype is torch.float32:
+        dweight.addmm_(dlogits.t(), hidden)
+    elif hidden.is_cuda:
+        torch.addmm(dweight, dlogits.t(), hidden, out_dtype=torch.float32, out=dweight)
+    else:
+        dweight.addmm_(dlogits.float().t(), hidden.float())
+
+
+class Gradients:
+    """The gradients of hidden, weight and bias, from those of the logits of one chunk after another; only those needed."""
+
+    def __init__(self, hidden, weight, bias, need_hidden, need_weight, need_bias):
+        self.hidden, self.weight = hidden, weight
+        self.dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
+        self.dweight = hidden.new_zeros(weight.shape if need_weight else 0, dtype=torch.float32)
+        self.dbias = hidden.new_zeros(bias.shape if need_bias else 0, dtype=torch.float32)
+        self.needed = need_hidden, need_weight, need_bias
+
+    def add(self, rows, dlogits):
+        need_hidden, need_weight, need_bias = self.needed
+        if need_hidden:
+            torch.mm(dlogits, self.weight, out=self.dhidden[rows])
+        if need_weight:
+            accumulate(self.dweight, dlogits, self.hidden[rows])
+        if need_bias:
+            self.dbias += dlogits.sum(0, dtype=torch.float32)
+
+    @property
+    def results(self):
+        return self.dhidden, self.dweight, self.dbias
+
+
+def fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias):
+    return (
+        torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0),
+        hidden.new_empty(weight.shape if need_weight else 0, dtype=torch.float32),
+        hidden.new_empty(bias.shape if need_bias else 0, dtype=torch.float32),
+    )
+
+
+def needs(*tensors):
+    """For each tensor whether its gradient is wanted."""
+    return [needs_grad(t) for t in tensors]
+
+
+def autocast(*tensors):
+    """The tensors in the dtype that F.linear would work in."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None else t.to(dtype) for t in tensors)
+
+
+def check_linear(op, name, hidden, weight, bias):
+    """hidden (..., H), weight (V, H) and bias (V,) are of one floating dtype and on one device."""
+    if hidden.dtype not in FLOATS:
+        raise ValueError(f"{op}: {name} must be float32, float16 or bfloat16, got {hidden.dtype}")
+    if not hidden.dim() or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{op}: {name} (..., H) and weight (V, H) must agree, got {tuple(hidden.shape)}, {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    for what, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{op}: {what} must be on {hidden.device} like {name}, got {tensor.device}; move it with .to()")
+        if tensor is not None and tensor.dtype is not hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(f"{op}: {what} must be {hidden.dtype} like {name}, got {tensor.dtype}; cast one or use autocast")
