@@ -219,7 +219,7 @@ def test_while_a_graph_is_captured(launcher):
     """A first call loads under relaxed capture mode, so that neither this nor another thread's capture is harmed."""
     launcher.stub.capturing = True
     with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
-        launcher.find_driver().call("cuLibraryLoadData", b"\x7fELF", None, None, 0, None, None, 0)
+        launcher.find_driver().call("cuLibraryLoadData", bytes(64), None, None, 0, None, None, 0)
     call()
     assert len(launcher.stub.launches) == 3
     modes = [mode for (mode,) in launcher.stub.called("cuThreadExchangeStreamCaptureMode")]
