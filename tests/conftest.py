@@ -6,6 +6,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from liger_aot import _jit
 
@@ -17,6 +18,18 @@ def reproducible():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def last_program_first(monkeypatch):
+    """On a GPU programs run together: interpreted from last to first, none can put right what the one before it spoilt."""
+    builder = interpreter.interpreter_builder
+    forwards = builder.set_grid_idx
+
+    def backwards(*index):
+        forwards(*(size - 1 - i for size, i in zip(builder.grid_dim, index, strict=True)))
+
+    monkeypatch.setattr(builder, "set_grid_idx", backwards)
 
 
 @pytest.fixture

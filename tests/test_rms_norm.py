@@ -61,8 +61,19 @@ def test_llama_is_bit_equal_to_transformers(path, dtype):
     assert torch.equal(rms_norm(x, theirs.weight, 1e-5, casting="llama"), theirs(x))
 
 
-def test_is_torchs():
+def test_offset_in_a_row_that_is_walked(path):
+    check(lambda x, w: rms_norm(x, w, 1e-6, offset=1.0), reference(offset=1.0), *make((4, 8200), torch.float32, torch.float32))
+
+
+def test_more_programs_than_are_summed_at_once(interpreted):
+    interpreted.count = 20
+    check(lambda x, w: rms_norm(x, w, 1e-6), reference(), *make((70, 1100), torch.float32, torch.float32))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_is_torchs(size):
     x, weight = make((4, 65), torch.float32, torch.float32)
+    x *= size  # where it is small, eps tells
     torch.testing.assert_close(rms_norm(x, weight), torch.nn.functional.rms_norm(x, (65,), weight))
 
 

@@ -19,6 +19,7 @@ rope_bwd = torch.ops.liger.rope_bwd.default
 SHAPES = [
     (1, 1, 1, 1, 2, 2),
     (2, 9, 3, 5, 64, 64),
+    (1, 2, 17, 2, 16, 16),
     (2, 4, 2, 3, 128, 128),
     (1, 3, 1, 2, 256, 256),
     (1, 2, 1, 2, 600, 600),
@@ -98,7 +99,7 @@ def test_angles_of_any_layout(path):
     expected = rope(q, k, cos, sin)
     wide = torch.stack([cos, sin], -1)
     tall = torch.cat([torch.zeros(2, 1, 16), cos], 1)[:, 1:], torch.cat([torch.zeros(2, 1, 16), sin], 1)[:, 1:]
-    for angles in ((wide[..., 0], wide[..., 1]), (cos.mT.contiguous().mT, sin), tall):
+    for angles in ((wide[..., 0], wide[..., 1]), (cos.mT.contiguous().mT, sin), tall, (cos, tall[1])):
         assert all(torch.equal(a, b) for a, b in zip(rope(q, k, *angles), expected, strict=True))
 
 
