@@ -77,7 +77,7 @@ def test_is_bit_equal_to_transformers(path, dtype):
 
 
 @pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=str)
-def test_a_loss_of_either_output(path, used):
+def test_outputs_used_alone_and_together(path, used):
     """What is not used costs nothing, and the residual's gradient is not the same memory as x's."""
     x, residual, weight = (i.requires_grad_() for i in make((9, 300), torch.float32, torch.float32))
     truth = [i.detach().double().requires_grad_() for i in (x, residual, weight)]
@@ -163,6 +163,7 @@ BAD = [
     (lambda x, r, w: (x, r[1:], w), f"{OP}: residual must have shape (2, 8), got (1, 8)"),
     (lambda x, r, w: (x, r[0], w), f"{OP}: residual must have shape (2, 8), got (8,)"),
     (lambda x, r, w: (x, r.half(), w), f"{OP}: residual must be torch.float32 like x, got torch.float16; cast one with .to()"),
+    (lambda x, r, w: (x.half(), r.bfloat16(), w), f"{OP}: residual must be torch.float16 like x, got torch.bfloat16"),
     (lambda x, r, w: (x, r.double(), w), f"{OP}: residual must be float32, float16 or bfloat16, got torch.float64"),
     (lambda x, r, w: (x, r.to("meta"), w), f"{OP}: residual must be on cpu like the input, got meta"),
     (lambda x, r, w: (x, r, w[1:]), f"{OP}: weight must have shape (8,), got (7,)"),
