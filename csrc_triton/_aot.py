@@ -5,9 +5,11 @@ A kernel file declares with @variants what to build of each kernel. CMake runs, 
 then, once for an architecture, and once for all,
     python _aot.py pack 100f VERSION OUT/sm_100f.zip OUT/*.zip
     python _aot.py contract VERSION OUT/_build.py
+and `python _aot.py toolchain` says what compiles.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -19,13 +21,14 @@ import pathlib
 import re
 import runpy
 import subprocess
+import sys
 import tempfile
 import time
 import zipfile
 
 SCHEMA = 1  # the manifest's form
 ABI = 1  # how the launcher packs arguments: by C alignment, then the two scratch pointers that Triton appends
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 EPOCH = (1980, 1, 1, 0, 0, 0)
 FOLDER = pathlib.Path(__file__).resolve().parent
 
@@ -34,7 +37,7 @@ def variants(where=lambda: True, scalar=(), **spec):
     """Declare the forms of a kernel to build, one keyword per kernel parameter.
 
     A string is a Triton type ("*bf16", "i32", "fp32"). A list is a constexpr, or a name standing in types, to try value
-    by value. num_warps and num_stages are numbers or functions of the lists; `where` drops forms.
+    by value. num_warps, num_stages and maxnreg are numbers or functions of the lists; `where` drops forms.
 
     Every form is built twice: for any arguments, and faster for pointers and "i32:16" integers divisible by 16.
     `scalar` names "loads" or "stores" where the kernel moves single numbers only, so that none can be 128 bits wide.
@@ -92,9 +95,13 @@ def ptxas():
     if named := os.environ.get("LIGER_AOT_PTXAS"):
         return pathlib.Path(named)
     spec = importlib.util.find_spec("nvidia")
-    found = [p for folder in (spec.submodule_search_locations if spec else []) for p in pathlib.Path(folder).glob("*/bin/ptxas")]
+    found = [
+        p for folder in (spec.submodule_search_locations if spec else []) for p in pathlib.Path(folder).glob("*/bin/ptxas")
+    ]
     if len(found) != 1:
-        raise SystemExit(f"ptxas: need exactly one from an nvidia-cuda-nvcc package, found {found or 'none'}; or set LIGER_AOT_PTXAS")
+        raise SystemExit(
+            f"ptxas: need exactly one from an nvidia-cuda-nvcc package, found {found or 'none'}; or set LIGER_AOT_PTXAS"
+        )
     return found[0]
 
 
@@ -127,7 +134,7 @@ def assemble(ptx, arch):
         command = [ptxas(), "-v", f"--gpu-name=sm_{arch}", source, "-o", binary]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"ptxas {ptxas_version()}: {done.stderr}")
+            raise RuntimeError(f"ptxas {ptxas_version()}: {done.stderr}")
         return binary.read_bytes(), done.stderr
 
 
@@ -150,27 +157,43 @@ def compile_variant(kernel, types, constants, options, aligned, arch):
         stages["cubin"] = cubin
 
     signature = {p: types.get(p, "constexpr").removesuffix(":16") for p in kernel.arg_names}
-    divisible = [i for i, p in enumerate(kernel.arg_names) if types.get(p, "").startswith("*") or types.get(p, "").endswith(":16")]
+    divisible = [
+        i for i, p in enumerate(kernel.arg_names) if types.get(p, "").startswith("*") or types.get(p, "").endswith(":16")
+    ]
+    dtypes = [t.strip("*") for t in types.values() if t.startswith("*")]
+    parts = [*dtypes, *(f"{k}{v}" for k, v in constants.items()), "aligned" if aligned else "any"]
+    file = "-".join([kernel.__name__, *parts]) + ".cubin"
+    name = f"{file} for sm_{arch}"
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in divisible if aligned})
     target = GPUTarget("cuda", int(arch.rstrip("af")), 32)
     with triton.knobs.runtime.scope():
         # Triton asks the hook without arguments for its part of the cache key.
         triton.knobs.runtime.add_stages_inspection_hook = lambda *a: own_assembler(*a) if a else (ptxas_version(), arch)
-        binary = triton.compile(source, target=target, options={**options, "ptx_version": ptx_version()})
+        try:
+            binary = triton.compile(source, target=target, options={**options, "ptx_version": ptx_version()})
+        except BaseException:
+            print(f"{name} does not compile", file=sys.stderr)
+            raise
 
-    dtypes = [t.strip("*") for t in types.values() if t.startswith("*")]
-    parts = [*dtypes, *(f"{k}{v}" for k, v in constants.items()), "aligned" if aligned else "any"]
     entry = {
-        "cubin": "-".join([kernel.__name__, *parts]) + ".cubin",
+        "cubin": file,
         "dtypes": dtypes,
         "constants": constants,
         "aligned": aligned,
         "warps": binary.metadata.num_warps,
         "shared": binary.metadata.shared,
     }
-    name = f"{entry['cubin']} for sm_{arch}"
     entry["registers"] = _gate.check(name, binary.asm["cubin"], binary.metadata, report[0], kernel, types, constants, aligned)
     return entry, binary.asm["cubin"]
+
+
+@contextlib.contextmanager
+def whole(out, **options):
+    """A zip to write to, which has its name only when it is complete: half of one would look new to the next build."""
+    started = out.with_suffix(".part")
+    with zipfile.ZipFile(started, "w", **options) as archive:
+        yield archive
+    started.replace(out)
 
 
 def compile_file(source, arch, out):
@@ -179,7 +202,7 @@ def compile_file(source, arch, out):
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # without paths and line numbers, half the size and reproducible
     kernels = {name: k for name, k in runpy.run_path(source).items() if hasattr(k, "variants")}
     count = 0
-    with tempfile.TemporaryDirectory() as cache, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as part:
+    with tempfile.TemporaryDirectory() as cache, whole(out) as part:
         os.environ["TRITON_CACHE_DIR"] = cache
         for name, kernel in sorted(kernels.items()):
             forms = [(*v, aligned) for v in kernel.variants for aligned in (True, False)]
@@ -199,7 +222,12 @@ def pack(arch, version, out, parts):
     entries = {}
     for part in parts:
         with zipfile.ZipFile(part) as archive:
-            entries |= {name: archive.read(name) for name in archive.namelist()}
+            for name in archive.namelist():
+                if name in entries:
+                    raise SystemExit(
+                        f"{part}: {name} exists already; kernels, and variants of a kernel, need names of their own"
+                    )
+                entries[name] = archive.read(name)
     manifest = {
         "schema": SCHEMA,
         "version": version,
@@ -213,10 +241,16 @@ def pack(arch, version, out, parts):
         "sha256": hashlib.sha256(b"".join(entries[name] for name in sorted(entries))).hexdigest(),
     }
     entries["manifest.json"] = json.dumps(manifest, indent=1).encode()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with whole(out, compression=zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name in sorted(entries):
             archive.writestr(zipfile.ZipInfo(name, EPOCH), entries[name], zipfile.ZIP_DEFLATED)
     print(f"sm_{arch}: {manifest['variants']} variants, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def toolchain():
+    import triton
+
+    print(f"Triton {triton.__version__}, ptxas {ptxas_version()}")
 
 
 def write_build_file(version, out):
@@ -238,8 +272,10 @@ def main():
     command = commands.add_parser("contract")
     command.add_argument("version")
     command.add_argument("out", type=pathlib.Path)
+    commands.add_parser("toolchain")
     given = vars(parser.parse_args())
-    {"compile": compile_file, "pack": pack, "contract": write_build_file}[given.pop("command")](**given)
+    run = {"compile": compile_file, "pack": pack, "contract": write_build_file, "toolchain": toolchain}
+    run[given.pop("command")](**given)
 
 
 if __name__ == "__main__":

@@ -117,12 +117,13 @@ def test_two_threads_load_once(stub):
     assert len(stub.called("cuLibraryLoadData")) == 1
 
 
-ALL = sorted(_runtime.open_pack(_runtime.pack_paths()["90"]).manifest["kernels"])
-
-
-@pytest.mark.parametrize("kernel", ALL)
-def test_each_assumption_of_the_aligned_variant_is_looked_at(stub, kernel):
+def test_each_assumption_of_every_aligned_variant_is_looked_at(stub):
     pack = _runtime.open_pack(_runtime.pack_paths()["90"])
+    for kernel in pack.manifest["kernels"]:
+        violate(stub, pack, kernel)
+
+
+def violate(stub, pack, kernel):
     parameters = pack.parameters(kernel)
     assumed = [n for n, (_, type_) in enumerate(parameters) if type_.startswith("*") or type_.endswith(":16")]
     for variant in pack.table(kernel).values():

@@ -1,0 +1,297 @@
+"""What the build makes, what it refuses, and that it makes the same again, of what changed only."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from types import SimpleNamespace
+
+import pytest
+
+import liger_aot
+from liger_aot import _build
+from liger_aot import _runtime
+from liger_aot import _verify
+
+from stub import machinery
+
+ROOT = pathlib.Path(__file__).parent.parent
+SOURCES = pathlib.Path(liger_aot.__file__).parent / "_triton"
+ARCHS = pytest.mark.parametrize("arch", _runtime.pack_paths())
+aot, gate = machinery("_aot"), machinery("_gate")
+
+
+def pack_of(arch):
+    return _runtime.open_pack(_runtime.pack_paths()[arch])
+
+
+def compile(source, arch, out):
+    """A process that compiles: here, Triton is set to interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, source.parent / "_aot.py", "compile", source, arch, out]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=out.parent)
+
+
+@ARCHS
+def test_every_cubin_takes_what_the_launcher_packs(arch):
+    pack = pack_of(arch)
+    for kernel in pack.manifest["kernels"]:
+        types = [type_ for _, type_ in pack.parameters(kernel)]
+        expected = gate.expected_parameters(types)
+        assert _verify.passed(types) == expected
+        for variant in pack.table(kernel).values():
+            cubin = pack.read(variant.cubin)
+            assert gate.parameter_table(cubin, kernel) == _verify.parameters(cubin, kernel) == expected
+    assert _verify.problems(_runtime.pack_paths()[arch]) == []
+
+
+@ARCHS
+def test_packs(arch):
+    pack = pack_of(arch)
+    assert pack.arch == arch
+    assert pack.manifest["variants"] == sum(len(pack.table(kernel)) for kernel in pack.manifest["kernels"]) <= 600
+    names = pack.archive.namelist()
+    assert names == sorted(names)
+    assert len(names) == len(set(names)) == pack.manifest["variants"] + len(pack.manifest["kernels"]) + 1
+    assert {info.date_time for info in pack.archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+    for kernel in pack.manifest["kernels"]:
+        keys, others = set(pack.table(kernel)), pack_of(min(_runtime.pack_paths())).table(kernel)
+        assert {(not key[0], *key[1:]) for key in keys} == keys, "an aligned variant has one for any alignment, and the reverse"
+        assert others.keys() == keys, "all architectures have the same"
+
+
+def test_the_sources_here_are_those_that_the_packs_were_built_from():
+    assert aot.contract() == _build.CONTRACT
+
+
+def test_the_contract_is_over_every_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(aot, "FOLDER", tmp_path)
+    found = [aot.contract()]
+    for name, text in [("a.py", ""), ("a.py", "1"), ("b.py", "1"), ("_math.py", "")]:
+        (tmp_path / name).write_text(text)
+        found.append(aot.contract())
+    monkeypatch.setattr(aot, "ABI", aot.ABI + 1)
+    found.append(aot.contract())
+    assert len(set(found)) == len(found)
+
+
+GOOD = "Used 32 registers, used 1 barriers, 416 bytes cmem[0]\n0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+METADATA = {"name": "column_sum", "global_scratch_size": 0, "profile_scratch_size": 0, "num_ctas": 1, "tensordesc_meta": []}
+SPILLS = "it spills or uses local memory"
+BAD_CUBINS = {
+    "types": ({"types": {"a": "*fp32", "b": "*fp32", "c": "i32", "d": "i64"}}, r"its parameters .* launcher packs .*\(24, 8\)"),
+    "one more": ({"types": {"a": "*fp32", "b": "*fp32", "c": "i32", "d": "i32", "e": "fp32"}}, "its parameters"),
+    "symbol": ({"metadata": {"name": "other"}}, "its symbol is other"),
+    "global scratch": ({"metadata": {"global_scratch_size": 16}}, "global_scratch_size is 16, must be 0"),
+    "profile scratch": ({"metadata": {"profile_scratch_size": 8}}, "profile_scratch_size is 8, must be 0"),
+    "cluster": ({"metadata": {"num_ctas": 2}}, "clusters and tensor descriptors are not launched"),
+    "descriptor": ({"metadata": {"tensordesc_meta": [{}]}}, "clusters and tensor descriptors are not launched"),
+    "stack": ({"report": GOOD.replace("0 bytes stack", "8 bytes stack")}, SPILLS),
+    "spilled stores": ({"report": GOOD.replace("0 bytes spill stores", "4 bytes spill stores")}, SPILLS),
+    "spilled loads": ({"report": GOOD.replace("0 bytes spill loads", "4 bytes spill loads")}, SPILLS),
+    "local memory": ({"report": GOOD + "\n16 bytes lmem"}, SPILLS),
+    "no report": ({"report": "Used 32 registers"}, SPILLS),
+    "narrow loads": ({"form": "any"}, r"no 128-bit global loads, only \{"),
+    "narrow stores": ({"scalar": ()}, r"no 128-bit global stores, only \{"),
+}
+
+
+def hold(form="aligned", types=None, metadata=None, report=GOOD, scalar=("stores",), aligned=True):
+    pack = pack_of(min(_runtime.pack_paths()))
+    cubin = pack.read(f"column_sum-fp32-fp32-ROWS32-BLOCK128-{form}.cubin")
+    types = types or dict(pack.parameters("column_sum"))
+    kernel = SimpleNamespace(__name__="column_sum", scalar=scalar)
+    return gate.check("that one", cubin, SimpleNamespace(**METADATA | (metadata or {})), report, kernel, types, {}, aligned)
+
+
+def test_the_gate_lets_good_cubins_pass():
+    assert hold() == 32
+    assert hold(form="any", aligned=False, report=GOOD.replace("0 bytes", "8 bytes")) == 32
+
+
+@pytest.mark.parametrize("fault", BAD_CUBINS)
+def test_the_gate_refuses(fault):
+    change, text = BAD_CUBINS[fault]
+    with pytest.raises(SystemExit, match=f"^build gate: that one: {text}"):
+        hold(**change)
+
+
+WRONG = """
+import triton
+import triton.language as tl
+from _aot import variants
+
+@variants(x="*T", y="*T", n="i32", T=["fp32", "bf16"], BLOCK=[16])
+@triton.jit
+def wrong(x, y, n, BLOCK: tl.constexpr):
+    {body}
+"""
+BODIES = {
+    "narrow": (
+        "tl.store(y, tl.load(x))",
+        "build gate: wrong-fp32-fp32-BLOCK16-aligned.cubin for sm_80: no 128-bit global loads",
+    ),
+    "no such thing": ("tl.nothing(x)", "wrong-fp32-fp32-BLOCK16-aligned.cubin for sm_80 does not compile"),
+}
+
+
+@pytest.mark.parametrize("fault", BODIES)
+def test_a_variant_that_fails_fails_the_build_by_name(tmp_path, fault):
+    body, text = BODIES[fault]
+    folder = tmp_path / "csrc"
+    folder.mkdir()
+    for name in ("_aot.py", "_gate.py"):
+        shutil.copy(SOURCES / name, folder)
+    (folder / "wrong.py").write_text(WRONG.format(body=body))
+    done = compile(folder / "wrong.py", "80", tmp_path / "out.zip")
+    assert done.returncode == 1
+    assert text in done.stderr
+    assert not (tmp_path / "out.zip").exists(), "half a pack has not the name of a whole one"
+
+
+def test_pointers_come_first():
+    def kernel():
+        pass
+
+    kernel.arg_names = ["n", "x"]
+    with pytest.raises(TypeError, match="kernel: pointers must come before the other parameters"):
+        aot.variants(n="i32", x="*fp32")(kernel)
+
+
+def test_the_same_again(tmp_path):
+    """Two builds in two folders, from two folders, of one of the architectures that ptxas is asked for under another name."""
+    packs = []
+    for folder in (tmp_path / "a", tmp_path / "a longer name" / "b"):
+        shutil.copytree(SOURCES, folder / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
+        done = compile(folder / "csrc/column_sum.py", "100f", folder / "part.zip")
+        assert done.returncode == 0, done.stderr
+        command = [sys.executable, folder / "csrc/_aot.py", "pack", "100f", "1.0", folder / "sm_100f.zip", folder / "part.zip"]
+        subprocess.run(command, check=True, capture_output=True)
+        packs.append((folder / "sm_100f.zip").read_bytes())
+    assert packs[0] == packs[1]
+    with zipfile.ZipFile(tmp_path / "a/sm_100f.zip") as archive:
+        assert len(archive.namelist()) == 6 + 2
+
+
+@pytest.mark.parametrize(
+    ("ptxas", "arch", "driver", "ptx"),
+    [
+        ("12.4.131", "80", 12000, 84),
+        ("12.8.93", "90", 12000, 87),
+        ("12.9.86", "75", 12000, 88),
+        ("12.9.86", "100f", 12090, 88),
+        ("12.9.86", "120f", 12090, 88),
+        ("13.0.48", "80", 13000, 90),
+        ("13.1.80", "110f", 13010, 91),
+    ],
+)
+def test_what_an_assembler_asks_of_the_driver(monkeypatch, ptxas, arch, driver, ptx):
+    monkeypatch.setattr(aot, "ptxas_version", lambda: ptxas)
+    assert (aot.min_driver(arch), aot.ptx_version()) == (driver, ptx)
+
+
+def test_names_are_taken_once(tmp_path):
+    for name in ("a", "b"):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr("kernel.json", "{}")
+    with pytest.raises(SystemExit, match=r"b\.zip: kernel\.json exists already"):
+        aot.pack("80", "1", tmp_path / "sm_80.zip", [tmp_path / "a.zip", tmp_path / "b.zip"])
+    assert not (tmp_path / "sm_80.zip").exists()
+
+
+# Stands for _aot.py: it writes its command line where the result should be.
+PRETEND = """
+import pathlib, sys
+if sys.argv[1] == "toolchain":
+    print(pathlib.Path(__file__).with_name("version.txt").read_text())
+else:
+    out = {"compile": 4, "pack": 4, "contract": 3}[sys.argv[1]]
+    pathlib.Path(sys.argv[out]).write_text(" ".join(sys.argv[1:]))
+"""
+
+
+class Build:
+    """The project's CMakeLists.txt with two kernel files and a compiler that only pretends."""
+
+    def __init__(self, folder):
+        self.source, self.folder, self.archs = folder / "source", folder / "build", "80,100f"
+        (self.source / "csrc_triton").mkdir(parents=True)
+        shutil.copy(ROOT / "CMakeLists.txt", self.source)
+        for name in ("a.py", "b.py", "_gate.py", "_math.py"):
+            self.write(name)
+        (self.source / "csrc_triton/_aot.py").write_text(PRETEND)
+        self.write("version.txt", "1")
+
+    def write(self, name, text=""):
+        (self.source / "csrc_triton" / name).write_text(text)
+
+    def run(self, *command):
+        path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+        environment = os.environ | {"PATH": path, "LIGER_AOT_ARCHS": self.archs}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=self.source)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def configure(self):
+        definitions = ["-DSKBUILD_PROJECT_VERSION_FULL=1.2", f"-DPython_EXECUTABLE={sys.executable}"]
+        self.run("cmake", "-G", "Ninja", "-S", self.source, "-B", self.folder, *definitions)
+
+    def made(self):
+        """What was out of date."""
+        return sorted(re.findall(r"\] ((?:Compiling|Packing) .*)", self.run("ninja", "-C", self.folder)))
+
+
+def test_what_changed_is_made_again(tmp_path):
+    build = Build(tmp_path)
+    build.configure()
+    everything = [f"{verb} for sm_{arch}" for verb in ("Compiling a", "Compiling b") for arch in ("100f", "80")]
+    packs = ["Packing sm_100f", "Packing sm_80"]
+    assert build.made() == everything + packs
+    assert build.made() == []
+    build.run("cmake", "--install", build.folder, "--prefix", tmp_path / "wheel")
+    installed = sorted(str(p.relative_to(tmp_path / "wheel/liger_aot")) for p in (tmp_path / "wheel").rglob("*") if p.is_file())
+    sources = [f"_triton/{name}.py" for name in ("_aot", "_gate", "_math", "a", "b")]
+    assert installed == sorted(["_build.py", "cubins/sm_100f.zip", "cubins/sm_80.zip", *sources])
+    assert (tmp_path / "wheel/liger_aot/_build.py").read_text().startswith("contract 1.2 ")
+
+    build.write("a.py", "changed")
+    assert build.made() == everything[:2] + packs, "one edge for each architecture"
+    build.write("_math.py", "changed")
+    assert build.made() == everything + packs
+    build.configure()
+    assert build.made() == [], "to configure again changes nothing"
+    build.write("version.txt", "2")
+    build.configure()
+    assert build.made() == everything + packs, "another compiler makes everything again"
+    build.archs = "80"
+    build.configure()
+    assert build.made() == []
+    (build.source / "csrc_triton/b.py").unlink()
+    build.write("a.py", "changed again")
+    assert build.made() == ["Compiling a for sm_80", "Packing sm_80"]
+
+
+def test_pins():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    required = set(project["build-system"]["requires"])
+    assert all("==" in r for r in required), "what compiles is pinned"
+    names = {re.split(r"[=<>~ ]", r)[0] for r in required}
+    assert not names & {"torch", "numpy", "liger-kernel"}
+    assert required <= set(project["dependency-groups"]["build"]), "builds without isolation use the same"
+    assert {"include-group": "build"} in project["dependency-groups"]["test"]
+    assert [re.split(r"[=<>~]", r)[0] for r in project["project"]["dependencies"]] == ["torch"]
+
+
+def test_nothing_of_the_build_is_needed_to_run():
+    """The package imports without Triton, and without what else compiles or tests."""
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['triton', 'elftools', 'ninja', 'pytest', 'transformers']);"
+        "import torch, liger_aot; print(tuple(torch.ops.liger.rms_norm(torch.ones(2, 3)).shape))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "(2, 3)\n", done.stderr
