@@ -33,6 +33,9 @@ TEXTS = {
     700: b"an illegal memory access was encountered",
     CAPTURING: b"operation not permitted when stream is capturing",
 }
+# As cuda.h numbers them, whatever the package thinks.
+RELAXED_CAPTURE, DYNAMIC_SHARED_MEMORY = 2, 8
+MULTIPROCESSORS, CAPABILITY_MAJOR, CAPABILITY_MINOR, MAX_SHARED_MEMORY = 16, 75, 76, 97
 CONTEXT = 0x1000  # the primary context of device 0
 FORMATS = {"i32": "i", "i64": "q", "fp32": "f"}
 
@@ -123,10 +126,10 @@ class Stub:
     def __init__(self, capability=(9, 0), multiprocessors=132, shared=232448, version=13000, record=True):
         self.version, self.stream, self.capturing, self.before_launch = version, 7, False, lambda: None
         self.attributes = {
-            _driver.CAPABILITY_MAJOR: capability[0],
-            _driver.CAPABILITY_MINOR: capability[1],
-            _driver.MULTIPROCESSORS: multiprocessors,
-            _driver.MAX_SHARED_MEMORY: shared,
+            CAPABILITY_MAJOR: capability[0],
+            CAPABILITY_MINOR: capability[1],
+            MULTIPROCESSORS: multiprocessors,
+            MAX_SHARED_MEMORY: shared,
         }
         self.calls, self.launches, self.failures = [], [], collections.defaultdict(collections.deque)
         self.images, self.kernels, self.loaded, self.opted_in = {}, {}, set(), {}
@@ -146,7 +149,7 @@ class Stub:
 
     @property
     def relaxed(self):
-        return getattr(self.thread, "mode", 0) == _driver.RELAXED_CAPTURE or not self.capturing
+        return getattr(self.thread, "mode", 0) == RELAXED_CAPTURE or not self.capturing
 
     def cuGetErrorString(self, status):
         return (SUCCESS, TEXTS[status]) if status in TEXTS else (INVALID_VALUE, None)
@@ -211,8 +214,8 @@ class Stub:
 
     @entry
     def cuKernelSetAttribute(self, attribute, value, kernel, device):
-        assert attribute == _driver.DYNAMIC_SHARED_MEMORY
-        if value > self.attributes[_driver.MAX_SHARED_MEMORY]:
+        assert attribute == DYNAMIC_SHARED_MEMORY
+        if value > self.attributes[MAX_SHARED_MEMORY]:
             raise StatusError(INVALID_VALUE)
         self.opted_in[kernel, device] = value
 

@@ -16,6 +16,7 @@ from liger_aot import _driver
 from liger_aot import _runtime
 
 from stub import CONTEXT
+from stub import RELAXED_CAPTURE
 from stub import Stub
 from stub import stubbed
 
@@ -223,7 +224,7 @@ def test_while_a_graph_is_captured(launcher):
     call()
     assert len(launcher.stub.launches) == 3
     modes = [mode for (mode,) in launcher.stub.called("cuThreadExchangeStreamCaptureMode")]
-    assert modes == [_driver.RELAXED_CAPTURE, 0] * 3
+    assert modes == [RELAXED_CAPTURE, 0] * 3
 
 
 def test_the_stream_is_asked_for_every_time(launcher):
