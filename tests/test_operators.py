@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from liger_aot import _op
@@ -135,6 +136,22 @@ def test_neg_views_are_what_they_say(path, name):
     lazy = [torch._neg_view(-a) if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
     for got, want in zip(call(name, lazy, options), plain, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@OPERATORS
+def test_a_dispatch_mode_sees_it(interpreted, name):
+    """Tracing, selective checkpointing and counters of operations stand on this."""
+    seen = set()
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.add(str(function))
+            return function(*args, **kwargs or {})
+
+    arguments, options = EXAMPLES[name](torch.float32)
+    with Look():
+        call(name, arguments, options)
+    assert f"liger.{name}_fwd.default" in seen
 
 
 def far_apart(t, stride, path):
