@@ -15,11 +15,11 @@ LOOP_BLOCK = 4096
 RESIDENT = {128: 4, 1024: 4, 2048: 4, 4096: 2, 8192: 1}
 
 
-def check_input(op, x):
+def unusable(op, x):
+    """Why no norm takes x: its dtype is none of FLOATS, or it has no dimension."""
     if x.dtype not in FLOATS:
-        raise ValueError(f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
-    if not x.dim():
-        raise ValueError(f"{op}: x must have a last dimension to normalise over, got a scalar")
+        return ValueError(f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
+    return ValueError(f"{op}: x must have a last dimension to normalise over, got a scalar")
 
 
 @functools.cache

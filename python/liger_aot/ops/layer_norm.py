@@ -12,13 +12,14 @@ from .._op import op
 from .._op import public
 from .._runtime import cdiv
 from .._runtime import kernels
+from ._check import FLOATS
 from ._check import check_same
 from ._check import rows_of
 from ._check import wide
-from ._norm import check_input
 from ._norm import column_sum
 from ._norm import share
 from ._norm import tile
+from ._norm import unusable
 
 LEAST_BLOCK = 1024
 
@@ -113,8 +114,9 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     weight and bias may each be left out. Unless both have x's dtype they are taken in fp32. Raises ValueError where one has
     another shape or device, and on dtypes other than fp32, fp16 and bf16.
     """
-    check_input("layer_norm", x)
     dtype, mixed = x.dtype, False
+    if dtype not in FLOATS or not x.dim():
+        raise unusable("layer_norm", x)
     if weight is not None:
         check_same("layer_norm", "weight", weight, x.shape[-1:], x)
         mixed = weight.dtype is not dtype

@@ -13,13 +13,14 @@ from .._op import op
 from .._op import public
 from .._runtime import cdiv
 from .._runtime import kernels
+from ._check import FLOATS
 from ._check import check_same
 from ._check import rows_of
 from ._check import wide
-from ._norm import check_input
 from ._norm import column_sum
 from ._norm import share
 from ._norm import tile
+from ._norm import unusable
 
 CASTING = {"none": False, "gemma": False, "llama": True}
 
@@ -113,15 +114,17 @@ class RMSNormFunction(Function):
 
 def check_arguments(op, x, weight, eps, casting):
     """weight in a dtype that kernels take with x's, eps, and whether the normalised x is rounded to x's dtype."""
-    check_input(op, x)
+    dtype = x.dtype
+    if dtype not in FLOATS or not x.dim():
+        raise unusable(op, x)
     if weight is not None:
         check_same(op, "weight", weight, x.shape[-1:], x)
-        if weight.dtype is not x.dtype:
+        if weight.dtype is not dtype:
             weight = weight.float()
     cast = CASTING.get(casting)
     if cast is None:
         raise ValueError(f"{op}: casting must be one of {', '.join(CASTING)}, got {casting!r}")
-    return weight, torch.finfo(x.dtype).eps if eps is None else eps, cast
+    return weight, torch.finfo(dtype).eps if eps is None else eps, cast
 
 
 @public
