@@ -93,18 +93,22 @@ def autocast(*tensors):
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
-def check_linear(op, name, hidden, weight, bias):
+def check_linear(op, name, hidden, weight, bias, prefix=""):
     """hidden (..., H), weight (V, H) and bias (V,) are of one floating dtype and on one device."""
     if hidden.dtype not in FLOATS:
         raise ValueError(f"{op}: {name} must be float32, float16 or bfloat16, got {hidden.dtype}")
     if not hidden.dim() or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{op}: {name} (..., H) and weight (V, H) must agree, got {tuple(hidden.shape)}, {tuple(weight.shape)}"
+            f"{op}: {name} (..., H) and {prefix}weight (V, H) must agree, got {tuple(hidden.shape)}, {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+        raise ValueError(f"{op}: {prefix}bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     for what, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{op}: {what} must be on {hidden.device} like {name}, got {tensor.device}; move it with .to()")
+            raise ValueError(
+                f"{op}: {prefix}{what} must be on {hidden.device} like {name}, got {tensor.device}; move it with .to()"
+            )
         if tensor is not None and tensor.dtype is not hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            raise ValueError(f"{op}: {what} must be {hidden.dtype} like {name}, got {tensor.dtype}; cast one or use autocast")
+            raise ValueError(
+                f"{op}: {prefix}{what} must be {hidden.dtype} like {name}, got {tensor.dtype}; cast one or use autocast"
+            )

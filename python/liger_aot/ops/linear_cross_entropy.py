@@ -1,0 +1,282 @@
+"""Cross entropy of a linear head:  loss = cross_entropy(scale · (input · linear_weightᵀ + linear_bias), target).
+
+The signature is torch.nn.functional.linear_cross_entropy's. The logits never exist whole: they are made a chunk of rows at a
+time, in fp32, and for a mean or sum the gradients are made from them on the spot. What is kept is the gradient of the summed
+loss, of numbers near 1 that 16 bits hold well; backward multiplies it by what the mean and the upstream gradient ask for.
+"""
+
+import torch
+from torch import Tensor
+
+from .._op import Function
+from .._op import needs_grad
+from .._op import op
+from .._op import public
+from ._linear import Gradients
+from ._linear import autocast
+from ._linear import check_linear
+from ._linear import chunks
+from ._linear import fake_gradients
+from ._linear import logits_of
+from ._loss import check_class_weights
+from ._loss import check_classes
+from ._loss import check_options
+from ._loss import result_dtype
+from .cross_entropy import cross_entropy_bwd
+from .cross_entropy import cross_entropy_fwd
+from .cross_entropy import cross_entropy_reduce
+from .cross_entropy import reduce
+
+
+def fake_rows(
+    hidden, weight, target, bias, class_weight, ignore_index, smoothing, softcap, z_scale, scale, predict, mean, *needed
+):
+    rows = hidden.shape[0]
+    losses = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    predicted = target.new_empty(rows if predict else 0)
+    return *losses, predicted, *fake_gradients(hidden, weight, bias, *needed)
+
+
+@op(cpu=None, fake=fake_rows)
+def linear_cross_entropy_fwd(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    lse_square_scale: float,
+    scale: float,
+    predict: bool,
+    mean: bool | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logsumexp, predicted class) of each row of hidden (rows, width), and the needed gradients of the losses' sum.
+
+    mean None: the rows' losses hold the z-loss, and no gradient is computed. Otherwise it says only how much the z-loss weighs
+    in the gradients beside weighted classes: its mean is over the rows, theirs over the weights.
+    """
+    rows_of_hidden, classes = hidden.shape[0], weight.shape[0]
+    losses, lse = (hidden.new_empty(rows_of_hidden, dtype=torch.float32) for _ in range(2))
+    predicted = target.new_empty(rows_of_hidden if predict else 0)
+    gradients = Gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
+    one, factors = hidden.new_ones((), dtype=torch.float32), None
+    if mean and class_weight is not None and lse_square_scale:
+        zeros = torch.zeros_like(lse)
+        arguments = predicted[:0], ignore_index, 0.0, True, classes, torch.float32
+        _, totals = cross_entropy_reduce(zeros, zeros, target, class_weight, *arguments)
+        factors = totals / totals[0]
+    row_z_scale = lse_square_scale if mean is None else 0.0
+    options = ignore_index, label_smoothing, softcap
+    for rows in chunks(hidden):
+        logits, part = logits_of(hidden[rows], weight, bias), target[rows]
+        losses[rows], lse[rows], best = cross_entropy_fwd(logits, part, class_weight, *options, row_z_scale, scale, predict)
+        if predict:
+            predicted[rows] = best
+        if any(gradients.needed):
+            arguments = class_weight, lse[rows], factors, *options, lse_square_scale, scale, weight.dtype
+            gradients.add(rows, cross_entropy_bwd(one, logits, part, *arguments))
+    return losses, lse, predicted, *gradients.results
+
+
+def fake_bwd(dloss, hidden, weight, target, bias, class_weight, lse, ignore_index, smoothing, softcap, z_scale, scale, *needed):
+    return fake_gradients(hidden, weight, bias, *needed)
+
+
+@op(cpu=None, fake=fake_bwd)
+def linear_cross_entropy_bwd(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    lse_square_scale: float,
+    scale: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The needed gradients for those of the rows' losses (rows,), from logits made anew; of weight and bias in fp32."""
+    gradients = Gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
+    options = ignore_index, label_smoothing, softcap, lse_square_scale, scale
+    for rows in chunks(hidden):
+        logits = logits_of(hidden[rows], weight, bias)
+        arguments = target[rows], class_weight, lse[rows], None, *options, weight.dtype
+        gradients.add(rows, cross_entropy_bwd(dloss[rows], logits, *arguments))
+    return gradients.results
+
+
+def fake_scale(factor, gradient, dtype):
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+@op(cpu=None, fake=fake_scale)
+def linear_cross_entropy_scale(factor: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient times factor (), rounded to dtype in the same pass."""
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+class LinearCrossEntropyFunction(Function):
+    name = "linear_cross_entropy"
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target, bias, class_weight, options, mean, dtype, stats):
+        needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        outputs, lse, totals, gradients = compute(
+            hidden, weight, target, bias, class_weight, options, mean, dtype, stats, needed
+        )
+        ctx.options, ctx.mean, ctx.needed = options, mean, needed
+        if mean is None:
+            ctx.save_for_backward(hidden, weight, target, bias, class_weight, lse)
+        else:
+            ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+            ctx.save_for_backward(totals, *gradients)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        Function.once("linear_cross_entropy")
+        if ctx.mean is None:
+            hidden, weight, target, bias, class_weight, lse = ctx.saved_tensors
+            arguments = hidden, weight, target, bias, class_weight, lse, *ctx.options, *ctx.needed
+            made = linear_cross_entropy_bwd(dloss.float(), *arguments)
+            dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+            gradients = [g.to(t) if need else None for g, t, need in zip(made, dtypes, ctx.needed, strict=True)]
+        else:
+            totals, *made = ctx.saved_tensors
+            factor = dloss.float() * totals[0]
+            gradients = [
+                linear_cross_entropy_scale(factor, g, t) if need else None
+                for g, t, need in zip(made, ctx.dtypes, ctx.needed, strict=True)
+            ]
+        dhidden, dweight, dbias = gradients
+        return dhidden, dweight, None, dbias, None, None, None, None, None
+
+
+def compute(hidden, weight, target, bias, class_weight, options, mean, dtype, stats, needed=(False, False, False)):
+    """((the loss, and the other results if `stats`), logsumexp, totals, gradients of the sum); mean None reduces nothing."""
+    if mean is None:
+        needed = False, False, False
+    losses, lse, predicted, *gradients = linear_cross_entropy_fwd(
+        hidden, weight, target, bias, class_weight, *options, stats, mean, *needed
+    )
+    ignore_index, _, _, z_scale, _ = options
+    outputs, lse, totals = reduce(
+        losses, lse, predicted, target, class_weight, weight.shape[0], ignore_index, z_scale, mean, dtype, stats
+    )
+    return outputs, lse, totals, gradients
+
+
+def run(name, input, linear_weight, target, linear_bias, weight, options, reduction, dtype, stats):
+    check_options(name, reduction, *options[1:3])
+    dtype = result_dtype(input, dtype)
+    if linear_weight.dim() > 2 or target.is_floating_point():
+        if stats:
+            raise NotImplementedError(
+                f"{name}: needs linear_weight (V, H) and class indices; linear_cross_entropy takes the rest"
+            )
+        return (whole(input, linear_weight, target, linear_bias, weight, options, reduction, dtype),)
+    check_linear(name, "input", input, linear_weight, linear_bias, "linear_")
+    weight = check_class_weights(name, weight, linear_weight.shape[0], input)
+    shape = input.shape[:-1]
+    target = check_classes(name, target, shape, input)
+    input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
+    mean = None if reduction == "none" else reduction == "mean"
+    arguments = (
+        input.reshape(-1, input.shape[-1]),
+        linear_weight,
+        target.reshape(-1),
+        linear_bias,
+        weight,
+        options,
+        mean,
+        dtype,
+        stats,
+    )
+    if needs_grad(input, linear_weight, linear_bias):
+        outputs = LinearCrossEntropyFunction.apply(*arguments)
+    else:
+        outputs = compute(*arguments)[0]
+    return tuple(o.view(shape) if o.dim() else o for o in outputs)
+
+
+def whole(input, linear_weight, target, linear_bias, weight, options, reduction, dtype):
+    """The loss for probabilities or a weight (V, d1, ..., H), from logits that exist whole, as torch's own are there."""
+    ignore_index, label_smoothing, softcap, z_scale, scale = options
+    flat = linear_weight.flatten(0, -2)
+    logits = torch.nn.functional.linear(input, flat, None if linear_bias is None else linear_bias.flatten())
+    logits = logits.view(*input.shape[:-1], *linear_weight.shape[:-1]).float() * scale
+    return torch.ops.liger.cross_entropy.default(
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        lse_square_scale=z_scale,
+        loss_dtype=dtype,
+    )
+
+
+@public
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """cross_entropy of scale · (input · linear_weightᵀ + linear_bias), with its options; the logits never exist whole.
+
+    input is (..., H), linear_weight (V, H), linear_bias (V,), of one dtype; under autocast they are cast as F.linear casts.
+    target is (...), int64. Logits are fp32, not rounded on the way; the gradient of linear_weight is accumulated in fp32; only
+    the gradients that are needed are computed. The loss has input's dtype, fp32 under autocast, or loss_dtype. A target of
+    probabilities, or a linear_weight (V, d1, ..., H), takes torch's reference path, whose logits exist whole. Targets out of
+    range are as in cross_entropy. Raises ValueError on wrong shapes, devices, dtypes and options.
+    """
+    options = ignore_index, label_smoothing, softcap, lse_square_scale, scale
+    return run(
+        "linear_cross_entropy", input, linear_weight, target, linear_bias, weight, options, reduction, loss_dtype, False
+    )[0]
+
+
+@public
+def linear_cross_entropy_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(the loss of linear_cross_entropy, z-loss, accuracy, predicted classes), as those of cross_entropy_stats."""
+    options = ignore_index, label_smoothing, softcap, lse_square_scale, scale
+    return run(
+        "linear_cross_entropy_stats", input, linear_weight, target, linear_bias, weight, options, reduction, loss_dtype, True
+    )
