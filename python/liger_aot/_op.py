@@ -5,8 +5,12 @@ import functools
 import warnings
 
 import torch
+from torch import is_grad_enabled
+from torch._C import _get_tracing_state
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.library import infer_schema
 
 try:
@@ -51,32 +55,32 @@ def contiguous(function):
 def op(cpu, fake=None, strided=False):
     """Register a function that measures, allocates and launches as torch.ops.liger.<its name>.
 
-    `cpu` computes the same in plain torch; its results are made contiguous unless the operator keeps strides. Without `fake` the function is its own fake: a launch on fake tensors does nothing.
-    Library.define and impl cost a third of torch.library.custom_op per call. What is returned calls the body without the
-    dispatcher where it would add nothing: plain CUDA tensors, and nobody who traces or transforms.
+    `cpu` computes the same in plain torch; its results are made contiguous unless the operator keeps strides; None where the
+    function itself serves the CPU, because it calls other operators. Without `fake` the function is its own fake: a launch on
+    fake tensors does nothing. Library.define and impl cost a third of torch.library.custom_op per call. What is returned calls
+    the body without the dispatcher where it would add nothing: plain CUDA tensors, and nobody who traces or transforms.
     """
 
     def register(function):
         name, body = function.__name__, quiet(function) if fake else function
         overload = _define(function)
         LIBRARY.impl(name, body, "CUDA")
-        LIBRARY.impl(name, quiet(cpu if strided else contiguous(cpu)), "CPU")
+        LIBRARY.impl(name, body if cpu is None else quiet(cpu if strided else contiguous(cpu)), "CPU")
         torch.library.register_fake(f"liger::{name}", fake or function, lib=LIBRARY)
         BODIES[name] = body
 
         @functools.wraps(function)
-        def call(first, *others):
-            if (first.is_cuda or DIRECT_ON_CPU) and not _len_torch_dispatch_stack() and maybe_current_level() is None:
-                for a in (first, *others):
-                    kind = type(a)
-                    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        def call(*args):
+            if (args[0].is_cuda or DIRECT_ON_CPU) and not _len_torch_dispatch_stack() and maybe_current_level() is None:
+                for a in args:
+                    if type(a) in TENSORS:
                         if a.is_neg():
                             break
-                    elif kind not in NUMBERS:
+                    elif type(a) not in NUMBERS:
                         break
                 else:
-                    return body(first, *others)
-            return overload(first, *others)
+                    return body(*args)
+            return overload(*args)
 
         return call
 
@@ -84,15 +88,27 @@ def op(cpu, fake=None, strided=False):
 
 
 DIRECT_ON_CPU = []  # not empty while on_cpu() is entered
-NUMBERS = frozenset({bool, int, float, type(None)})
+TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+NUMBERS = frozenset({bool, int, float, type(None), torch.dtype})
 
 
 def public(function):
-    """Register the differentiable operator: export keeps it as one node, autograd and compile see through it."""
+    """Register the differentiable operator: export keeps it as one node, autograd and compile see through it.
+
+    What is returned calls the function without the dispatcher (4 us with gradients) where nobody traces or transforms.
+    """
     overload = _define(function)
     LIBRARY.impl(function.__name__, function, "CompositeImplicitAutograd")
     PUBLIC.append(function.__name__)
-    return overload
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        # is_compiling comes first: Dynamo takes it for true, and looks no further.
+        if is_compiling() or _get_tracing_state() or _len_torch_dispatch_stack() or maybe_current_level() is not None:
+            return overload(*args, **options)
+        return function(*args, **options)
+
+    return call
 
 
 @contextlib.contextmanager
@@ -114,22 +130,34 @@ def on_cpu():
 class Function(torch.autograd.Function):
     """An autograd.Function whose gradient is computed by a kernel, once. `name` is the operator's."""
 
-    @classmethod
-    def apply(cls, *args):
-        if maybe_current_level() is not None:
-            raise RuntimeError(f"{cls.name}: torch.func transforms are not supported; use torch.autograd")
+    def __init_subclass__(cls):
         # torch's own apply, without its Python preamble, which sees to transforms (2 us).
-        return super(torch.autograd.Function, cls).apply(*args)
+        bare, name = super(torch.autograd.Function, cls).apply, cls.name
+
+        def apply(*args):
+            if maybe_current_level() is not None:
+                raise RuntimeError(f"{name}: torch.func transforms are not supported; use torch.autograd")
+            return bare(*args)
+
+        cls.apply = staticmethod(apply)
 
     @staticmethod
     def once(name):
-        if torch.is_grad_enabled():
+        if is_grad_enabled():
             raise RuntimeError(f"{name}: double backward is not supported; call backward without create_graph=True")
 
 
 def needs_grad(*tensors):
-    if torch.is_grad_enabled():
+    if forward_ad._current_level >= 0:
+        refuse_tangents(tensors)
+    if is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def refuse_tangents(tensors):
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:
+            raise RuntimeError("liger_aot: forward-mode differentiation is not supported; use torch.autograd.grad")

@@ -16,8 +16,7 @@ import zipfile
 import zlib
 from collections import Counter
 from functools import partial
-from functools import reduce
-from operator import or_
+from types import MethodType
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -104,17 +103,13 @@ LOADING = threading.RLock()
 class Arguments(threading.local):
     """This thread's launch buffer: backward runs on other threads, and the driver reads it with the GIL released."""
 
-    def __init__(self):
-        self.buffer = ctypes.create_string_buffer(512)
-        self.size = ctypes.c_size_t()
+    def __init__(self, size):
+        self.buffer = ctypes.create_string_buffer(size)
+        self.size = ctypes.c_size_t(size)
         self.extra = (ctypes.c_void_p * 5)(
             BUFFER_POINTER, ctypes.addressof(self.buffer), BUFFER_SIZE, ctypes.addressof(self.size), 0
         )
-        self.address = ctypes.addressof(self.extra)
-
-
-ARGUMENTS = Arguments()
-NO_GUARD = contextlib.nullcontext()
+        self.here = self.buffer, ctypes.addressof(self.extra)
 
 
 class Device:
@@ -137,6 +132,25 @@ class Device:
     def plan(self, kernel):
         return self.plans.setdefault(kernel, Plan(self, kernel))
 
+    def launch(self, kernel, key):
+        """What launches the variant for a key: of a grid, and the address of packed arguments."""
+        handle, threads, shared = self.plan(kernel).load(self, kernel, key)
+        driver, index = self.driver, self.index
+        current_device, stream, launch = driver.current_device, driver.stream, driver.launch
+
+        def run(grid, address):
+            if current_device() != index:
+                with driver.guard(index):
+                    run(grid, address)
+                return
+            x, y = grid if len(grid) == 2 else (grid[0], 1)
+            arguments = handle, x, y, 1, threads, 1, 1, shared, stream(index), 0, address
+            (status,) = launch(*arguments)
+            if status:
+                driver.relaunch(status, kernel, index, *arguments)
+
+        return run
+
     def variant(self, kernel, key):
         table = self.pack.table(kernel)
         found = table.get(key)
@@ -154,8 +168,6 @@ class Plan:
         types = [type_ for _, type_ in parameters]
         pointers = sum(t.startswith("*") for t in types)  # which the build makes come first
         scalars = types[pointers:]
-        self.others = pointers - 1
-        self.divisible = [i for i, t in enumerate(scalars) if t.endswith(":16")]
         # Triton appends two pointers to every kernel's parameters: global scratch and profiler scratch.
         form = struct.Struct("P" * pointers + "".join(CODES[t.removesuffix(":16")] for t in scalars) + "PP")
         self.pack_into, self.size = form.pack_into, form.size
@@ -173,8 +185,6 @@ class Plan:
     def mismatch(self, kernel, pointers, scalars):
         """Which argument it was that struct did not pack."""
         values = [*pointers, *scalars]
-        if len(values) != len(self.parameters):
-            return f"{kernel}: takes {', '.join(name for name, _ in self.parameters)}, got {len(values)} arguments"
         for (name, type_), value in zip(self.parameters, values, strict=True):
             code = "P" if type_.startswith("*") else CODES[type_.removesuffix(":16")]
             try:
@@ -264,7 +274,7 @@ class Cuda:
     """Launches on the device of a kernel's first tensor."""
 
     def __init__(self, driver=_driver.driver):
-        self.find_driver, self.devices = driver, {}
+        self.find_driver, self.devices, self.launches = driver, {}, {}
 
     def device(self, tensor, what="liger_aot"):
         index = tensor.get_device()
@@ -276,43 +286,89 @@ class Cuda:
         return self.devices.get(index) or self.devices.setdefault(index, Device(self.find_driver(), index))
 
     def multiprocessors(self, tensor):
-        return self.device(tensor).multiprocessors
+        return (self.devices.get(tensor.get_device()) or self.device(tensor)).multiprocessors
 
-    def launch(self, kernel, grid, first, *others, **constants):
-        if isinstance(first, FakeTensor) or 0 in grid:
-            return  # tracing: the shapes are known, nothing runs; an empty grid: nothing to do, and the driver refuses it
-        device = self.devices.get(first.get_device()) or self.device(first, kernel)
-        plan = device.plans.get(kernel) or device.plan(kernel)
-        tensors, scalars = (first, *others[: plan.others]), others[plan.others :]
-        pointers = [t.data_ptr() for t in tensors]
-        bits = reduce(or_, pointers)
-        for i in plan.divisible:
-            bits |= scalars[i]
-        key = (not bits & 15, *[t.dtype for t in tensors], *constants.values())
-        handle, threads, shared = plan.loaded.get(key) or plan.load(device, kernel, key)
-        arguments = ARGUMENTS
-        try:
-            plan.pack_into(arguments.buffer, 0, *pointers, *scalars, 0, 0)
-        except (struct.error, OverflowError, TypeError):
-            raise ValueError(plan.mismatch(kernel, pointers, scalars)) from None
-        arguments.size.value = plan.size
-        driver, index = device.driver, device.index
-        x, y = grid if len(grid) == 2 else (grid[0], 1)
-        with NO_GUARD if driver.current_device() == index else driver.guard(index):
-            stream = driver.stream(index)
-            (status,) = driver.launch(handle, x, y, 1, threads, 1, 1, shared, stream, 0, arguments.address)
-            if status:
-                driver.relaunch(status, kernel, index, handle, x, y, 1, threads, 1, 1, shared, stream, 0, arguments.address)
+    def prepare(self, kernel, tensor):
+        """What launches a kernel: of a grid, the kernel's arguments and its constants."""
+        if kernel not in self.launches:
+            self.launches[kernel] = spell_out(self, kernel, self.device(tensor, kernel))
+        return self.launches[kernel]
+
+
+# A launch in so many words: going through the parameters in loops takes half as long again.
+LAUNCH = """\
+def {kernel}(grid_, {names}):
+    if type({first}) is FakeTensor_ or 0 in grid_:
+        return  # tracing: the shapes are known, nothing runs; an empty grid: nothing to do, and the driver refuses it
+    buffer_, address_ = arguments_.here
+    {pointers} = {addresses}
+    try:
+        pack_into_(buffer_, 0, {values}, 0, 0)
+    except UNFIT_:
+        raise ValueError(mismatch_("{kernel}", [{pointers}], [{scalars}])) from None
+    key_ = {first}.get_device(), not ({divisible}) & 15, {dtypes}, {constants}
+    (variants_.get(key_) or select_({first}, key_))(grid_, address_)
+"""
+
+
+def spell_out(launcher, kernel, device):
+    plan, variants = device.plan(kernel), {}
+    parameters = dict(plan.parameters)
+    constants = list(next(iter(device.pack.table(kernel).values())).constants)
+    tensors = [name for name, type_ in parameters.items() if type_.startswith("*")]
+    scalars = [name for name in parameters if name not in tensors]
+    pointers = [f"{name}_" for name in tensors]
+
+    def select(tensor, key):
+        variants[key] = launcher.device(tensor, kernel).launch(kernel, key[1:])
+        return variants[key]
+
+    text = LAUNCH.format(
+        kernel=kernel,
+        names=", ".join([*parameters, *(["*", *constants] if constants else [])]),
+        first=tensors[0],
+        pointers=", ".join(pointers) + ",",
+        addresses=", ".join(f"{name}.data_ptr()" for name in tensors) + ",",
+        scalars=", ".join(scalars),
+        values=", ".join([*pointers, *scalars]),
+        divisible=" | ".join([*pointers, *(name for name, type_ in parameters.items() if type_.endswith(":16"))]),
+        dtypes=", ".join(f"{name}.dtype" for name in tensors),
+        constants=", ".join(constants),
+    )
+    scope = {
+        "FakeTensor_": FakeTensor,
+        "arguments_": Arguments(plan.size),
+        "pack_into_": plan.pack_into,
+        "UNFIT_": (struct.error, OverflowError, TypeError),
+        "mismatch_": plan.mismatch,
+        "variants_": variants,
+        "select_": select,
+    }
+    exec(text, scope)
+    return scope[kernel]
 
 
 class Kernel:
     """One Triton kernel by name, whichever variants of it exist."""
 
-    def __init__(self, name, owner):
-        self.name, self.owner = name, owner
+    def __init__(self, name, launcher):
+        self.name = name
+        self.launched_by(launcher)
+
+    def launched_by(self, launcher):
+        self.launcher, self.launch = launcher, self.first
+
+    def first(self, grid, *args, **constants):
+        if hasattr(self.launcher, "prepare"):
+            if isinstance(args[0], FakeTensor) or 0 in grid:
+                return
+            self.launch = self.launcher.prepare(self.name, args[0])
+        else:
+            self.launch = partial(self.launcher.launch, self.name)
+        self.launch(grid, *args, **constants)
 
     def __getitem__(self, grid):
-        return partial(self.owner.launcher.launch, self.name, grid)
+        return MethodType(self.launch, grid)
 
 
 class Kernels:
@@ -322,8 +378,19 @@ class Kernels:
         self.launcher = Cuda()
 
     def __getattr__(self, name):
-        kernel = self.__dict__[name] = Kernel(name, self)
+        kernel = self.__dict__[name] = Kernel(name, self.launcher)
         return kernel
+
+    @property
+    def launcher(self):
+        return self.__dict__["launcher_"]
+
+    @launcher.setter
+    def launcher(self, launcher):
+        self.__dict__["launcher_"], self.multiprocessors = launcher, launcher.multiprocessors
+        for kernel in list(vars(self).values()):
+            if isinstance(kernel, Kernel):
+                kernel.launched_by(launcher)
 
     @contextlib.contextmanager
     def launched_by(self, launcher):
@@ -349,9 +416,10 @@ def fit(n, blocks):
 
 def programs(tensor, rows, each=1):
     """As many programs as the device has multiprocessors, times `each`, but no more than rows."""
-    if type(rows) is not int or isinstance(tensor, FakeTensor):
+    if type(rows) is not int or type(tensor) is FakeTensor:
         return 1
-    return min(rows, each * kernels.launcher.multiprocessors(tensor))
+    most = each * kernels.multiprocessors(tensor)
+    return rows if rows < most else most
 
 
 def after_fork():
