@@ -143,12 +143,15 @@ def violate(stub, pack, kernel):
 
 
 def test_what_is_not_launched(stub):
-    sum_up(grid=(0,))
-    sum_up(grid=(3, 0))
-    with FakeTensorMode():
-        kernels.column_sum[(1,)](torch.empty(2, 64), torch.empty(64), 2, 64, **SUM)
-    assert not stub.calls
-    sum_up(grid=(3, 2))
+    for launches in (0, 1):  # before the first launch, and after it
+        assert len(stub.launches) == launches
+        before = len(stub.calls)
+        sum_up(grid=(0,))
+        sum_up(grid=(3, 0))
+        with FakeTensorMode():
+            kernels.column_sum[(1,)](torch.empty(2, 64), torch.empty(64), 2, 64, **SUM)
+        assert len(stub.calls) == before
+        sum_up(grid=(3, 2))
     assert stub.launches[0].grid == (3, 2, 1)
 
 
