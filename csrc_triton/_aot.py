@@ -44,6 +44,9 @@ def variants(where=lambda: True, scalar=(), **spec):
     """
 
     def attach(kernel):
+        unknown = [k for k, v in spec.items() if k not in (*kernel.arg_names, *OPTIONS) and not isinstance(v, list)]
+        if unknown:
+            raise TypeError(f"{kernel.__name__}: {', '.join(unknown)} is neither a parameter, an option nor a list")
         kernel.variants = list(_expand(kernel.arg_names, where, spec))
         kernel.scalar = scalar
         kernel.parameters = {p: spec[p] for p in kernel.arg_names if not isinstance(spec[p], list)}

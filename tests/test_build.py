@@ -152,13 +152,15 @@ def test_a_variant_that_fails_fails_the_build_by_name(tmp_path, fault):
     assert not (tmp_path / "out.zip").exists(), "half a pack has not the name of a whole one"
 
 
-def test_pointers_come_first():
+def test_declarations():
     def kernel():
         pass
 
     kernel.arg_names = ["n", "x"]
     with pytest.raises(TypeError, match="kernel: pointers must come before the other parameters"):
         aot.variants(n="i32", x="*fp32")(kernel)
+    with pytest.raises(TypeError, match="kernel: max_registers is neither a parameter, an option nor a list"):
+        aot.variants(n="i32", x="i32", max_registers=64)(kernel)
 
 
 def test_the_same_again(tmp_path):
