@@ -229,7 +229,9 @@ class Stub:
         if (kernel, self.context) not in self.loaded and not self.relaxed:
             raise StatusError(CAPTURING)
         device = self.context - CONTEXT
-        if not (x and y and z and threads <= 1024) or shared > self.opted_in.get((kernel, device), 48 * 1024):
+        if not (0 < x < 2**31 and 0 < y < 2**16 and z and threads <= 1024) or shared > self.opted_in.get(
+            (kernel, device), 48 * 1024
+        ):
             raise StatusError(INVALID_VALUE)
         symbol, image = self.kernels[kernel]
         words = (ctypes.c_void_p * 5).from_address(extra)

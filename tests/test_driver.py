@@ -97,6 +97,8 @@ class Module:
                 if name == "cuLibraryLoadData":
                     assert args[1:] == ([], [], 0, [], [], 0)
                 if name == "cuLaunchKernel":
+                    if max(args[1:8]) >= 2**32:
+                        raise OverflowError("value too large to convert to unsigned int")
                     assert (type(args[0]), type(args[8])) == (real.CUkernel, real.CUstream)
                 plain = [a if isinstance(a, (bytes, list)) else int(a) for a in args]
                 status, *result = getattr(stub, name)(*plain)
@@ -197,10 +199,10 @@ class On:
         return self.index
 
 
-def launch_on(index):
+def launch_on(index, grid=(1,)):
     x = torch.ones(64, dtype=torch.float32)
     tensor = On(x, index)
-    _runtime.kernels.column_sum[(1,)](tensor, tensor, 1, 64, ROWS=32, BLOCK=128)
+    _runtime.kernels.column_sum[grid](tensor, tensor, 1, 64, ROWS=32, BLOCK=128)
 
 
 def test_the_tensors_device_is_used_and_the_current_one_stays(launcher):
@@ -214,6 +216,13 @@ def test_the_tensors_device_is_used_and_the_current_one_stays(launcher):
     with pytest.raises(RuntimeError, match="illegal"):
         launch_on(1)
     assert stub.context == CONTEXT
+
+
+@pytest.mark.parametrize("grid", [(2**31,), (2**32 + 1,), (1, 2**32 + 1)])
+def test_a_grid_is_not_cut_short(launcher, grid):
+    with pytest.raises((RuntimeError, OverflowError), match=r"invalid argument|too large"):
+        launch_on(0, grid)
+    assert not launcher.stub.launches
 
 
 def test_while_a_graph_is_captured(launcher):
@@ -231,6 +240,11 @@ def test_the_stream_is_asked_for_every_time(launcher):
     for launcher.stub.stream in (7, 0, 2**47):
         call(backward=False)
     assert [launch.stream or 0 for launch in launcher.stub.launches] == [7, 0, 2**47]
+
+
+def test_what_is_asked_of_the_device(launcher):
+    device = launcher.at(0)
+    assert (device.capability, device.multiprocessors, device.max_shared_memory) == ((9, 0), 132, 232448)
 
 
 def test_no_driver(monkeypatch):

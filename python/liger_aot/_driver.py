@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-INVALID_CONTEXT = 201
+INVALID_VALUE, INVALID_CONTEXT = 1, 201
 MAX_SHARED_MEMORY = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 MULTIPROCESSORS = 16
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
@@ -95,8 +95,10 @@ class Ctypes:
     def cuKernelSetAttribute(self, attribute, value, kernel, device):
         return (self.library.cuKernelSetAttribute(attribute, value, kernel, device),)
 
-    def cuLaunchKernel(self, *args):
-        return (self._launch(*args),)
+    def cuLaunchKernel(self, kernel, x, y, *others):
+        if (x | y) >> 31:  # of which ctypes would pass the lower half
+            return (INVALID_VALUE,)
+        return (self._launch(kernel, x, y, *others),)
 
 
 class Bindings:
