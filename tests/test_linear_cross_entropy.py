@@ -103,16 +103,19 @@ def test_has_torchs_arguments():
 
 @pytest.mark.parametrize("needed", [n for n in itertools.product([False, True], repeat=3) if any(n)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradients_of_just_what_needs_them(path, needed, reduction):
+def test_gradients_of_just_what_needs_them(path, needed, reduction, monkeypatch):
     hidden, weight, target, bias, _ = make(6, 24, 50, torch.float32, bias=True)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     loss = linear_cross_entropy(*leaves[:2], target.tensor, linear_bias=leaves[2], reduction=reduction)
     expected = torch.autograd.grad(loss.sum(), leaves)
+    made, original = [], _linear.Gradients
+    monkeypatch.setattr("liger_aot.ops.linear_cross_entropy.Gradients", lambda *a: made.append(a[3:]) or original(*a))
     some = [t.clone().requires_grad_(n) for t, n in zip((hidden, weight, bias), needed, strict=True)]
     loss = linear_cross_entropy(*some[:2], target.tensor, linear_bias=some[2], reduction=reduction)
     got = torch.autograd.grad(loss.sum(), [t for t in some if t.requires_grad])
     for g, e in zip(got, [e for e, n in zip(expected, needed, strict=True) if n], strict=True):
         assert torch.equal(g, e)
+    assert made[-1] == needed
 
 
 def test_no_buffer_for_what_needs_no_gradient():
