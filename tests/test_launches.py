@@ -1,7 +1,5 @@
 """Every launch in ops/ is of a variant that was built, with the arguments that it declares; and nothing is built in vain."""
 
-import contextlib
-import importlib
 import itertools
 
 import pytest
@@ -105,9 +103,6 @@ def linear_logprob():
 
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
-for _name in CALLS:
-    with contextlib.suppress(ModuleNotFoundError):
-        importlib.import_module(f"liger_aot.ops.{_name}")
 
 
 class Binding:

@@ -454,7 +454,7 @@ def test_explain_says_what_is_launched():
     assert [t.variant.cubin for t in trace.launches] == [launch.cubin for launch in stub.launches]
     assert [(*t.grid, 1, 1)[:3] for t in trace.launches] == [launch.grid for launch in stub.launches]
     x.grad = w.grad = None
-    again = liger_aot.explain(liger_aot.rms_norm, x, w, arch="9.0", casting="gemma")
+    again = liger_aot.explain(liger_aot.rms_norm, x, (300,), w, arch="9.0", casting="gemma")
     assert again.rows == trace.rows
     assert x.grad is None, "explaining leaves no gradients behind"
     chosen = [row for row in trace.rows if row["rejected"] is None]
