@@ -1,0 +1,63 @@
+"""What the losses require of their arguments."""
+
+import os
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ._check import FLOATS
+
+CHECK = os.environ.get("LIGER_AOT_CHECK") == "1"  # look at the targets on CUDA too, which waits for the device
+REDUCTIONS = "none", "mean", "sum"
+
+
+def check_target(op, target, ignore_index, classes):
+    """Every target is a class or ignore_index: a look at the numbers, for CPU tensors and LIGER_AOT_CHECK=1."""
+    bad = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+    if bad.numel():
+        raise ValueError(f"{op}: target must be in [0, {classes}) or ignore_index {ignore_index}, got {bad[0].item()}")
+
+
+def check_target_if_asked(op, target, ignore_index, classes):
+    if CHECK and not isinstance(target, FakeTensor):
+        check_target(op, target, ignore_index, classes)
+
+
+def check_options(op, reduction, label_smoothing, softcap):
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be positive, or None for none, got {softcap}")
+
+
+def check_classes(op, target, shape, x):
+    """target as int64: class indices of this shape, on x's device. torch takes uint8 too."""
+    if target.dtype is not torch.int64 and target.dtype is not torch.uint8:
+        raise ValueError(f"{op}: target must be class indices in int64, got {target.dtype}; convert it with .long()")
+    if target.shape != shape:
+        raise ValueError(f"{op}: target must have shape {tuple(shape)}, got {tuple(target.shape)}")
+    if target.device != x.device:
+        raise ValueError(f"{op}: target must be on {x.device} like the input, got {target.device}; move it with .to()")
+    return target.long()
+
+
+def check_class_weights(op, weight, classes, x):
+    """weight as fp32, which the kernels take."""
+    if weight is None:
+        return None
+    if weight.shape != (classes,):
+        raise ValueError(f"{op}: weight must have shape ({classes},), got {tuple(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"{op}: weight must be on {x.device} like the input, got {weight.device}; move it with .to()")
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"{op}: weight must be float32, float16 or bfloat16, got {weight.dtype}")
+    if weight.requires_grad:
+        raise ValueError(f"{op}: weight must not require a gradient, it gets none, as in torch; pass weight.detach()")
+    return weight.float()
+
+
+def result_dtype(x, dtype):
+    """Of a loss: x's, as in torch, whose losses are fp32 under autocast."""
+    return dtype or (torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype)
