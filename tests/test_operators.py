@@ -1,10 +1,12 @@
 """What holds for every operator."""
 
+import importlib
 import pathlib
 import re
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -107,7 +109,36 @@ def test_what_needs_no_gradient_gets_none(path, name):
 
 
 @OPERATORS
-def test_without_gradients_no_graph(name):
+def test_forward_mode_is_refused(name):
+    arguments, options = EXAMPLES[name](torch.float32)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(arguments[0], torch.ones_like(arguments[0]))
+        with pytest.raises(RuntimeError, match="forward-mode differentiation is not supported"):
+            call(name, [dual, *arguments[1:]], options)
+
+
+@OPERATORS
+def test_the_function_is_the_operator(name):
+    """It skips the dispatcher; a graph holds the operator all the same."""
+    arguments, options = EXAMPLES[name](torch.float32)
+    arguments, function = leaves(arguments), getattr(importlib.import_module(f"liger_aot.ops.{name}"), name)
+
+    class Module(torch.nn.Module):
+        def forward(self, *args):
+            return function(*args, **options)
+
+    got, expected = Module()(*arguments), call(name, arguments, options)
+    got = list(got) if isinstance(got, tuple) else [got]
+    for g, e in zip([*got, *gradients(got, arguments)], [*expected, *gradients(expected, arguments)], strict=True):
+        assert torch.equal(g, e)
+    program = torch.export.export(Module(), tuple(a.detach() if torch.is_tensor(a) else a for a in arguments))
+    assert f"liger.{name}.default" in {str(node.target) for node in program.graph.nodes}
+
+
+@OPERATORS
+def test_without_gradients_no_graph(name, monkeypatch):
+    (function,) = (f for f in _op.Function.__subclasses__() if f.name == name)
+    monkeypatch.setattr(function, "apply", lambda *_: pytest.fail("an idle autograd.Function costs 10 us"))
     arguments, options = EXAMPLES[name](torch.float32)
     for output in call(name, arguments, options):
         assert not output.requires_grad
