@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import zipfile
 
 import pytest
 import torch
@@ -412,9 +413,11 @@ from liger_aot import _runtime
 from stub import Launcher, Stub
 from test_runtime import sum_up
 _runtime.kernels.launcher = Launcher(Stub())
+_runtime.select_pack((9, 0))
 {before}
 child = os.fork()
 if not child:
+    print(_runtime.open_pack.cache_info().currsize, "packs are shared", flush=True)
     try:
         sum_up()
     except RuntimeError as error:
@@ -429,11 +432,10 @@ sum_up()
 
 def test_fork():
     after = in_a_process(FORK.format(before="sum_up()"))
-    assert after.stdout == "liger_aot: this process was forked after CUDA was used; start it with the spawn method\n", (
-        after.stderr
-    )
+    refusal = "liger_aot: this process was forked after CUDA was used; start it with the spawn method"
+    assert after.stdout == f"0 packs are shared\n{refusal}\n", after.stderr
     before = in_a_process(FORK.format(before=""))
-    assert before.stdout == "launched\n", before.stderr
+    assert before.stdout == "0 packs are shared\nlaunched\n", before.stderr
 
 
 def test_another_library_of_that_name():
@@ -479,6 +481,7 @@ def test_explain_says_what_is_missing():
     def unbuilt(x):
         kernels.column_sum[(1,)](x, x, 1, 64, ROWS=1, BLOCK=1)
 
+    assert str(liger_aot.explain("rms_norm", x[:0], arch="90")).endswith("\nlaunches nothing")
     trace = liger_aot.explain(lambda x: unbuilt(x), x, arch="90")
     assert trace.launches[0].variant is None
     assert "NO VARIANT" in str(trace)
@@ -531,7 +534,12 @@ def test_verify_holds_cubins_to_the_launcher(packs, capsys):
     path = copy_pack(
         packs, lambda manifest, entries: entries.update({n: b"\x7fELF" for n in entries if n.endswith("any.cubin")})
     )
-    assert all("any.cubin takes (offset, size) None" in problem for problem in _verify.problems(path))
+    assert ["any.cubin takes (offset, size) None" in problem for problem in _verify.problems(path)] == [True] * 3
+    _runtime.open_pack.cache_clear()
+    path = copy_pack(packs)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("another.cubin", b"more")
+    assert _verify.problems(path) == [f"{path}: its entries are not those that its manifest was written for"]
     _runtime.open_pack.cache_clear()
 
 
