@@ -22,6 +22,7 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).parent
+FAULTS = HERE / "faults.txt"
 ENOUGH = 0.95
 PASSED, FAILED = 0, 1  # pytest's exit codes; every other one says that the tests did not run
 LIMIT = 120  # seconds, after which a fault counts as noticed: it made something endless
@@ -43,11 +44,11 @@ class Fault:
 
     def apply(self, text):
         if self.old and (count := text.count(self.old)) != 1:
-            raise SystemExit(f"faults.txt: its text must be once in the file, is there {count} times: {self}")
+            raise SystemExit(f"a fault must be once in its file, is there {count} times: {self}")
         return text.replace(self.old, self.new, 1)
 
 
-def read_faults(path=HERE / "faults.txt"):
+def read_faults(path=FAULTS):
     """Headings `file | tests [| smoke]`; under each, faults: `- ` lines as they are, then `+ ` lines as they are broken."""
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     faults, heading, old = [], None, None
@@ -96,7 +97,7 @@ def run_tests(source, fault, folder, log):
     os.chdir(HERE.parent)
     for stream in 1, 2:
         os.dup2(log.fileno(), stream)
-    signal.alarm(LIMIT)
+    signal.alarm(LIMIT + len(fault.tests))
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-header", "--tb=line"]
     tests = [f"{HERE.name}/{word}" if word.startswith("test_") else word for word in fault.tests]
     return sys.modules["pytest"].main([*options, *tests], [Watch(folder / "test")])
@@ -142,11 +143,14 @@ def main():
     parser.add_argument("words", nargs="*")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--faults", type=pathlib.Path, default=FAULTS)
     given = parser.parse_args()
     os.environ |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     for name in IMPORTS:
         importlib.import_module(name)
-    faults = [f for f in read_faults() if all(word in str(f) for word in given.words) and f.smoke >= given.smoke]
+    faults = [f for f in read_faults(given.faults) if all(w in str(f) for w in given.words) and f.smoke >= given.smoke]
+    if not faults:
+        raise SystemExit(f"no fault has {' and '.join(given.words)} in its file or text")
     with tempfile.TemporaryDirectory() as folder:  # a copy, so that the package may change meanwhile
         return judge(copy_package(package(), folder), faults, given.jobs)
 
