@@ -61,6 +61,12 @@ def explain(op, *args, arch=None, **kwargs):
     return trace
 
 
+def fit(arch, capability):
+    """In words, how a pack serves a device or why it does not."""
+    why = fitness(arch, capability)
+    return why if isinstance(why, str) else FITS.get(why[0], "same major")
+
+
 def target(arch, tensors):
     if arch is not None:
         return Target(arch)
@@ -116,8 +122,7 @@ class Trace:
 
     def __init__(self, name, device):
         self.name, self.device, self.launches = name, device, []
-        fits = {arch: fitness(arch, device.capability) for arch in pack_paths()}
-        self.packs = {arch: why if isinstance(why, str) else FITS.get(why[0], "same major") for arch, why in fits.items()}
+        self.packs = {arch: fit(arch, device.capability) for arch in pack_paths()}
 
     def multiprocessors(self, tensor):
         return self.device.multiprocessors

@@ -8,6 +8,7 @@ import torch
 
 from . import _build
 from ._driver import driver
+from ._explain import fit
 from ._runtime import Device
 from ._runtime import open_pack
 from ._runtime import pack_paths
@@ -42,7 +43,8 @@ def devices():
 def about_device(found, index):
     about = {"name": torch.cuda.get_device_name(index), "capability": "{}.{}".format(*found.capability(index))}
     try:
-        return about | {"pack": f"sm_{Device(found, index).pack.arch}"}
+        arch = Device(found, index).pack.arch
+        return about | {"pack": f"sm_{arch}", "fit": fit(arch, found.capability(index))}
     except RuntimeError as error:  # NotImplementedError is one
         return about | {"pack": None, "error": str(error)}
 
@@ -72,7 +74,7 @@ def main(args):
         for part in ("versions", "driver"):
             print("".join(f"{name:12} {value}\n" for name, value in known[part].items()), end="")
         for index, about in enumerate(known["devices"]):
-            served = about.get("error") or about["pack"]
+            served = about.get("error") or f"{about['pack']} ({about['fit']})"
             print(f"cuda:{index:<7} {about['name']}, compute capability {about['capability']}: {served}")
         if not known["devices"]:
             print("devices      none: operators on CPU tensors run the CPU kernels")
