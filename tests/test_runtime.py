@@ -15,11 +15,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import liger_aot
+from liger_aot import _info
 from liger_aot import _runtime
 from liger_aot import _verify
 from liger_aot.__main__ import main
 
 from stub import CONTEXT
+from stub import Stub
+from stub import StubDriver
 from stub import copy_pack
 from stub import stubbed
 
@@ -516,6 +519,17 @@ def test_bad_command_lines(line, capsys):
     with pytest.raises(SystemExit) as error:
         main(line.split())
     assert error.value.code == 2
+
+
+def test_info_says_which_pack_serves_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    about = _info.about_device(StubDriver(Stub((8, 6))), 0)
+    assert about == {"name": "a GPU", "capability": "8.6", "pack": "sm_80", "fit": "same major"}
+    about = _info.about_device(StubDriver(Stub((7, 5))), 0)
+    assert about["pack"] is None
+    assert "no kernels for compute capability 7.5" in about["error"]
+    about = _info.about_device(StubDriver(Stub(version=11080)), 0)
+    assert "the NVIDIA driver serves CUDA 11.8, the sm_90 kernels need 12.0 or newer" in about["error"]
 
 
 def test_verify_holds_cubins_to_the_launcher(packs, capsys):
