@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import warnings
 
 import torch
@@ -10,7 +11,7 @@ from torch._C import _get_tracing_state
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.library import infer_schema
 
 try:
@@ -69,27 +70,49 @@ def op(cpu, fake=None, strided=False):
         torch.library.register_fake(f"liger::{name}", fake or function, lib=LIBRARY)
         BODIES[name] = body
 
-        @functools.wraps(function)
-        def call(*args):
-            if (args[0].is_cuda or DIRECT_ON_CPU) and not _len_torch_dispatch_stack() and maybe_current_level() is None:
-                for a in args:
-                    if type(a) in TENSORS:
-                        if a.is_neg():
-                            break
-                    elif type(a) not in NUMBERS:
-                        break
-                else:
-                    return body(*args)
-            return overload(*args)
-
-        return call
+        return spell_out(function, body, overload)
 
     return register
 
 
 DIRECT_ON_CPU = []  # not empty while on_cpu() is entered
 TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
-NUMBERS = frozenset({bool, int, float, type(None), torch.dtype})
+# In so many words, because a loop over the arguments takes 1 us longer.
+CALL = """\
+def {name}({parameters}):
+    if (DIRECT_ON_CPU_ or {first}.is_cuda) and not modes_() and level_() is None and {plain}:
+        return body_({names})
+    return overload_({names})
+"""
+
+
+def spell_out(function, body, overload):
+    """A call of body where all tensors are plain and nobody traces or transforms, else of overload."""
+    plain, parameters = [], inspect.signature(function).parameters
+    for name, parameter in parameters.items():
+        if parameter.annotation is torch.Tensor:
+            plain.append(f"type({name}) in TENSORS_ and not {name}.is_neg()")
+        elif parameter.annotation == torch.Tensor | None:
+            plain.append(f"({name} is None or type({name}) in TENSORS_ and not {name}.is_neg())")
+        elif "Tensor" in str(parameter.annotation):
+            raise TypeError(f"{function.__name__}: {name} must be a tensor, optional or not, got {parameter.annotation}")
+    text = CALL.format(
+        name=function.__name__,
+        parameters=", ".join(n if p.default is p.empty else f"{n}={p.default!r}" for n, p in parameters.items()),
+        first=next(iter(parameters)),
+        plain=" and ".join(plain),
+        names=", ".join(parameters),
+    )
+    scope = {
+        "DIRECT_ON_CPU_": DIRECT_ON_CPU,
+        "TENSORS_": TENSORS,
+        "modes_": _len_torch_dispatch_stack,
+        "level_": maybe_current_level,
+        "body_": body,
+        "overload_": overload,
+    }
+    exec(text, scope)
+    return functools.update_wrapper(scope[function.__name__], function)
 
 
 def public(function):
@@ -103,8 +126,8 @@ def public(function):
 
     @functools.wraps(function)
     def call(*args, **options):
-        # is_compiling comes first: Dynamo takes it for true, and looks no further.
-        if is_compiling() or _get_tracing_state() or _len_torch_dispatch_stack() or maybe_current_level() is not None:
+        # is_dynamo_compiling comes first: Dynamo takes it for true, and looks no further.
+        if is_dynamo_compiling() or _get_tracing_state() or _len_torch_dispatch_stack() or maybe_current_level() is not None:
             return overload(*args, **options)
         return function(*args, **options)
 
