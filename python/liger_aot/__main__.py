@@ -6,6 +6,7 @@ import sys
 
 # The module of a command has add_arguments(parser) and main(args), which returns the status (None is 0).
 COMMANDS = {
+    "demo": ("_demo", "train a small Llama plain and with the operators bound, and compare"),
     "info": ("_info", "versions, devices and packs, and which pack serves which device"),
     "verify": ("_verify", "read all of every pack, and hold every cubin to what the launcher passes it"),
     "explain": ("_explain", "which kernels a call would launch, and why these"),

@@ -1,0 +1,286 @@
+"""The `demo` command: train a small Llama plain and with the operators bound, and hold one against the other.
+
+No tolerance is chosen. The same training in float64 is the truth, and what the plain run in float32 loses against it is what
+rounding costs: the bound run may lose SLACK times that. (transformers computes norms and the loss in float32 even there.)
+"""
+
+import collections
+import contextlib
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import textwrap
+import time
+
+import torch
+
+from . import __version__
+from . import _runtime
+from .bind import bind
+
+SLACK = 2.0
+WORDS = re.compile(rb" ?\w+|\s+|[^\w\s]")
+SIZE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 16384}
+BATCH, LENGTH = 2, 256
+TINY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "vocab_size": 300}
+
+
+def corpus(vocabulary):
+    """The Python standard library's source as token ids: bytes, and the commonest words of that source."""
+    folder = pathlib.Path(sysconfig.get_path("stdlib"))
+    text = b"".join(p.read_bytes() for p in sorted(folder.glob("*.py")))
+    if not text:
+        raise SystemExit(f"demo: needs the standard library's source files as text, found none in {folder}")
+    words = WORDS.findall(text)
+    common = collections.Counter(w for w in words if len(w) > 1).most_common(vocabulary - 256)
+    ids = {word: 256 + n for n, (word, _) in enumerate(common)}
+    return torch.tensor([i for w in words for i in ([ids[w]] if w in ids else w)]), len(text)
+
+
+def batches(tokens, count, batch, length, device):
+    starts = torch.randint(len(tokens) - length, (count, batch), generator=torch.Generator().manual_seed(0)).tolist()
+    return [torch.stack([tokens[s : s + length] for s in row]).to(device) for row in starts]
+
+
+def new_model(size, device):
+    from transformers import LlamaConfig
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**size, **heads, use_cache=False)).to(device).train()
+
+
+def train(label, model, data):
+    """(losses, seconds) of one step for each batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses, seconds = [], []
+    for ids in data:
+        start = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+        progress(label, losses, seconds, len(data))
+    return losses, seconds
+
+
+def progress(label, losses, seconds, total):
+    done = len(losses)
+    bar, time_text = "█" * (20 * done // total), f"{statistics.median(seconds):.2f} s a step"
+    line = f"  {label:10} {bar:░<20} {done:3}/{total}  loss {losses[-1]:.4f}  {time_text}"
+    if sys.stdout.isatty():
+        print("\r" + line, end="\n" if done == total else "", flush=True)
+    elif done == total or done % 20 == 0:
+        print(line, flush=True)
+
+
+def peak_memory(model, ids):
+    """Bytes that one training step allocates at most beyond what is there before it, as torch's allocator counts them."""
+    if ids.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(input_ids=ids, labels=ids).loss.backward()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        with tempfile.TemporaryDirectory() as folder, silent_stderr():
+            trace = pathlib.Path(folder, "trace.json")
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+                model(input_ids=ids, labels=ids).loss.backward()
+            profile.export_chrome_trace(str(trace))
+            events = json.loads(trace.read_text())["traceEvents"]
+        changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+        peak = max(itertools.accumulate(e["args"]["Bytes"] for e in changes))
+    model.zero_grad()
+    return peak
+
+
+@contextlib.contextmanager
+def silent_stderr():
+    """The profiler's own library writes to the file descriptor."""
+    saved = os.dup(2)
+    with pathlib.Path(os.devnull).open("w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+@torch.no_grad()
+def state(model, losses, ids):
+    model.eval()
+    parameters = torch.cat([p.flatten() for p in model.parameters()])
+    return {
+        "loss curve": torch.tensor(losses, dtype=torch.float64),
+        "final logits": model(input_ids=ids).logits,
+        "final parameters": parameters,
+    }
+
+
+def distances(states):
+    """{what: {run: root mean square distance from the float64 run, "allowed": ..., "largest": of bound from plain}}."""
+    table = {}
+    for what, exact in states["float64"].items():
+        plain, bound = states["plain"][what].double(), states["bound"][what].double()
+        row = {name: (x - exact).square().mean().sqrt().item() for name, x in (("plain", plain), ("bound", bound))}
+        # Where float32 hits the truth exactly: one unit in the last place.
+        row["allowed"] = max(SLACK * row["plain"], torch.finfo(torch.float32).eps * exact.abs().max().item())
+        row["largest"] = (bound - plain).abs().max().item()
+        table[what] = row
+    return table
+
+
+def interpreted_step():
+    """One step's loss and gradients: in float64, plain, and through the kernels as Triton interprets them. Printed as JSON."""
+    try:
+        from . import _jit
+    except ImportError as error:
+        print(json.dumps({"missing": str(error)}))
+        return
+    tokens, _ = corpus(TINY["vocab_size"])
+    (ids,) = batches(tokens, 1, 2, 24, "cpu")
+    states = {}
+    for name in "float64", "plain", "bound":
+        model = new_model(TINY, "cpu")
+        with contextlib.ExitStack() as stack:
+            if name == "float64":
+                model.double()
+            if name == "bound":
+                launcher = stack.enter_context(_jit.interpreted())
+                bind(model)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        states[name] = {"loss": loss.detach(), "gradients": torch.cat([p.grad.flatten() for p in model.parameters()])}
+    launched = dict(sorted(collections.Counter(launcher.launched).items()))
+    print(json.dumps({"distances": distances(states), "launched": launched}))
+
+
+def run_interpreted():
+    """interpreted_step in a process of its own: Triton decides when it is imported whether it interprets."""
+    command = [sys.executable, "-c", "from liger_aot import _demo; _demo.interpreted_step()"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"demo: the interpreted step failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def verdict(title, table):
+    """Print the table; whether every distance is allowed."""
+    print(f"\n{title:34} {'plain':>10} {'bound':>10} {'allowed':>10} {'largest of bound - plain':>26}")
+    for what, row in table.items():
+        note = "" if row["bound"] <= row["allowed"] else "  TOO FAR"
+        print(f"  {what:32} {row['plain']:10.2e} {row['bound']:10.2e} {row['allowed']:10.2e} {row['largest']:26.2e}{note}")
+    return all(row["bound"] <= row["allowed"] for row in table.values())
+
+
+def path_of(device):
+    if device == "cpu":
+        packs = ", ".join(p.name for p in _runtime.pack_paths().values()) or "none"
+        return (
+            f"CPU, {torch.get_num_threads()} threads",
+            f"CPU reference: no speed claim (packs installed, not used: {packs})",
+        )
+    pack = _runtime.kernels.launcher.device(torch.empty(1, device=device)).pack
+    return torch.cuda.get_device_name(device), f"compiled kernels of {pack.path.name}"
+
+
+def draw(path, curves, title):
+    """The loss curves, and how far they are apart."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = range(1, len(curves["plain"]) + 1)
+    left.plot(steps, curves["plain"], color="0.75", linewidth=6, label="plain")
+    left.plot(steps, curves["bound"], color="tab:blue", linewidth=1.5, label="bound")
+    left.set(title="Loss", xlabel="step")
+    for a, b, color in ("plain", "float64", "0.6"), ("bound", "float64", "tab:blue"), ("bound", "plain", "tab:red"):
+        apart = [abs(x - y) or math.nan for x, y in zip(curves[a], curves[b], strict=True)]
+        right.plot(steps, apart, color=color, marker="o", markersize=4, linestyle="none", label=f"|{a} - {b}|")
+    right.set(title="Distance between the curves, where not 0", xlabel="step", yscale="log")
+    for axes in left, right:
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="0.92")
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=120)
+
+
+def add_arguments(parser):
+    parser.add_argument("--steps", type=int, default=60, help="training steps of each run (60)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, or cuda where there is one"
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the picture and the numbers (out)"
+    )
+
+
+def main(args):
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    device, path = path_of(args.device)
+    tokens, size = corpus(SIZE["vocab_size"])
+    data = batches(tokens, args.steps + 1, BATCH, LENGTH, args.device)
+    models = {name: new_model(SIZE, args.device) for name in ("plain", "bound", "float64")}
+    models["float64"].double()
+    count = sum(p.numel() for p in models["plain"].parameters())
+    print(f"liger-aot {__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"device  {device}")
+    print(f"path    {path}")
+    print(f"model   Llama: {SIZE['num_hidden_layers']} layers, width {SIZE['hidden_size']}, {count / 1e6:.1f} M parameters")
+    print(f"text    {size / 1e6:.1f} MB of Python's own source, {SIZE['vocab_size']} tokens, {BATCH * LENGTH} of them a step")
+    print(f"\nbound\n{textwrap.indent(str(bind(models['bound'])), '  ')}\n\ntraining")
+
+    models["plain"](input_ids=data[-1], labels=data[-1]).loss.backward()  # what is slow the first time is nobody's time
+    models["plain"].zero_grad()
+    runs = {name: train(name, model, data[:-1]) for name, model in models.items()}
+    curves = {name: losses for name, (losses, _) in runs.items()}
+    seconds = {name: statistics.median(times) for name, (_, times) in runs.items()}
+    memory = {name: peak_memory(models[name], data[-1]) for name in ("plain", "bound")}
+    table = distances({name: state(model, curves[name], data[-1]) for name, model in models.items()})
+
+    print(f"\n{'':34} {'plain':>10} {'bound':>10}")
+    compare("loss of the first step", "{:.5f}", *(curves[n][0] for n in memory))
+    compare("loss of the last step", "{:.5f}", *(curves[n][-1] for n in memory))
+    compare("time of a step (median)", "{:.3f} s", *(seconds[n] for n in memory))
+    compare("peak memory of a step's tensors", "{:.1f} MB", *(memory[n] / 1e6 for n in memory))
+    fine = verdict("distance from float64 (rms)", table)
+    step = run_interpreted()
+    if "missing" in step:
+        print(f"\nNot run: one step through the kernels as Triton interprets them, for {step['missing']}")
+    else:
+        fine &= verdict("one step, interpreted kernels", step["distances"])
+        print("  launched: " + ", ".join(f"{count} {name}" for name, count in step["launched"].items()))
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    numbers = {"device": device, "path": path, "curves": curves, "seconds": seconds, "memory": memory, "distances": table}
+    (args.out / "demo.json").write_text(json.dumps({**numbers, "interpreted": step}, indent=1))
+    try:
+        draw(args.out / "demo.png", curves, f"Training a small Llama: {device}, {path}")
+        print(f"\nLoss curves: {(args.out / 'demo.png').resolve()}")
+    except ModuleNotFoundError as error:
+        print(f"\nNo picture, for {error}: pip install liger-aot[plots]")
+    print(
+        "PASS: bound, the model trains as it does plain, up to rounding"
+        if fine
+        else f"FAIL: beyond {SLACK:g} times plain rounding"
+    )
+    return 0 if fine else 1
+
+
+def compare(label, form, plain, bound):
+    print(f"  {label:32} {form.format(plain):>10} {form.format(bound):>10}")

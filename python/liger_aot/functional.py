@@ -1,0 +1,211 @@
+"""The operators as functions, with the arguments of torch.nn.functional where torch has the function.
+
+torch's arguments come first, in torch's order; ours follow, keyword-only. What is computed, which dtypes and what is refused
+stands where each operator is, in liger_aot.ops. Every function can be traced whole and exported.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import _reduction
+
+from .ops import cross_entropy as _cross_entropy
+from .ops import fused_add_rms_norm as _fused_add_rms_norm
+from .ops import geglu as _geglu
+from .ops import layer_norm as _layer_norm
+from .ops import linear_cross_entropy as _linear_cross_entropy
+from .ops import linear_logprob as _linear_logprob
+from .ops import rms_norm as _rms_norm
+from .ops import rope as _rope
+from .ops import swiglu as _swiglu
+
+# What torch 2.13 added; before it, nothing is an instance.
+OPTIONS = getattr(torch.nn, "LinearCrossEntropyOptions", ())
+
+
+class CrossEntropyOutput(NamedTuple):
+    """A loss, and what was asked for beside it; the rest is None."""
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    offset: float = 0.0,
+    casting: str = "none",
+) -> Tensor:
+    """torch.nn.functional.rms_norm, times offset + weight; `casting` says where a 16-bit input is rounded (ops.rms_norm)."""
+    x, weight = _rows("rms_norm", input, normalized_shape, weight=weight)
+    return _rms_norm.rms_norm(x, weight, eps, offset=offset, casting=casting).view(input.shape)
+
+
+def fused_add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    offset: float = 0.0,
+    casting: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """(the RMSNorm of the sum over its last dimension, the sum) of input + residual."""
+    return _fused_add_rms_norm.fused_add_rms_norm(input, residual, weight, eps, offset=offset, casting=casting)
+
+
+def layer_norm(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-05
+) -> Tensor:
+    """torch.nn.functional.layer_norm."""
+    x, weight, bias = _rows("layer_norm", input, normalized_shape, weight=weight, bias=bias)
+    return _layer_norm.layer_norm(x, weight, bias, eps).view(input.shape)
+
+
+def _rows(op, input, normalized_shape, **parameters):
+    """input and the parameters with the dimensions of normalized_shape, which must be input's last ones, made one."""
+    shape, count = tuple(normalized_shape), len(normalized_shape)
+    if not count or input.shape[-count:] != shape:
+        raise ValueError(f"{op}: normalized_shape must be the last dimensions of the input, {tuple(input.shape)}, got {shape}")
+    if count == 1:
+        return input, *parameters.values()
+    for name, p in parameters.items():
+        if p is not None and p.shape != shape:
+            raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(p.shape)}")
+    return input.flatten(-count), *(None if p is None else p.flatten() for p in parameters.values())
+
+
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """transformers' apply_rotary_pos_emb: the first cos.shape[-1] numbers of each head of q and k, rotated by halves.
+
+    q and k are (batch, heads, length, d), or (batch, length, heads, d) with unsqueeze_dim 2; cos and sin are
+    (batch or 1, length, r) or (length, r). position_ids has no effect, as in transformers since 4.38: cos and sin belong to
+    the positions already.
+    """
+    if unsqueeze_dim not in (1, 2):
+        raise ValueError(f"rope: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
+    if unsqueeze_dim == 1:
+        return _rope.rope(q, k, cos, sin)
+    q, k = _rope.rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    return q.transpose(1, 2), k.transpose(1, 2)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, gate_multiplier: float = 1.0, down_multiplier: float = 1.0) -> Tensor:
+    """silu(gate · gate_multiplier) · up · down_multiplier."""
+    return _swiglu.swiglu(gate, up, gate_multiplier=gate_multiplier, down_multiplier=down_multiplier)
+
+
+def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
+    """torch.nn.functional.gelu(gate, approximate=approximate) · up."""
+    return _geglu.geglu(gate, up, approximate=approximate)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    loss_dtype: torch.dtype | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """torch.nn.functional.cross_entropy, of softcap · tanh(input / softcap), plus lse_square_scale · logsumexp².
+
+    With a return_ flag the result is a CrossEntropyOutput. Its z_loss is the part of the loss that lse_square_scale adds,
+    token_accuracy the share of targets that have the largest logit, predicted_tokens where that is; none has a gradient.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "softcap": softcap,
+        "lse_square_scale": lse_square_scale,
+        "loss_dtype": loss_dtype,
+    }
+    if return_z_loss or return_token_accuracy or return_predicted_tokens:
+        out = _cross_entropy.cross_entropy_stats(input, target, weight, **options)
+        return _asked(out, return_z_loss, return_token_accuracy, return_predicted_tokens)
+    return _cross_entropy.cross_entropy(input, target, weight, **options)
+
+
+def _asked(out, *flags):
+    return CrossEntropyOutput(out[0], *(o if flag else None for o, flag in zip(out[1:], flags, strict=True)))
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: object | None = None,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """torch.nn.functional.linear_cross_entropy, which torch has since 2.13: cross_entropy of scale · (input @ linear_weight.T
+    + linear_bias), whose logits are never all in memory.
+
+    Only targets that are probabilities, and a linear_weight of more than two dimensions, need all logits, as in torch.
+    ignore_index None is -100. `options`, torch's LinearCrossEntropyOptions, has no effect: the operator always works in chunks
+    of its own size, sums in fp32, and allows retain_graph. The return_ flags are those of cross_entropy.
+    """
+    if options is not None and not isinstance(options, OPTIONS):
+        raise ValueError(f"linear_cross_entropy: options must be a torch.nn.LinearCrossEntropyOptions or None, got {options!r}")
+    if target.is_floating_point() and ignore_index is not None:
+        raise ValueError(f"linear_cross_entropy: ignore_index must be None where targets are probabilities, got {ignore_index}")
+    given = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "reduction": reduction,
+        "ignore_index": -100 if ignore_index is None else ignore_index,
+        "label_smoothing": label_smoothing,
+        "softcap": softcap,
+        "lse_square_scale": lse_square_scale,
+        "scale": scale,
+        "loss_dtype": loss_dtype,
+    }
+    if return_z_loss or return_token_accuracy or return_predicted_tokens:
+        out = _linear_cross_entropy.linear_cross_entropy_stats(input, linear_weight, target, **given)
+        return _asked(out, return_z_loss, return_token_accuracy, return_predicted_tokens)
+    return _linear_cross_entropy.linear_cross_entropy(input, linear_weight, target, **given)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probability of target, entropy, logsumexp) of each row of (hidden @ weight.T + bias) / temperature, all
+    differentiable; the logits are never all in memory."""
+    return _linear_logprob.linear_logprob(hidden, weight, target, bias=bias, temperature=temperature, ignore_index=ignore_index)

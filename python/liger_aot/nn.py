@@ -1,0 +1,120 @@
+"""torch.nn's modules on these operators: torch's constructors and state dicts, and our options as keywords."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.modules.loss import _WeightedLoss
+
+from . import functional as F  # noqa: N812 (as torch names it)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch.nn.RMSNorm; offset and casting as in liger_aot.rms_norm."""
+
+    def __init__(self, *args, offset: float = 0.0, casting: str = "none", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.offset, self.casting = offset, casting
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, offset=self.offset, casting=self.casting)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, offset={self.offset}, casting={self.casting}"
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """torch.nn.LayerNorm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class _Options:
+    """A loss with the options that are ours, which torch's constructors do not know."""
+
+    def __init__(
+        self,
+        *args,
+        softcap: float | None = None,
+        lse_square_scale: float = 0.0,
+        return_z_loss: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.ours = {
+            "softcap": softcap,
+            "lse_square_scale": lse_square_scale,
+            "return_z_loss": return_z_loss,
+            "return_token_accuracy": return_token_accuracy,
+            "return_predicted_tokens": return_predicted_tokens,
+        }
+
+    def extra_repr(self) -> str:
+        ours = [f"{name}={value}" for name, value in self.ours.items() if value]
+        return ", ".join(filter(None, [super().extra_repr(), *ours]))
+
+
+class CrossEntropyLoss(_Options, torch.nn.CrossEntropyLoss):
+    """torch.nn.CrossEntropyLoss; further keywords as in liger_aot.cross_entropy."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | F.CrossEntropyOutput:
+        return F.cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            **self.ours,
+        )
+
+
+class _LinearCrossEntropyLoss(_WeightedLoss):
+    """The constructor and the state of torch 2.13's LinearCrossEntropyLoss, for torch before it."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device=None,
+        dtype=None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: object | None = None,
+    ):
+        super().__init__(weight, reduction=reduction)
+        self.num_classes, self.out_features, self.options = num_classes, out_features, options
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        size = math.prod(out_features, start=num_classes)
+        self.linear = torch.nn.Linear(in_features, size, bias=bias, device=device, dtype=dtype)
+
+
+class LinearCrossEntropyLoss(_Options, getattr(torch.nn, "LinearCrossEntropyLoss", _LinearCrossEntropyLoss)):
+    """torch.nn.LinearCrossEntropyLoss, which torch has since 2.13; further keywords as in liger_aot.linear_cross_entropy."""
+
+    def __init__(self, *args, scale: float = 1.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ours["scale"] = scale
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | F.CrossEntropyOutput:
+        shape, bias = (self.num_classes, *self.out_features), self.linear.bias
+        return F.linear_cross_entropy(
+            input,
+            self.linear.weight.view(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.view(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            **self.ours,
+        )

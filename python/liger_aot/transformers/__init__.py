@@ -1,0 +1,35 @@
+"""Liger-Kernel's names: with liger_kernel replaced by liger_aot in an import, code that calls these operators runs on ours."""
+
+from .cross_entropy import LigerCrossEntropyLoss
+from .fused_add_rms_norm import LigerFusedAddRMSNorm
+from .fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+from .geglu import LigerGEGLUMLP
+from .layer_norm import LigerLayerNorm
+from .rms_norm import LigerRMSNorm
+from .rms_norm import LigerRMSNormForMuseGlimmer
+from .rms_norm import LigerRMSNormForMuseGlimmerTextCentered
+from .rope import liger_rotary_pos_emb
+from .swiglu import LigerBlockSparseTop2MLP
+from .swiglu import LigerFalconH1SwiGLUMLP
+from .swiglu import LigerPhi3SwiGLUMLP
+from .swiglu import LigerQwen3MoeSwiGLUMLP
+from .swiglu import LigerSwiGLUMLP
+from .swiglu import LigerSwiGLUMLPForMuseGlimmer
+
+__all__ = [
+    "LigerBlockSparseTop2MLP",
+    "LigerCrossEntropyLoss",
+    "LigerFalconH1SwiGLUMLP",
+    "LigerFusedAddRMSNorm",
+    "LigerFusedLinearCrossEntropyLoss",
+    "LigerGEGLUMLP",
+    "LigerLayerNorm",
+    "LigerPhi3SwiGLUMLP",
+    "LigerQwen3MoeSwiGLUMLP",
+    "LigerRMSNorm",
+    "LigerRMSNormForMuseGlimmer",
+    "LigerRMSNormForMuseGlimmerTextCentered",
+    "LigerSwiGLUMLP",
+    "LigerSwiGLUMLPForMuseGlimmer",
+    "liger_rotary_pos_emb",
+]

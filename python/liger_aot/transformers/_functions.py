@@ -1,0 +1,91 @@
+"""Liger's autograd functions, for code that calls LigerXFunction.apply(...) by position."""
+
+from ..functional import CrossEntropyOutput
+from ..functional import swiglu
+from . import functional as L  # noqa: N812
+from ._names import one_of
+
+
+class LigerRMSNormFunction:
+    @staticmethod
+    def apply(X, W, eps, offset=0.0, casting_mode="llama", in_place=True, row_mode=None):
+        one_of("LigerRMSNormFunction", "row_mode", row_mode, (None, True, False))
+        return L.liger_rms_norm(X, W, eps, offset, casting_mode, in_place)
+
+
+class LigerFusedAddRMSNormFunction:
+    @staticmethod
+    def apply(X, R, W, eps, offset=0.0, casting_mode="llama", in_place=False):
+        return L.liger_fused_add_rms_norm(X, R, W, eps, offset, casting_mode, in_place)
+
+
+class LigerLayerNormFunction:
+    apply = staticmethod(L.liger_layer_norm)
+
+
+class LigerRopeFunction:
+    apply = staticmethod(L.liger_rope)
+
+
+class LigerSiLUMulFunction:
+    @staticmethod
+    def apply(a, b, gate_multiplier: float = 1.0, down_multiplier: float = 1.0):
+        return swiglu(a, b, gate_multiplier=gate_multiplier, down_multiplier=down_multiplier)
+
+
+class LigerGELUMulFunction:
+    apply = staticmethod(L.liger_geglu)
+
+
+class LigerCrossEntropyFunction:
+    @staticmethod
+    def apply(
+        _input,
+        target,
+        weight,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+    ):
+        flags = return_z_loss, return_token_accuracy, return_predicted_tokens
+        options = ignore_index, None, reduction, label_smoothing, lse_square_scale, softcap
+        return four(L.liger_cross_entropy(_input, target, weight, None, *options, *flags))
+
+
+class LigerFusedLinearCrossEntropyFunction:
+    @staticmethod
+    def apply(
+        _input,
+        weight,
+        target,
+        bias=None,
+        ce_weight=None,
+        ignore_index=-100,
+        lse_square_scale=0.0,
+        label_smoothing=0.0,
+        reduction="mean",
+        softcap=None,
+        return_z_loss: bool = False,
+        accum_dtype=None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+        ce_impl=None,
+        ce_mode=None,
+        chunk_mem_const: int = 1,
+    ):
+        one_of("LigerFusedLinearCrossEntropyFunction", "ce_impl", ce_impl, (None,))
+        one_of("LigerFusedLinearCrossEntropyFunction", "ce_mode", ce_mode, (None,))
+        options = ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss, accum_dtype
+        flags = use_token_scaling, return_token_accuracy, return_predicted_tokens
+        return four(L.liger_fused_linear_cross_entropy(_input, weight, target, bias, *options, *flags, chunk_mem_const))
+
+
+def four(out):
+    """(loss, z_loss, token_accuracy, predicted_tokens), as Liger's functions return it."""
+    return tuple(out) if isinstance(out, CrossEntropyOutput) else (out, None, None, None)

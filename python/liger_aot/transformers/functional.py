@@ -1,0 +1,154 @@
+"""Liger-Kernel's functions by their names and positional arguments: liger_kernel.transformers.functional.
+
+Nothing is computed in place: in_place is accepted, and has no effect. Results have the dtype of X, as Liger's have.
+"""
+
+import torch
+
+from .. import functional as F  # noqa: N812 (as torch names it)
+from ..functional import CrossEntropyOutput
+from ._names import one_of
+
+__all__ = [
+    "CrossEntropyOutput",
+    "liger_cross_entropy",
+    "liger_fused_add_rms_norm",
+    "liger_fused_linear_cross_entropy",
+    "liger_geglu",
+    "liger_layer_norm",
+    "liger_rms_norm",
+    "liger_rope",
+    "liger_swiglu",
+]
+# Sums are accumulated in fp32, whichever of these is asked for.
+ACCUMULATE = None, torch.float32, torch.bfloat16, torch.float16
+
+
+def liger_rms_norm(X, W, eps, offset: float = 0.0, casting_mode: str = "llama", in_place: bool = True):
+    one_of("liger_rms_norm", "in_place", in_place, (True, False))
+    return F.rms_norm(X, X.shape[-1:], W, eps, offset=offset, casting=casting_mode).to(X.dtype)
+
+
+def liger_fused_add_rms_norm(X, R, W, eps, offset: float = 0.0, casting_mode: str = "llama", in_place: bool = True):
+    """(y, s): the RMSNorm of s = X + R, and s."""
+    one_of("liger_fused_add_rms_norm", "in_place", in_place, (True, False))
+    y, s = F.fused_add_rms_norm(X, R, W, eps, offset=offset, casting=casting_mode)
+    return y.to(X.dtype), s
+
+
+def liger_layer_norm(X, W, B, eps):
+    return F.layer_norm(X, X.shape[-1:], W, B, eps)
+
+
+def liger_rope(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
+    """rope; with rotary_dim twice the width of cos and sin, these stand for both halves, as in GPT-OSS."""
+    if rotary_dim is not None and rotary_dim != cos.shape[-1]:
+        if rotary_dim != 2 * cos.shape[-1]:
+            raise ValueError(f"liger_rope: rotary_dim must be cos's width {cos.shape[-1]} or twice that, got {rotary_dim}")
+        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    return F.rope(q, k, cos, sin, position_ids, unsqueeze_dim)
+
+
+def liger_swiglu(a, b):
+    return F.swiglu(a, b)
+
+
+def liger_geglu(a, b):
+    return F.geglu(a, b)
+
+
+def liger_cross_entropy(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index: int = -100,
+    reduce=None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+):
+    return F.cross_entropy(
+        input,
+        target,
+        weight,
+        size_average,
+        ignore_index,
+        reduce,
+        reduction,
+        label_smoothing,
+        softcap=softcap,
+        lse_square_scale=lse_square_scale,
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+    )
+
+
+def liger_fused_linear_cross_entropy(
+    input,
+    weight,
+    target,
+    bias=None,
+    ce_weight=None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype=None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    chunk_mem_const: int = 1,
+):
+    """The chunks have the operator's own size, and sums are fp32: chunk_mem_const and accum_dtype have no effect.
+
+    use_token_scaling multiplies each token's loss by the probability of its target, a constant, at the price of a second pass.
+    """
+    name = "liger_fused_linear_cross_entropy"
+    one_of(name, "accum_dtype", accum_dtype, ACCUMULATE)
+    if type(chunk_mem_const) is not int or chunk_mem_const < 1:
+        raise ValueError(f"{name}: chunk_mem_const must be a positive integer, got {chunk_mem_const!r}")
+    logits = {"linear_bias": bias, "ignore_index": ignore_index, "softcap": softcap}
+    options = {
+        "weight": ce_weight,
+        "lse_square_scale": lse_square_scale,
+        "label_smoothing": label_smoothing,
+        "return_z_loss": return_z_loss,
+        "return_token_accuracy": return_token_accuracy,
+        "return_predicted_tokens": return_predicted_tokens,
+    }
+    if not use_token_scaling:
+        return F.linear_cross_entropy(input, weight, target, reduction=reduction, **logits, **options)
+
+    one_of(name, "reduction", reduction, ("none", "mean", "sum"))
+    if ce_weight is not None and lse_square_scale and reduction == "mean":
+        raise NotImplementedError(
+            f"{name}: use_token_scaling must have reduction sum or none with both ce_weight and lse_square_scale, got mean"
+        )
+    with torch.no_grad():
+        probability = torch.exp(-F.linear_cross_entropy(input, weight, target, reduction="none", **logits).float())
+    out = F.linear_cross_entropy(input, weight, target, reduction="none", **logits, **options)
+    keep = target != ignore_index
+    count = keep.sum()
+
+    def reduce(x, divisor):
+        x = x * probability.to(x.dtype)
+        return x if reduction == "none" else x.sum() if reduction == "sum" else x.sum() / divisor
+
+    total = count if ce_weight is None else ce_weight[target.where(keep, 0)].where(keep, 0).sum()
+    if not isinstance(out, CrossEntropyOutput):
+        return reduce(out, total)
+    accuracy = out.token_accuracy
+    return CrossEntropyOutput(
+        reduce(out.loss, total),
+        None if out.z_loss is None else reduce(out.z_loss, count),
+        accuracy if accuracy is None or reduction == "none" else accuracy.sum() / count,
+        out.predicted_tokens,
+    )

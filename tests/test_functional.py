@@ -1,0 +1,295 @@
+"""torch's functions: same names, order and defaults, and the same numbers."""
+
+import inspect
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (as torch names it)
+
+import liger_aot
+from liger_aot.functional import CrossEntropyOutput
+
+from harness import fixed
+from harness import run
+
+SHARED = ["rms_norm", "layer_norm", "cross_entropy", "linear_cross_entropy"]
+
+
+def same(ours, theirs, *inputs):
+    """The same outputs and gradients, by torch's own tolerance: what operators lose is measured in their own tests."""
+    torch.testing.assert_close(run(ours, inputs), run(theirs, inputs))
+
+
+def test_all_is_tested():
+    """Every name of the package is called here, or has a test file of its own."""
+    text = "".join(p.read_text() for p in __import__("pathlib").Path(__file__).parent.glob("test_*.py"))
+    for name in liger_aot.__all__:
+        assert re.search(rf"\bliger_aot\.{name}\b|import {name}\b", text), name
+
+
+@pytest.mark.parametrize("name", [n for n in SHARED if hasattr(F, n)])
+def test_signature_begins_with_torchs(name):
+    ours = list(inspect.signature(getattr(liger_aot, name)).parameters.values())
+    theirs = list(inspect.signature(getattr(F, name)).parameters.values())
+    assert [(p.name, p.kind, p.default) for p in ours[: len(theirs)]] == [(p.name, p.kind, p.default) for p in theirs]
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in ours[len(theirs) :])
+
+
+@pytest.mark.parametrize("shape", [(24,), (4, 6), (3, 4, 6)], ids=str)
+@pytest.mark.parametrize("given", ["x", "xw", "xwb"])
+def test_norms_over_several_dimensions(shape, given):
+    parameters = [torch.randn(shape) for _ in given[1:]]
+    x = torch.randn(2, 3, 4, 6) if len(shape) > 1 else torch.randn(2, 3, 24)
+    same(
+        lambda x, *p: liger_aot.layer_norm(x, shape, *p, eps=1e-3),
+        lambda x, *p: F.layer_norm(x, shape, *p, eps=1e-3),
+        x,
+        *parameters,
+    )
+    if given != "xwb":
+        same(lambda x, *p: liger_aot.rms_norm(x, shape, *p), lambda x, *p: F.rms_norm(x, shape, *p), x, *parameters)
+
+
+def test_norm_of_a_transposed_input():
+    x = torch.randn(6, 4, 5).transpose(0, 2)
+    same(lambda x, w: liger_aot.rms_norm(x, (4, 6), w), lambda x, w: F.rms_norm(x, (4, 6), w), x, torch.randn(4, 6))
+
+
+def test_rms_norm_options():
+    x, w = torch.randn(4, 24).bfloat16(), torch.randn(24).bfloat16()
+    got = liger_aot.rms_norm(x, [24], w, 1e-6, offset=1.0, casting="gemma")
+    assert torch.equal(got, torch.ops.liger.rms_norm(x, w, 1e-6, offset=1.0, casting="gemma"))
+
+
+def test_fused_add_rms_norm():
+    x, residual, w = torch.randn(4, 24), torch.randn(4, 24), torch.randn(24)
+
+    def reference(x, residual, w):
+        return F.rms_norm(x + residual, (24,), w, 1e-5), x + residual
+
+    same(lambda x, r, w: liger_aot.fused_add_rms_norm(x, r, w, 1e-5), reference, x, residual, w)
+
+
+def rotate(q, k, cos, sin, unsqueeze_dim=1):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+
+
+@pytest.mark.parametrize("unsqueeze_dim", [1, 2])
+def test_rope(unsqueeze_dim):
+    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
+    cos, sin = torch.randn(2, 5, 8).repeat(1, 1, 2), torch.randn(2, 5, 8).repeat(1, 1, 2)
+    if unsqueeze_dim == 2:
+        q, k = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous()
+    same(
+        lambda q, k, cos, sin: liger_aot.rope(q, k, cos, sin, torch.arange(5)[None], unsqueeze_dim),
+        lambda q, k, cos, sin: rotate(q, k, cos, sin, unsqueeze_dim),
+        q,
+        k,
+        fixed(cos),
+        fixed(sin),
+    )
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_gates(approximate):
+    gate, up = torch.randn(4, 24), torch.randn(4, 24)
+    same(
+        lambda g, u: liger_aot.geglu(g, u, approximate=approximate),
+        lambda g, u: F.gelu(g, approximate=approximate) * u,
+        gate,
+        up,
+    )
+    same(
+        lambda g, u: liger_aot.swiglu(g, u, gate_multiplier=0.5, down_multiplier=2.0),
+        lambda g, u: F.silu(g * 0.5) * u * 2.0,
+        gate,
+        up,
+    )
+
+
+LEGACY = [(a, r) for a in (None, True, False) for r in (None, True, False)]
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.parametrize(("size_average", "reduce"), LEGACY, ids=str)
+def test_legacy_reductions(size_average, reduce):
+    x, target = torch.randn(5, 9), torch.randint(9, (5,))
+    got = liger_aot.cross_entropy(x, target, None, size_average, -100, reduce, "sum")
+    want = F.cross_entropy(x, target, None, size_average, -100, reduce, "sum")
+    torch.testing.assert_close(got, want)
+
+
+TARGETS = {
+    "indices": lambda: torch.randint(9, (5, 3)),
+    "probabilities": lambda: torch.randn(5, 9, 3).softmax(1),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy(target, reduction):
+    target, options = target(), {"reduction": reduction, "label_smoothing": 0.1}
+    weight = torch.rand(9)
+    same(
+        lambda x, y, w: liger_aot.cross_entropy(x, y, w, **options),
+        lambda x, y, w: F.cross_entropy(x, y, w, **options),
+        torch.randn(5, 9, 3),
+        fixed(target),
+        fixed(weight),
+    )
+
+
+def soft(z, softcap):
+    return softcap * torch.tanh(z / softcap)
+
+
+def test_cross_entropy_options_and_stats():
+    x, target = torch.randn(7, 9), torch.randint(9, (7,))
+    target[2] = -100
+    options = {"softcap": 2.0, "lse_square_scale": 0.1}
+    out = liger_aot.cross_entropy(x, target, **options, return_z_loss=True, return_predicted_tokens=True)
+    assert isinstance(out, CrossEntropyOutput)
+    assert out.token_accuracy is None
+    z, keep = soft(x, 2.0), target != -100
+    z_loss = (0.1 * torch.logsumexp(z, 1).square())[keep].mean()
+    torch.testing.assert_close(out.z_loss, z_loss)
+    torch.testing.assert_close(out.loss, F.cross_entropy(z, target) + z_loss)
+    assert torch.equal(out.loss, liger_aot.cross_entropy(x, target, **options))
+    assert torch.equal(out.predicted_tokens, z.argmax(1).where(keep, -1))
+    _, z_loss, accuracy, predicted = liger_aot.cross_entropy(x, target, return_token_accuracy=True)
+    torch.testing.assert_close(accuracy, (z.argmax(1) == target)[keep].float().mean())
+    assert z_loss is None
+    assert predicted is None
+
+
+def linear_reference(x, w, target, b=None, scale=1.0, **options):
+    return F.cross_entropy(F.linear(x, w, b) * scale, target, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_cross_entropy(reduction):
+    x, w, b, target = torch.randn(7, 6), torch.randn(9, 6), torch.randn(9), torch.randint(9, (7,))
+    options = {"reduction": reduction, "label_smoothing": 0.1, "ignore_index": 3}
+    same(
+        lambda x, w, b: liger_aot.linear_cross_entropy(x, w, target, linear_bias=b, scale=0.5, **options),
+        lambda x, w, b: linear_reference(x, w, target, b, 0.5, **options),
+        x,
+        w,
+        b,
+    )
+
+
+needs_torchs = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has linear_cross_entropy since 2.13")
+
+
+@needs_torchs
+@pytest.mark.parametrize("given", ["None", "LinearCrossEntropyOptions()", "LinearCrossEntropyOptions(batch_chunk_size=2)"])
+def test_linear_cross_entropy_takes_torchs_options(given):
+    options = eval(given, vars(torch.nn))
+    x, w, target = torch.randn(7, 6), torch.randn(9, 6), torch.randint(9, (7,))
+    same(
+        lambda x, w: liger_aot.linear_cross_entropy(x, w, target, options=options),
+        lambda x, w: F.linear_cross_entropy(x, w, target),
+        x,
+        w,
+    )
+
+
+@needs_torchs
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("out_features", [(), (4, 3)], ids=str)
+def test_linear_cross_entropy_of_every_shape(kind, out_features):
+    x, w, b = torch.randn(5, 6), torch.randn(9, *out_features, 6), torch.randn(9, *out_features)
+    target = torch.randint(9, (5, *out_features))
+    if kind == "probabilities":
+        target = torch.randn(5, 9, *out_features).softmax(1)
+    same(
+        lambda x, w, b, y: liger_aot.linear_cross_entropy(x, w, y, linear_bias=b),
+        lambda x, w, b, y: F.linear_cross_entropy(x, w, y, linear_bias=b),
+        x,
+        w,
+        b,
+        fixed(target),
+    )
+
+
+def test_linear_cross_entropy_stats():
+    x, w, target = torch.randn(7, 6), torch.randn(9, 6), torch.randint(9, (7,))
+    options = {"lse_square_scale": 0.1, "softcap": 3.0}
+    flags = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
+    got = liger_aot.linear_cross_entropy(x, w, target, **options, **flags)
+    want = liger_aot.cross_entropy(x @ w.t(), target, **options, **flags)
+    for g, e in zip(got, want, strict=True):
+        torch.testing.assert_close(g, e)
+
+
+def test_linear_logprob():
+    x, w, b, target = torch.randn(7, 6), torch.randn(9, 6), torch.randn(9), torch.randint(9, (7,))
+
+    def reference(x, w, b):
+        logp = torch.log_softmax(F.linear(x, w, b) / 0.7, -1)
+        lse = torch.logsumexp(F.linear(x, w, b) / 0.7, -1)
+        return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).sum(-1), lse
+
+    same(lambda x, w, b: liger_aot.linear_logprob(x, w, target, bias=b, temperature=0.7), reference, x, w, b)
+
+
+def everything(x, w, target):
+    h = liger_aot.rms_norm(x, (4, 6), w.view(4, 6))
+    h = liger_aot.layer_norm(h.flatten(1), (24,), w)
+    h, s = liger_aot.fused_add_rms_norm(h, x.flatten(1), w)
+    h = liger_aot.swiglu(h, s) + liger_aot.geglu(h, s)
+    q = h.view(1, 2, -1, 12)
+    q, k = liger_aot.rope(q, q, torch.ones(q.shape[2], 12), torch.ones(q.shape[2], 12), unsqueeze_dim=1)
+    h = (q + k).view_as(h)
+    out = liger_aot.cross_entropy(h, target, return_z_loss=True, lse_square_scale=0.1)
+    linear = liger_aot.linear_cross_entropy(h, w.view(2, 12).repeat(12, 2), target)
+    logp, entropy, lse = liger_aot.linear_logprob(h, w.view(2, 12).repeat(12, 2), target)
+    return out, linear + logp.sum() + entropy.sum() + lse.sum()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_all_trace_whole(dynamic):
+    x, w, target = torch.randn(6, 4, 6, requires_grad=True), torch.randn(24, requires_grad=True), torch.randint(24, (6,))
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    (out, other), (want, wanted) = compiled(x, w, target), everything(x, w, target)
+    torch.testing.assert_close([out.loss, out.z_loss, other], [want.loss, want.z_loss, wanted])
+    (out.loss + other).backward()
+
+
+X, W, Y = torch.randn(4, 8), torch.randn(8), torch.randint(8, (4,))
+BAD = [
+    (
+        lambda: liger_aot.rms_norm(X, (4, 7), W),
+        "rms_norm: normalized_shape must be the last dimensions of the input, (4, 8), got (4, 7)",
+    ),
+    (
+        lambda: liger_aot.layer_norm(X, (), W),
+        "layer_norm: normalized_shape must be the last dimensions of the input, (4, 8), got ()",
+    ),
+    (lambda: liger_aot.layer_norm(X, (4, 8), X, W), "layer_norm: bias must have shape (4, 8), got (8,)"),
+    (lambda: liger_aot.rms_norm(X, (4, 8), W), "rms_norm: weight must have shape (4, 8), got (8,)"),
+    (lambda: liger_aot.rope(X, X, X, X, None, 3), "rope: unsqueeze_dim must be 1 or 2, got 3"),
+    (
+        lambda: liger_aot.linear_cross_entropy(X, X, Y, options={}),
+        "linear_cross_entropy: options must be a torch.nn.LinearCrossEntropyOptions or None, got {}",
+    ),
+    (
+        lambda: liger_aot.linear_cross_entropy(X, X, X, ignore_index=1),
+        "linear_cross_entropy: ignore_index must be None where targets are probabilities, got 1",
+    ),
+    (
+        lambda: liger_aot.cross_entropy(X, Y, reduction="avg"),
+        "cross_entropy: reduction must be one of none, mean, sum, got 'avg'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), BAD, ids=[b[1][:60] for b in BAD])
+def test_rejects(call, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        call()

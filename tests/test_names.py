@@ -1,0 +1,353 @@
+"""Liger's names: the arguments that Liger-Kernel has, and the numbers that it documents."""
+
+import importlib
+import inspect
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 (as torch names it)
+
+import liger_aot
+import liger_aot.transformers as names
+import liger_aot.transformers.functional as L  # noqa: N812
+from liger_aot.functional import CrossEntropyOutput
+
+from harness import run
+
+# Beyond `__all__`, what stands in Liger's modules of these paths.
+MODULES = {
+    "rms_norm": [
+        "LigerRMSNorm",
+        "LigerRMSNormForGemma",
+        "LigerRMSNormForGemma2",
+        "LigerRMSNormForGemma3",
+        "LigerRMSNormForGemma4",
+        "LigerRMSNormForGlm4",
+        "LigerRMSNormForMuseGlimmer",
+        "LigerRMSNormForMuseGlimmerTextCentered",
+        "LigerRMSNormForOlmo2",
+        "LigerRMSNormForQwen3Next",
+    ],
+    "fused_add_rms_norm": ["LigerFusedAddRMSNorm"],
+    "layer_norm": ["LigerLayerNorm"],
+    "rope": ["liger_rotary_pos_emb", "liger_rotary_pos_emb_gpt_oss", "liger_rotary_pos_emb_vision"],
+    "swiglu": [
+        "LigerBlockSparseTop2MLP",
+        "LigerFalconH1SwiGLUMLP",
+        "LigerHunyuanV1SwiGLUMLP",
+        "LigerPhi3SwiGLUMLP",
+        "LigerQwen3MoeSwiGLUMLP",
+        "LigerSwiGLUMLP",
+        "LigerSwiGLUMLPForMuseGlimmer",
+    ],
+    "geglu": ["LigerGEGLUMLP", "LigerGEGLUMLPForGemma4"],
+    "cross_entropy": ["LigerCrossEntropyLoss"],
+    "fused_linear_cross_entropy": ["LigerFusedLinearCrossEntropyLoss"],
+    "functional": L.__all__,
+}
+NAMES = [(f"transformers.{module}", name) for module, found in MODULES.items() for name in found]
+NAMES += [("transformers", name) for name in names.__all__]
+FUNCTIONS = ["RMSNorm", "FusedAddRMSNorm", "LayerNorm", "Rope", "SiLUMul", "GELUMul", "CrossEntropy", "FusedLinearCrossEntropy"]
+
+
+def parameters(function):
+    """(name, kind, default) of each; of a constructor or a method without self."""
+    found = inspect.signature(function).parameters.values()
+    return [(p.name, p.kind, p.default) for p in found if p.name not in ("self", "ctx")]
+
+
+@pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{m}.{n}" for m, n in NAMES])
+def test_signature_is_ligers(module, name):
+    pytest.importorskip("liger_kernel", reason="liger-kernel, to compare signatures with, is not installed")
+    ours = getattr(importlib.import_module(f"liger_aot.{module}"), name)
+    theirs = getattr(importlib.import_module(f"liger_kernel.{module}"), name)
+    assert parameters(ours) == parameters(theirs)
+    if isinstance(theirs, type) and issubclass(theirs, torch.nn.Module):
+        assert parameters(ours.forward) == parameters(theirs.forward)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_autograd_functions_apply_as_ligers(name):
+    theirs = pytest.importorskip("liger_kernel.ops", reason="liger-kernel, to compare signatures with, is not installed")
+    name = f"Liger{name}Function"
+    assert parameters(getattr(liger_aot.ops, name).apply) == parameters(getattr(theirs, name).forward)
+    with pytest.raises(AttributeError, match="LigerOtherFunction"):
+        liger_aot.ops.LigerOtherFunction  # noqa: B018
+
+
+CONFIG = SimpleNamespace(
+    hidden_size=12, intermediate_size=20, hidden_act="silu", mlp_multipliers=(0.5, 2.0), hidden_activation=None
+)
+BUILD = {
+    "LigerRMSNorm": (12,),
+    "LigerRMSNormForGemma": (12,),
+    "LigerRMSNormForGemma2": (12,),
+    "LigerRMSNormForGemma3": (12,),
+    "LigerRMSNormForGemma4": (12,),
+    "LigerRMSNormForGlm4": (12,),
+    "LigerRMSNormForMuseGlimmer": (12,),
+    "LigerRMSNormForMuseGlimmerTextCentered": (12,),
+    "LigerRMSNormForOlmo2": (12,),
+    "LigerRMSNormForQwen3Next": (12,),
+    "LigerFusedAddRMSNorm": (12,),
+    "LigerLayerNorm": (12,),
+    "LigerBlockSparseTop2MLP": (CONFIG,),
+    "LigerFalconH1SwiGLUMLP": (CONFIG,),
+    "LigerHunyuanV1SwiGLUMLP": (CONFIG, 1),
+    "LigerPhi3SwiGLUMLP": (CONFIG,),
+    "LigerQwen3MoeSwiGLUMLP": (CONFIG, 16),
+    "LigerSwiGLUMLP": (CONFIG,),
+    "LigerSwiGLUMLPForMuseGlimmer": (CONFIG,),
+    "LigerGEGLUMLP": (CONFIG,),
+    "LigerGEGLUMLPForGemma4": (CONFIG,),
+    "LigerCrossEntropyLoss": (),
+    "LigerFusedLinearCrossEntropyLoss": (),
+}
+SWIGLU = [n for n in BUILD if "SwiGLU" in n or "Top2" in n]
+
+
+def build(name, *arguments, **options):
+    module = next(m for m, found in MODULES.items() if name in found)
+    return getattr(importlib.import_module(f"liger_aot.transformers.{module}"), name)(*(arguments or BUILD[name]), **options)
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_state_and_attributes_are_ligers(name):
+    pytest.importorskip("liger_kernel", reason="liger-kernel, to compare modules with, is not installed")
+    module = next(m for m, found in MODULES.items() if name in found)
+    theirs = getattr(importlib.import_module(f"liger_kernel.transformers.{module}"), name)(*BUILD[name])
+    ours = build(name)
+    shapes = {k: (v.shape, v.dtype) for k, v in theirs.state_dict().items()}
+    assert {k: (v.shape, v.dtype) for k, v in ours.state_dict().items()} == shapes
+    assert {k for k in vars(theirs) if k != "config"} <= {*vars(ours), *ours.state_dict()}
+    if "Norm" in name:
+        for k, v in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[k], v), k
+
+
+def norm(x, w, eps, offset, casting):
+    """Where each casting mode rounds: transformers' Llama, Gemma."""
+    if casting == "llama":
+        xhat = (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        return ((offset + w.float()) * xhat.float()).to(x.dtype)
+    return (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps) * (offset + w.float())).to(x.dtype)
+
+
+@pytest.mark.parametrize("casting", ["llama", "gemma", "none"])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_rounds_where_liger_says_and_gives_the_dtype_of_x(casting, weight_dtype):
+    x, r, w = torch.randn(5, 24).bfloat16(), torch.randn(5, 24).bfloat16(), torch.randn(24).to(weight_dtype)
+    got = L.liger_rms_norm(x, w, 1e-5, 1.0, casting, True)
+    assert torch.equal(got, norm(x, w, 1e-5, 1.0, casting))
+    y, s = L.liger_fused_add_rms_norm(x, r, w, 1e-5, 1.0, casting, True)
+    assert torch.equal(s, x + r)
+    assert torch.equal(y, norm(x + r, w, 1e-5, 1.0, casting))
+
+
+@pytest.mark.parametrize("name", [n for n in BUILD if "RMSNormFor" in n])
+def test_norms_of_models(name):
+    module, x = build(name), torch.randn(3, 12).bfloat16()
+    module.weight.data.normal_()
+    assert torch.equal(module(x), norm(x, module.weight, module.variance_epsilon, module.offset, module.casting_mode))
+
+
+@pytest.mark.parametrize("name", ["LigerRMSNormForGemma4", "LigerRMSNormForMuseGlimmer"])
+def test_norms_without_a_scale(name):
+    x = torch.randn(3, 12)
+    module = build(name, 12, with_scale=False)
+    assert list(module.parameters()) == []
+    torch.testing.assert_close(module(x), F.rms_norm(x, (12,), eps=1e-6))
+
+
+def test_layer_norm_starts_without_bias():
+    x, module = torch.randn(3, 12), build("LigerLayerNorm", 12, bias=True)
+    assert not module.bias.any()
+    torch.testing.assert_close(module(x), F.layer_norm(x, (12,), module.weight, module.bias, 1e-6))
+    torch.testing.assert_close(L.liger_layer_norm(x, x[0], x[1], 1e-3), F.layer_norm(x, (12,), x[0], x[1], 1e-3))
+
+
+def gated(module, x, activation=F.silu):
+    """What the MLP says of itself, in torch."""
+    p = dict(module.named_parameters())
+    if "gate_up_proj.weight" in p:
+        gate, up = F.linear(x, p["gate_up_proj.weight"]).chunk(2, -1)
+        return F.linear(activation(gate) * up, p["down_proj.weight"])
+    g, u, d = ("w1", "w3", "w2") if "w1.weight" in p else ("gate_proj", "up_proj", "down_proj")
+    linear = lambda name, x: F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))  # noqa: E731
+    gate, down = getattr(module, "gate_multiplier", 1.0), getattr(module, "down_multiplier", 1.0)
+    return linear(d, activation(linear(g, x) * gate) * linear(u, x)) * down
+
+
+@pytest.mark.parametrize("name", SWIGLU)
+@pytest.mark.parametrize("bias", [False, True])
+def test_swiglu_mlps(name, bias):
+    config = SimpleNamespace(**{**vars(CONFIG), "mlp_bias": bias})
+    module, x = build(name, config), torch.randn(3, 12)
+    torch.testing.assert_close(run(module, [x]), run(lambda x: gated(module, x), [x]))
+    with pytest.raises(ValueError, match="SwiGLU: the config's activation must be silu or swish, got 'gelu'"):
+        build(name, SimpleNamespace(**{**vars(CONFIG), "hidden_act": "gelu"}))
+
+
+def test_geglu_mlps():
+    x = torch.randn(3, 12)
+    module = build("LigerGEGLUMLP")
+    torch.testing.assert_close(module(x), gated(module, x, lambda g: F.gelu(g, approximate="tanh")))
+    config = SimpleNamespace(**vars(CONFIG), use_double_wide_mlp=True, num_hidden_layers=4, num_kv_shared_layers=2)
+    widths = [build("LigerGEGLUMLPForGemma4", config, layer).down_proj.in_features for layer in (None, 1, 2, 3)]
+    assert widths == [20, 20, 40, 40]
+
+
+def rotated(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def test_rope():
+    q, k = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16)
+    cos, sin = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+    both = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    want = rotated(q, both[0][:, None], both[1][:, None]), rotated(k, both[0][:, None], both[1][:, None])
+    for got in (
+        L.liger_rope(q, k, *both),
+        names.liger_rotary_pos_emb(q, k, *both, torch.arange(5)[None], 1),
+        names.liger_rotary_pos_emb(q, k, cos, sin, rotary_dim=16),
+        liger_aot.transformers.rope.liger_rotary_pos_emb_gpt_oss(q, k, cos, sin),
+    ):
+        torch.testing.assert_close(got, want)
+    q, k = torch.randn(5, 4, 16).bfloat16(), torch.randn(5, 4, 16).bfloat16()
+    got = liger_aot.transformers.rope.liger_rotary_pos_emb_vision(q, k, both[0][0], both[1][0])
+    wide = (
+        rotated(q.float(), both[0][0][:, None], both[1][0][:, None]),
+        rotated(k.float(), both[0][0][:, None], both[1][0][:, None]),
+    )
+    torch.testing.assert_close(got, tuple(w.bfloat16() for w in wide))
+
+
+def test_gates_by_position():
+    a, b = torch.randn(3, 12), torch.randn(3, 12)
+    torch.testing.assert_close(L.liger_swiglu(a, b), F.silu(a) * b)
+    torch.testing.assert_close(L.liger_geglu(a, b), F.gelu(a, approximate="tanh") * b)
+    got = liger_aot.ops.LigerSiLUMulFunction.apply(a, b, 0.5, 2.0)
+    torch.testing.assert_close(got, F.silu(a * 0.5) * b * 2.0)
+
+
+def losses():
+    x, w, b = torch.randn(8, 6), torch.randn(9, 6), torch.randn(9)
+    target, ce_weight = torch.randint(9, (8,)), torch.rand(9)
+    target[3] = 4
+    return x, w, b, target, ce_weight
+
+
+def test_cross_entropy_by_position():
+    x, _, _, target, ce_weight = losses()
+    x = torch.randn(8, 9)
+    got = L.liger_cross_entropy(x, target, ce_weight, None, 4, None, "sum", 0.1, 1e-2, 5.0, True, True, True)
+    z, keep = 5.0 * torch.tanh(x / 5.0), target != 4
+    z_loss = 1e-2 * torch.logsumexp(z, 1).square()[keep].sum()
+    want = F.cross_entropy(z, target, ce_weight, ignore_index=4, reduction="sum", label_smoothing=0.1) + z_loss
+    torch.testing.assert_close(got.loss, want)
+    torch.testing.assert_close(got.z_loss, z_loss)
+    torch.testing.assert_close(got.token_accuracy, (z.argmax(1) == target)[keep].float().mean())
+    assert torch.equal(got.predicted_tokens, z.argmax(1).where(keep, -1))
+    module = names.LigerCrossEntropyLoss(ce_weight, 4, 1e-2, 0.1, "sum", 5.0, True, True, True)
+    assert all(torch.equal(a, b) for a, b in zip(module(x, target), got, strict=True))
+    four = liger_aot.ops.LigerCrossEntropyFunction.apply(x, target, ce_weight, 4, 1e-2, 0.1, "sum", 5.0)
+    assert four[1:] == (None, None, None)
+    assert torch.equal(four[0], got.loss)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_fused_linear_cross_entropy_by_position(reduction):
+    x, w, b, target, ce_weight = losses()
+    options = ce_weight, 4, 0.0, 0.1, reduction, 5.0
+
+    def reference(x, w, b):
+        z = 5.0 * torch.tanh(F.linear(x, w, b) / 5.0)
+        return F.cross_entropy(z, target, ce_weight, ignore_index=4, reduction=reduction, label_smoothing=0.1)
+
+    module = names.LigerFusedLinearCrossEntropyLoss(*options, accum_dtype=torch.float32)
+    want = run(reference, (x, w, b))
+    torch.testing.assert_close(
+        run(lambda x, w, b: L.liger_fused_linear_cross_entropy(x, w, target, b, *options), (x, w, b)), want
+    )
+    torch.testing.assert_close(run(lambda x, w, b: module(w, x, target, b), (x, w, b)), want)
+    four = liger_aot.ops.LigerFusedLinearCrossEntropyFunction.apply(x, w, target, b, *options, False, None, False, True)
+    torch.testing.assert_close(four[0], reference(x, w, b))
+    assert four[1] is None
+    assert four[2] is not None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_token_scaling(reduction, weighted):
+    """Each token's loss times the probability of its target, which is a constant to the gradient."""
+    x, w, b, target, ce_weight = losses()
+    ce_weight = ce_weight if weighted else None
+
+    def reference(x, w, b):
+        z = 5.0 * torch.tanh(F.linear(x, w, b) / 5.0)
+        probability = z.softmax(1).gather(1, target[:, None])[:, 0].detach()
+        loss = F.cross_entropy(z, target, ce_weight, ignore_index=4, reduction="none") * probability
+        divisor = (torch.ones(9) if ce_weight is None else ce_weight)[target][target != 4].sum()
+        return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / divisor}[reduction]
+
+    options = {"ignore_index": 4, "softcap": 5.0, "reduction": reduction, "use_token_scaling": True}
+    got = run(lambda x, w, b: L.liger_fused_linear_cross_entropy(x, w, target, b, ce_weight, **options), (x, w, b))
+    torch.testing.assert_close(got, run(reference, (x, w, b)))
+    if not weighted:
+        flags = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
+        out = L.liger_fused_linear_cross_entropy(x, w, target, b, lse_square_scale=0.1, **options, **flags)
+        plain = {"reduction": reduction, "ignore_index": 4, "softcap": 5.0}
+        stats = liger_aot.linear_cross_entropy(x, w, target, linear_bias=b, lse_square_scale=0.1, **plain, **flags)
+        assert isinstance(out, CrossEntropyOutput)
+        torch.testing.assert_close(out[2:], stats[2:])
+        torch.testing.assert_close(out.loss, reference(x, w, b) + out.z_loss)
+
+
+X, W, Y = torch.randn(4, 8), torch.randn(8), torch.randint(8, (4,))
+BAD = [
+    (lambda: L.liger_rms_norm(X, W, 1e-6, 0.0, "lama"), "rms_norm: casting must be one of none, gemma, llama, got 'lama'"),
+    (lambda: L.liger_rms_norm(X, W, 1e-6, in_place="yes"), "liger_rms_norm: in_place must be one of True, False, got 'yes'"),
+    (lambda: build("LigerRMSNorm", 8, row_mode=3), "LigerRMSNorm: row_mode must be one of None, True, False, got 3"),
+    (lambda: build("LigerRMSNorm", 8, init_fn="one"), "LigerRMSNorm: init_fn must be one of 'ones', 'zeros', got 'one'"),
+    (
+        lambda: build("LigerRMSNorm", 8, casting_mode="x"),
+        "LigerRMSNorm: casting_mode must be one of 'none', 'gemma', 'llama', got 'x'",
+    ),
+    (lambda: build("LigerLayerNorm", 8, impl="cutile"), "LigerLayerNorm: impl must be one of None, got 'cutile'"),
+    (lambda: build("LigerCrossEntropyLoss", softcap=0.0), "LigerCrossEntropyLoss: softcap must be above 0 or None, got 0.0"),
+    (
+        lambda: build("LigerCrossEntropyLoss", label_smoothing=2),
+        "LigerCrossEntropyLoss: label_smoothing must be between 0 and 1, got 2",
+    ),
+    (
+        lambda: build("LigerFusedLinearCrossEntropyLoss", reduction="avg"),
+        "LigerFusedLinearCrossEntropyLoss: reduction must be one of 'mean', 'sum', 'none', got 'avg'",
+    ),
+    (
+        lambda: L.liger_fused_linear_cross_entropy(X, X, Y, accum_dtype=torch.float64),
+        "liger_fused_linear_cross_entropy: accum_dtype must be one of None, torch.float32, torch.bfloat16, torch.float16, "
+        "got torch.float64",
+    ),
+    (
+        lambda: L.liger_fused_linear_cross_entropy(X, X, Y, chunk_mem_const=0),
+        "liger_fused_linear_cross_entropy: chunk_mem_const must be a positive integer, got 0",
+    ),
+    (lambda: L.liger_rope(X, X, X, X, rotary_dim=3), "liger_rope: rotary_dim must be cos's width 8 or twice that, got 3"),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), BAD, ids=[b[1][:60] for b in BAD])
+def test_rejects(call, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        call()
+
+
+def test_refuses_what_it_does_not_compute():
+    x, w, _, target, ce_weight = losses()
+    with pytest.raises(
+        NotImplementedError, match="use_token_scaling must have reduction sum or none with both ce_weight and lse"
+    ):
+        L.liger_fused_linear_cross_entropy(x, w, target, None, ce_weight, lse_square_scale=0.1, use_token_scaling=True)

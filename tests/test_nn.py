@@ -1,0 +1,117 @@
+"""torch.nn's modules: torch's constructors, state dicts, reprs and numbers."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import liger_aot
+from liger_aot.functional import CrossEntropyOutput
+from liger_aot.nn import _LinearCrossEntropyLoss
+
+from harness import run
+
+LOGITS, CLASSES = torch.randn(6, 5), torch.randint(5, (6,))
+WEIGHT = torch.rand(5)
+CASES = [
+    ("RMSNorm", ((4, 6),), {}, [torch.randn(3, 4, 6)]),
+    ("RMSNorm", (6,), {"eps": 1e-3, "elementwise_affine": False}, [torch.randn(3, 4, 6)]),
+    ("LayerNorm", ((4, 6),), {}, [torch.randn(3, 4, 6)]),
+    ("LayerNorm", (6, 1e-3), {"bias": False}, [torch.randn(3, 6)]),
+    ("LayerNorm", (6,), {"elementwise_affine": False}, [torch.randn(3, 6)]),
+    ("CrossEntropyLoss", (), {}, [LOGITS, CLASSES]),
+    ("CrossEntropyLoss", (WEIGHT,), {"ignore_index": 2, "reduction": "sum"}, [LOGITS, CLASSES]),
+    ("CrossEntropyLoss", (), {"label_smoothing": 0.1, "reduction": "none"}, [LOGITS, CLASSES]),
+    ("LinearCrossEntropyLoss", (5, 7), {}, [LOGITS, CLASSES]),
+    ("LinearCrossEntropyLoss", (5, 7), {"bias": True, "weight": torch.rand(7), "ignore_index": 1}, [LOGITS, CLASSES]),
+    ("LinearCrossEntropyLoss", (5, 7), {"bias": True, "out_features": (3,)}, [LOGITS, torch.randint(7, (6, 3))]),
+]
+IDS = [f"{name}-{args}-{','.join(options)}" for name, args, options, _ in CASES]
+
+
+def pair(name, args, options):
+    """Ours and torch's, with the same numbers in their state."""
+    if not hasattr(nn, name):
+        pytest.skip(f"this torch has no {name} to compare with; it came with 2.13")
+    ours, theirs = getattr(liger_aot.nn, name)(*args, **options), getattr(nn, name)(*args, **options)
+    for p in theirs.parameters():
+        nn.init.normal_(p)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize(("name", "args", "options", "inputs"), CASES, ids=IDS)
+def test_is_torchs_module(name, args, options, inputs):
+    ours, theirs = pair(name, args, options)
+    assert isinstance(ours, type(theirs))
+    assert ours.extra_repr().startswith(theirs.extra_repr())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert torch.equal(copy.deepcopy(ours)(*inputs), ours(*inputs))
+    for part, want in everything(theirs, inputs).items():
+        torch.testing.assert_close(everything(ours, inputs)[part], want)
+
+
+def everything(module, inputs):
+    """The output and every gradient."""
+    module.zero_grad()
+    return run(module, inputs) | {name: p.grad for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm", "CrossEntropyLoss"])
+def test_constructor_takes_torchs_arguments_by_position(name):
+    given = {
+        "RMSNorm": (6, 1e-3, False),
+        "LayerNorm": (6, 1e-3, True, False),
+        "CrossEntropyLoss": (WEIGHT, None, 3, None, "sum", 0.1),
+    }
+    ours, theirs = pair(name, given[name], {})
+    plain = (int, float, str, tuple, bool)
+    assert {k: v for k, v in vars(theirs).items() if isinstance(v, plain)}.items() <= vars(ours).items()
+
+
+def test_own_options():
+    x, target = torch.randn(6, 5), torch.randint(5, (6,))
+    assert liger_aot.nn.RMSNorm(5, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+    norm = liger_aot.nn.RMSNorm(5, 1e-5, offset=1.0, casting="llama")
+    assert torch.equal(norm(x), liger_aot.rms_norm(x, (5,), norm.weight, 1e-5, offset=1.0, casting="llama"))
+    loss = liger_aot.nn.CrossEntropyLoss(softcap=2.0, lse_square_scale=0.1, return_token_accuracy=True)
+    assert isinstance(loss(x, target), CrossEntropyOutput)
+    assert "softcap=2.0, lse_square_scale=0.1, return_token_accuracy=True" in repr(loss)
+    assert torch.equal(loss(x, target).loss, liger_aot.cross_entropy(x, target, softcap=2.0, lse_square_scale=0.1))
+    linear = liger_aot.nn.LinearCrossEntropyLoss(5, 5, scale=0.5, softcap=2.0)
+    want = liger_aot.linear_cross_entropy(x, linear.linear.weight, target, scale=0.5, softcap=2.0)
+    assert torch.equal(linear(x, target), want)
+
+
+def test_unknown_option_is_an_error():
+    for name, args in ("RMSNorm", (4,)), ("CrossEntropyLoss", ()), ("LinearCrossEntropyLoss", (4, 5)):
+        with pytest.raises(TypeError, match="sofcap"):
+            getattr(liger_aot.nn, name)(*args, sofcap=2.0)
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="torch has LinearCrossEntropyLoss since 2.13")
+def test_the_class_for_older_torch_is_the_same():
+    """What LinearCrossEntropyLoss is built on where torch has none."""
+
+    def parameters(function):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
+
+    assert parameters(_LinearCrossEntropyLoss) == parameters(nn.LinearCrossEntropyLoss)
+    made = []
+    for cls in _LinearCrossEntropyLoss, nn.LinearCrossEntropyLoss:
+        torch.manual_seed(0)
+        made.append(cls(5, 7, out_features=(3,), bias=True, weight=torch.ones(7), label_smoothing=0.1))
+    ours, theirs = made
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    assert {k: v for k, v in vars(theirs).items() if not k.startswith("_")} == {
+        k: v for k, v in vars(ours).items() if not k.startswith("_")
+    }
+
+
+@pytest.mark.parametrize(("name", "args", "options", "inputs"), CASES[:1] + CASES[6:7] + CASES[9:10], ids=lambda v: str(v)[:20])
+def test_traces_whole(name, args, options, inputs):
+    ours = getattr(liger_aot.nn, name)(*args, **options)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(*inputs), ours(*inputs))
