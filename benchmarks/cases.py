@@ -1,0 +1,261 @@
+"""What is timed of each operator: a call of ours, the same call of Liger's, and the same allocations with nothing else.
+
+Tensors are small and in fp32, for which Liger casts least, so that what ATen computes on the CPU takes no time worth mentioning.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+FP32 = torch.float32
+ROWS, N = 32, 64
+CONTIGUOUS = torch.contiguous_format
+CASES = {}
+
+
+@dataclasses.dataclass
+class Case:
+    inputs: list  # tensors; those that require a gradient get one
+    ours: Callable  # (operator, *inputs)
+    liger: Callable | None  # (liger_kernel.transformers.functional, *inputs)
+    forward: Callable | None = None  # the allocations of a forward and of a backward
+    backward: Callable | None = None
+    function: Callable | None = None  # (forward, backward) -> a call(*inputs) with an autograd.Function that does only that
+
+
+def case(build):
+    CASES[build.__name__] = build
+    return build
+
+
+def operator(name):
+    """(what liger_aot exports, torch.ops.liger's)."""
+    module = importlib.import_module(f"liger_aot.ops.{name}")
+    return getattr(module, name), getattr(torch.ops.liger, name).default
+
+
+def leaf(*shape):
+    return torch.randn(shape).requires_grad_()
+
+
+@case
+def rms_norm():
+    def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, dtype=FP32, memory_format=CONTIGUOUS), x.new_empty(ROWS, dtype=FP32)
+
+    def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        dx = torch.empty_like(x, memory_format=CONTIGUOUS)
+        x.new_empty(2 * N, dtype=FP32)
+        return dx, torch.empty_like(weight)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, eps, offset, cast):
+                y, rstd = fwd(x, weight)
+                ctx.save_for_backward(x, weight, rstd)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                x, weight, rstd = ctx.saved_tensors
+                dx, dw = bwd(dy, x, weight, rstd)
+                return dx, dw, None, None, None
+
+        return lambda x, w: Empty.apply(x, w, 1e-6, 0.0, False)
+
+    return Case(
+        [leaf(ROWS, N), leaf(N)],
+        lambda op, x, w: op(x, w, 1e-6),
+        lambda liger, x, w: liger.liger_rms_norm(x, w, 1e-6),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
+def fused_add_rms_norm():
+    def forward(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s = torch.empty_like(x, memory_format=CONTIGUOUS)
+        y = torch.empty_like(x, dtype=FP32, memory_format=CONTIGUOUS)
+        return y, s, x.new_empty(ROWS, dtype=FP32)
+
+    def backward(dy: Tensor, ds: Tensor, s: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        dx = torch.empty_like(s, memory_format=CONTIGUOUS)
+        s.new_empty(2 * N, dtype=FP32)
+        return dx, torch.empty_like(weight)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, residual, weight, eps, offset, cast):
+                y, s, rstd = fwd(x, residual, weight)
+                ctx.save_for_backward(s, weight, rstd)
+                return y, s
+
+            @staticmethod
+            def backward(ctx, dy, ds):
+                s, weight, rstd = ctx.saved_tensors
+                dx, dw = bwd(dy, ds, s, weight, rstd)
+                return dx, dx, dw, None, None, None
+
+        return lambda x, r, w: Empty.apply(x, r, w, 1e-6, 0.0, False)
+
+    return Case(
+        [leaf(ROWS, N), leaf(ROWS, N), leaf(N)],
+        lambda op, x, r, w: op(x, r, w, 1e-6),
+        lambda liger, x, r, w: liger.liger_fused_add_rms_norm(x, r, w, 1e-6),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
+def layer_norm():
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = torch.empty_like(x, memory_format=CONTIGUOUS)
+        return y, x.new_empty(ROWS, dtype=FP32), x.new_empty(ROWS, dtype=FP32)
+
+    def backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        dx = torch.empty_like(x, memory_format=CONTIGUOUS)
+        x.new_empty(32 * N, dtype=FP32)
+        return dx, weight.new_empty(2, N)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, bias, eps):
+                y, mean, rstd = fwd(x, weight, bias)
+                ctx.save_for_backward(x, weight, mean, rstd)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                x, weight, mean, rstd = ctx.saved_tensors
+                dx, sums = bwd(dy, x, weight, mean, rstd)
+                return dx, sums[0], sums[1], None
+
+        return lambda x, w, b: Empty.apply(x, w, b, 1e-5)
+
+    return Case(
+        [leaf(ROWS, N), leaf(N), leaf(N)],
+        lambda op, x, w, b: op(x, w, b, 1e-5),
+        lambda liger, x, w, b: liger.liger_layer_norm(x, w, b, 1e-5),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
+def rope():
+    q, k = (torch.randn(2, 8, heads, 32).transpose(1, 2).requires_grad_() for heads in (4, 2))  # as models have them
+    cos, sin = torch.randn(1, 8, 32), torch.randn(1, 8, 32)
+
+    def forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(q), torch.empty_like(k)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, q, k, cos, sin):
+                ctx.save_for_backward(cos, sin)
+                return fwd(q, k, cos, sin)
+
+            @staticmethod
+            def backward(ctx, dq_out, dk_out):
+                cos, sin = ctx.saved_tensors
+                dq, dk = bwd(dq_out, dk_out, cos, sin)
+                return dq, dk, None, None
+
+        return Empty.apply
+
+    def ours(op, q, k, cos, sin):
+        return op(q, k, cos, sin)
+
+    return Case([q, k, cos, sin], ours, lambda liger, *inputs: liger.liger_rope(*inputs), forward, forward, function)
+
+
+def gated(name):
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return torch.empty_like(gate, memory_format=CONTIGUOUS)
+
+    def backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(gate, memory_format=CONTIGUOUS), torch.empty_like(up, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, gate, up, option):
+                ctx.save_for_backward(gate, up)
+                return fwd(gate, up)
+
+            @staticmethod
+            def backward(ctx, dy):
+                gate, up = ctx.saved_tensors
+                dgate, dup = bwd(dy, gate, up)
+                return dgate, dup, None
+
+        return lambda gate, up: Empty.apply(gate, up, 1.0)
+
+    return Case(
+        [leaf(ROWS, N), leaf(ROWS, N)],
+        lambda op, gate, up: op(gate, up),
+        lambda liger, gate, up: getattr(liger, f"liger_{name}")(gate, up),
+        forward,
+        backward,
+        function,
+    )
+
+
+CASES |= {name: lambda name=name: gated(name) for name in ("swiglu", "geglu")}
+
+
+@case
+def cross_entropy():
+    def forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits.new_empty(ROWS, dtype=FP32)
+        lse = logits.new_empty(ROWS, dtype=FP32)
+        return logits.new_empty(()), lse, logits.new_empty(4, dtype=FP32)
+
+    def backward(dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, totals: Tensor) -> Tensor:
+        return torch.empty_like(logits, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, logits, target, weight, options, mean, dtype, stats):
+                loss, lse, totals = fwd(logits, target)
+                ctx.save_for_backward(logits, target, lse, totals)
+                return loss
+
+            @staticmethod
+            def backward(ctx, dloss):
+                logits, target, lse, totals = ctx.saved_tensors
+                return bwd(dloss, logits, target, lse, totals), None, None, None, None, None, None
+
+        return lambda logits, target: Empty.apply(logits, target, None, None, True, FP32, False)
+
+    return Case(
+        [leaf(ROWS, 128), torch.randint(128, (ROWS,))],
+        lambda op, logits, target: op(logits, target),
+        lambda liger, logits, target: liger.liger_cross_entropy(logits, target),
+        forward,
+        backward,
+        function,
+    )
+
+
+# Of the linear losses, matmuls on the CPU and sums of gradients are the most: there is no telling what of it is host cost.
+@case
+def linear_cross_entropy():
+    return Case(
+        [leaf(ROWS, 16), leaf(N, 16), torch.randint(N, (ROWS,))],
+        lambda op, hidden, weight, target: op(hidden, weight, target),
+        lambda liger, hidden, weight, target: liger.liger_fused_linear_cross_entropy(hidden, weight, target),
+    )
