@@ -6,24 +6,31 @@ from .._op import needs_grad
 from ._check import FLOATS
 
 # Each chunk adds to the fp32 gradient of weight (V, H), which moves 8·V·H bytes, for 6·rows·V·H flops of matmul. A GPU that
-# does 200 flops in the time of a byte spends as long on the one as on the other at some 270 rows, and little of it at 2048.
+# does 150 to 200 flops in the time of a byte spends a fifth of its time on that at 1024 rows, a tenth at 2048, where the
+# matmuls also have enough tiles for all of it. So: 2048 rows if the memory they take is there anyway, but at least 1024.
 CHUNK = 2048
-LEAST = 128  # rows, below which a matmul does not fill a GPU
-WHOLE = 1024  # more rows than this are always cut in two at least
+LEAST = 1024  # and more rows than this are always cut in two, so that the logits never exist whole
+TILE = 128  # what the rows of a chunk are a multiple of, as those of a matmul's tiles
 
 
 def chunk_rows(rows, width, itemsize):
-    """How many rows a chunk has, whose fp32 logits and their gradient take no more memory than a fp32 gradient of weight."""
-    fits = 4 * width // (4 + itemsize)
-    chunk = min(CHUNK, max(LEAST, fits))
-    return min(chunk, -(-rows // 2)) if rows > WHOLE else chunk
+    """How many rows a chunk has: equal shares of all, at least two.
+
+    Their fp32 logits and the gradient of those take no more memory than the gradient of weight rounded to its own dtype, which
+    in backward lies beside the fp32 one for a moment: so they do not add to the peak, where LEAST does not make them.
+    """
+    fits = itemsize * width // (4 + itemsize)
+    most = min(CHUNK, max(LEAST, fits // TILE * TILE))
+    count = max(-(-rows // most), 2 if rows > LEAST else 1)
+    share = -(-rows // count)
+    return min(most, -(-share // TILE) * TILE)
 
 
 def chunks(hidden):
     """Slices over the rows of hidden (rows, width)."""
     rows, width = hidden.shape
     step = chunk_rows(rows, width, hidden.element_size())
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)] if rows else []
 
 
 def logits_of(hidden, weight, bias):
@@ -37,14 +44,14 @@ def logits_of(hidden, weight, bias):
     return logits if bias is None else logits.add_(bias)
 
 
-def accumulate(dweight, dlogits, hidden):
-    """dweight += dlogitsᵀ · hidden, in fp32."""
+def accumulate(dweight, dlogits, hidden, beta):
+    """dweight = beta · dweight + dlogitsᵀ · hidden, in fp32."""
     if hidden.dtype is torch.float32:
-        dweight.addmm_(dlogits.t(), hidden)
+        dweight.addmm_(dlogits.t(), hidden, beta=beta)
     elif hidden.is_cuda:
-        torch.addmm(dweight, dlogits.t(), hidden, out_dtype=torch.float32, out=dweight)
+        torch.addmm(dweight, dlogits.t(), hidden, beta=beta, out_dtype=torch.float32, out=dweight)
     else:
-        dweight.addmm_(dlogits.float().t(), hidden.float())
+        dweight.addmm_(dlogits.float().t(), hidden.float(), beta=beta)
 
 
 class Gradients:
@@ -53,16 +60,18 @@ class Gradients:
     def __init__(self, hidden, weight, bias, need_hidden, need_weight, need_bias):
         self.hidden, self.weight = hidden, weight
         self.dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if need_hidden else hidden.new_empty(0)
-        self.dweight = hidden.new_zeros(weight.shape if need_weight else 0, dtype=torch.float32)
+        self.dweight = hidden.new_empty(weight.shape if need_weight else 0, dtype=torch.float32)
         self.dbias = hidden.new_zeros(bias.shape if need_bias else 0, dtype=torch.float32)
         self.needed = need_hidden, need_weight, need_bias
+        if not hidden.shape[0]:
+            self.dweight.zero_()
 
     def add(self, rows, dlogits):
         need_hidden, need_weight, need_bias = self.needed
         if need_hidden:
             torch.mm(dlogits, self.weight, out=self.dhidden[rows])
         if need_weight:
-            accumulate(self.dweight, dlogits, self.hidden[rows])
+            accumulate(self.dweight, dlogits, self.hidden[rows], 1 if rows.start else 0)  # the first chunk finds it empty
         if need_bias:
             self.dbias += dlogits.sum(0, dtype=torch.float32)
 

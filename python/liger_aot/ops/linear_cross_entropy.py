@@ -21,6 +21,7 @@ from ._linear import logits_of
 from ._loss import check_class_weights
 from ._loss import check_classes
 from ._loss import check_options
+from ._loss import check_target_if_asked
 from ._loss import result_dtype
 from .cross_entropy import cross_entropy_bwd
 from .cross_entropy import cross_entropy_fwd
@@ -61,6 +62,7 @@ def linear_cross_entropy_fwd(
     in the gradients beside weighted classes: its mean is over the rows, theirs over the weights.
     """
     rows_of_hidden, classes = hidden.shape[0], weight.shape[0]
+    check_target_if_asked("linear_cross_entropy", target, ignore_index, classes)
     losses, lse = (hidden.new_empty(rows_of_hidden, dtype=torch.float32) for _ in range(2))
     predicted = target.new_empty(rows_of_hidden if predict else 0)
     gradients = Gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
@@ -80,6 +82,7 @@ def linear_cross_entropy_fwd(
         if any(gradients.needed):
             arguments = class_weight, lse[rows], factors, *options, lse_square_scale, scale, weight.dtype
             gradients.add(rows, cross_entropy_bwd(one, logits, part, *arguments))
+        del logits  # before the next chunk's are made
     return losses, lse, predicted, *gradients.results
 
 
@@ -112,6 +115,7 @@ def linear_cross_entropy_bwd(
         logits = logits_of(hidden[rows], weight, bias)
         arguments = target[rows], class_weight, lse[rows], None, *options, weight.dtype
         gradients.add(rows, cross_entropy_bwd(dloss[rows], logits, *arguments))
+        del logits
     return gradients.results
 
 
@@ -122,7 +126,8 @@ def fake_scale(factor, gradient, dtype):
 @op(cpu=None, fake=fake_scale)
 def linear_cross_entropy_scale(factor: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient times factor (), rounded to dtype in the same pass."""
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    # A factor without dimensions would be rounded to gradient's dtype first.
+    return torch.mul(gradient, factor.view(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
 class LinearCrossEntropyFunction(Function):

@@ -98,6 +98,7 @@ def linear_logprob_fwd(
         logits = logits_of(hidden[rows], weight, bias)
         for whole, part in zip(results, logprob_fwd(logits, target[rows], ignore_index, temperature), strict=True):
             whole[rows] = part
+        del logits  # before the next chunk's are made
     return results
 
 
@@ -131,6 +132,7 @@ def linear_logprob_bwd(
             rows,
             logprob_bwd(*upstream, logits, target[rows], lse[rows], entropy[rows], ignore_index, temperature, weight.dtype),
         )
+        del logits
     return gradients.results
 
 
