@@ -5,8 +5,8 @@ import functools
 from .._runtime import cdiv
 from .._runtime import fit
 from .._runtime import kernels
-from .._runtime import programs
 from ._check import FLOATS
+from ._check import rows_of
 
 BLOCKS = 128, 1024, 2048, 4096, 8192
 ROWS = {128: 16, 1024: 2}
@@ -25,19 +25,16 @@ def unusable(op, x):
 @functools.cache
 def _tile(n):
     if n > BLOCKS[-1]:
-        return {"ROWS": 1, "BLOCK": LOOP_BLOCK, "LOOP": True}
+        return 1, LOOP_BLOCK, True
     block = fit(n, BLOCKS)
-    return {"ROWS": ROWS.get(block, 1), "BLOCK": block, "LOOP": False}
+    return ROWS.get(block, 1), block, False
 
 
-def tile(n, least=BLOCKS[0]):
-    """The constants of a kernel, its smallest BLOCK being `least`, for rows of n numbers; under tracing any will do."""
-    return _tile(n if type(n) is int and n > least else least)
-
-
-def share(x, rows, constants):
-    """How many programs a backward divides the rows of x among."""
-    return programs(x, cdiv(rows, constants["ROWS"]), RESIDENT[constants["BLOCK"]])
+def layout(x, least=BLOCKS[0]):
+    """x as rows_of gives it, in how many groups programs take its rows, and the constants ROWS, BLOCK (from `least` on), LOOP."""
+    x, stride, rows, n = rows_of(x)
+    each, block, loop = _tile(n if type(n) is int and n > least else least)  # under tracing any will do
+    return x, stride, rows, n, -(-rows // each), each, block, loop
 
 
 def column_sum(partial, count, out):

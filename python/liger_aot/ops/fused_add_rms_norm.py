@@ -10,11 +10,10 @@ from .._op import Function
 from .._op import needs_grad
 from .._op import op
 from .._op import public
-from .._runtime import cdiv
 from .._runtime import kernels
 from ._check import check_same
 from ._check import rows_of
-from ._norm import tile
+from ._norm import layout
 from .rms_norm import check_arguments
 from .rms_norm import forward_reference as rms_norm_reference
 from .rms_norm import rms_norm_bwd
@@ -32,7 +31,7 @@ def forward_reference(x, residual, weight, eps, offset, cast):
 def fused_add_rms_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, x_stride, rows, n = rows_of(x)
+    x, x_stride, rows, n, groups, ROWS, BLOCK, LOOP = layout(x, LEAST_BLOCK)
     residual, residual_stride, _, _ = rows_of(residual)
     if weight is None:
         scale, offset, has_weight, dtype = x, 1.0, 0, x.dtype
@@ -41,10 +40,10 @@ def fused_add_rms_norm_fwd(
     s = torch.empty_like(x, memory_format=torch.contiguous_format)
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     rstd = x.new_empty(rows, dtype=torch.float32)
-    constants = tile(n, LEAST_BLOCK)
-    kernels.fused_add_rms_norm_fwd[(cdiv(rows, constants["ROWS"]),)](
-        x, residual, scale, s, y, rstd, x_stride, residual_stride, rows, n, eps, offset, has_weight, cast, **constants
-    )
+    kernels.fused_add_rms_norm_fwd[(groups,)](
+        x, residual, scale, s, y, rstd, x_stride, residual_stride, rows, n, eps, offset, has_weight, cast,
+        ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP,
+    )  # fmt: skip
     return y, s, rstd
 
 

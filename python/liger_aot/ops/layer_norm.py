@@ -10,15 +10,14 @@ from .._op import Function
 from .._op import needs_grad
 from .._op import op
 from .._op import public
-from .._runtime import cdiv
 from .._runtime import kernels
+from .._runtime import programs
 from ._check import FLOATS
 from ._check import check_same
-from ._check import rows_of
 from ._check import wide
+from ._norm import RESIDENT
 from ._norm import column_sum
-from ._norm import share
-from ._norm import tile
+from ._norm import layout
 from ._norm import unusable
 
 LEAST_BLOCK = 1024
@@ -50,16 +49,16 @@ def backward_reference(dy, x, weight, bias, mean, rstd, need_dw, need_db):
 
 @op(cpu=forward_reference)
 def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    x, stride, rows, n = rows_of(x)
+    x, stride, rows, n, groups, ROWS, BLOCK, LOOP = layout(x, LEAST_BLOCK)
     has_weight, has_bias = weight is not None, bias is not None
     # One that is absent is not read, but has the dtype of the other, as the kernel's signature wants.
     scale = weight.contiguous() if has_weight else bias if has_bias else x
     shift = bias.contiguous() if has_bias else scale
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-    constants = tile(n, LEAST_BLOCK)
-    grid = (cdiv(rows, constants["ROWS"]),)
-    kernels.layer_norm_fwd[grid](x, scale, shift, y, mean, rstd, stride, rows, n, eps, has_weight, has_bias, **constants)
+    kernels.layer_norm_fwd[(groups,)](
+        x, scale, shift, y, mean, rstd, stride, rows, n, eps, has_weight, has_bias, ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP
+    )
     return y, mean, rstd
 
 
@@ -75,16 +74,16 @@ def layer_norm_bwd(
     need_db: bool,
 ) -> tuple[Tensor, Tensor]:
     # The second result has a row for dw and a row for db, as far as needed: one column_sum serves both.
-    x, stride, rows, n = rows_of(x)
+    x, stride, rows, n, groups, ROWS, BLOCK, LOOP = layout(x, LEAST_BLOCK)
     dy, has_weight, needed = dy.contiguous(), weight is not None, need_dw + need_db
     scale = weight.contiguous() if has_weight else x
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    constants = tile(n, LEAST_BLOCK)
-    count = share(x, rows, constants)
+    count = programs(x, groups, RESIDENT[BLOCK])
     partial = x.new_empty(count * needed * n, dtype=torch.float32)
     kernels.layer_norm_bwd[(count,)](
-        dy, x, scale, mean, rstd, dx, partial, stride, rows, n, has_weight, need_dw, need_db, **constants
-    )
+        dy, x, scale, mean, rstd, dx, partial, stride, rows, n, has_weight, need_dw, need_db,
+        ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP,
+    )  # fmt: skip
     if not needed:
         return dx, x.new_empty(0)
     return dx, column_sum(partial, count, (weight if has_weight else bias).new_empty(needed, n))

@@ -11,15 +11,14 @@ from .._op import Function
 from .._op import needs_grad
 from .._op import op
 from .._op import public
-from .._runtime import cdiv
 from .._runtime import kernels
+from .._runtime import programs
 from ._check import FLOATS
 from ._check import check_same
-from ._check import rows_of
 from ._check import wide
+from ._norm import RESIDENT
 from ._norm import column_sum
-from ._norm import share
-from ._norm import tile
+from ._norm import layout
 from ._norm import unusable
 
 CASTING = {"none": False, "gemma": False, "llama": True}
@@ -52,16 +51,16 @@ def backward_reference(dy, x, weight, rstd, offset, cast, ds=None, need_dw=True)
 
 @op(cpu=forward_reference)
 def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, cast: bool) -> tuple[Tensor, Tensor]:
-    x, stride, rows, n = rows_of(x)
+    x, stride, rows, n, groups, ROWS, BLOCK, LOOP = layout(x)
     if weight is None:
         scale, offset, has_weight, dtype = x, 1.0, 0, x.dtype
     else:
         scale, has_weight, dtype = weight.contiguous(), 1, weight.dtype if cast else x.dtype
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     rstd = x.new_empty(rows, dtype=torch.float32)
-    constants = tile(n)
-    grid = (cdiv(rows, constants["ROWS"]),)
-    kernels.rms_norm_fwd[grid](x, scale, y, rstd, stride, rows, n, eps, offset, has_weight, cast, **constants)
+    kernels.rms_norm_fwd[(groups,)](
+        x, scale, y, rstd, stride, rows, n, eps, offset, has_weight, cast, ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP
+    )
     return y, rstd
 
 
@@ -77,10 +76,9 @@ def rms_norm_bwd(
     need_dw: bool = True,
 ) -> tuple[Tensor, Tensor]:
     # ds, a gradient that reaches x by another way, is added to dx. Without need_dw the second result is empty.
-    x, stride, rows, n = rows_of(x)
+    x, stride, rows, n, groups, ROWS, BLOCK, LOOP = layout(x)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    constants = tile(n)
-    count = share(x, rows, constants)
+    count = programs(x, groups, RESIDENT[BLOCK])
     dy, rest, has_ds = dy.contiguous(), x if ds is None else ds.contiguous(), ds is not None
     if weight is None:
         scale, offset, has_weight, need_dw = x, 1.0, 0, False
@@ -88,8 +86,9 @@ def rms_norm_bwd(
         scale, has_weight = weight.contiguous(), 1
     partial = x.new_empty(count * n if need_dw else 0, dtype=torch.float32)
     kernels.rms_norm_bwd[(count,)](
-        dy, x, scale, rstd, rest, dx, partial, stride, rows, n, offset, has_weight, cast, has_ds, need_dw, **constants
-    )
+        dy, x, scale, rstd, rest, dx, partial, stride, rows, n, offset, has_weight, cast, has_ds, need_dw,
+        ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP,
+    )  # fmt: skip
     return dx, column_sum(partial, count, torch.empty_like(scale)) if need_dw else partial
 
 
