@@ -31,7 +31,7 @@ def _tile(n):
 
 
 def layout(x, least=BLOCKS[0]):
-    """x as rows_of gives it, in how many groups programs take its rows, and the constants ROWS, BLOCK (from `least` on), LOOP."""
+    """x as rows_of gives it, in how many groups programs take its rows, and ROWS, BLOCK (from `least` on) and LOOP."""
     x, stride, rows, n = rows_of(x)
     each, block, loop = _tile(n if type(n) is int and n > least else least)  # under tracing any will do
     return x, stride, rows, n, -(-rows // each), each, block, loop
