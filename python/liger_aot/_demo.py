@@ -1,7 +1,9 @@
 """The `demo` command: train a small Llama plain and with the operators bound, and hold one against the other.
 
-No tolerance is chosen. The same training in float64 is the truth, and what the plain run in float32 loses against it is what
-rounding costs: the bound run may lose SLACK times that. (transformers computes norms and the loss in float32 even there.)
+The same in float64 is the truth, and what the plain model in float32 loses against it is what rounding costs. From the same
+weights a bound step may lose STEP times that, the rule that the tests have. A training run amplifies rounding, and by chance:
+of two correct runs one has been seen to end three times as far from the truth as the other, so a bound run may be RUN times as
+far as the plain one.
 """
 
 import collections
@@ -21,15 +23,17 @@ import textwrap
 import time
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (as torch names it)
 
 from . import __version__
 from . import _runtime
 from .bind import bind
+from .ops.rms_norm import forward_reference
 
-SLACK = 2.0
+STEP, RUN = 2, 10
 WORDS = re.compile(rb" ?\w+|\s+|[^\w\s]")
-SIZE = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 16384}
-BATCH, LENGTH = 2, 256
+SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 8192}
+BATCH, LENGTH = 8, 256
 TINY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "vocab_size": 300}
 
 
@@ -59,9 +63,27 @@ def new_model(size, device):
     return LlamaForCausalLM(LlamaConfig(**size, **heads, use_cache=False)).to(device).train()
 
 
+def exact(model):
+    """The model in float64, also where transformers computes in float32 whatever the model's dtype: norms and the loss."""
+    for m in model.double().modules():
+        if type(m).__name__ == "LlamaRMSNorm":
+            m.forward = lambda x, m=m: forward_reference(x, m.weight, m.variance_epsilon, 0.0, False)[0]
+    model.loss_function = lambda logits, labels, **_: F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    return model
+
+
+def one_step(model, ids):
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+    return {"loss": loss.detach(), "gradients": gradients}
+
+
 def train(label, model, data):
     """(losses, seconds) of one step for each batch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # With Adam's usual eps, 1e-8, gradients that are nothing but rounding would make full steps.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
     losses, seconds = [], []
     for ids in data:
         start = time.perf_counter()
@@ -91,18 +113,18 @@ def peak_memory(model, ids):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         model(input_ids=ids, labels=ids).loss.backward()
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        with tempfile.TemporaryDirectory() as folder, silent_stderr():
-            trace = pathlib.Path(folder, "trace.json")
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-                model(input_ids=ids, labels=ids).loss.backward()
-            profile.export_chrome_trace(str(trace))
-            events = json.loads(trace.read_text())["traceEvents"]
-        changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-        peak = max(itertools.accumulate(e["args"]["Bytes"] for e in changes))
-    model.zero_grad()
-    return peak
+        model.zero_grad()
+        return torch.cuda.max_memory_allocated() - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with tempfile.TemporaryDirectory() as folder, silent_stderr():
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            model(input_ids=ids, labels=ids).loss.backward()
+            model.zero_grad()  # all that was allocated is free again: what outlives the profile would spoil the next
+        trace = pathlib.Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    return max(itertools.accumulate(e["args"]["Bytes"] for e in changes))
 
 
 @contextlib.contextmanager
@@ -129,14 +151,14 @@ def state(model, losses, ids):
     }
 
 
-def distances(states):
+def distances(states, slack):
     """{what: {run: root mean square distance from the float64 run, "allowed": ..., "largest": of bound from plain}}."""
     table = {}
     for what, exact in states["float64"].items():
         plain, bound = states["plain"][what].double(), states["bound"][what].double()
         row = {name: (x - exact).square().mean().sqrt().item() for name, x in (("plain", plain), ("bound", bound))}
         # Where float32 hits the truth exactly: one unit in the last place.
-        row["allowed"] = max(SLACK * row["plain"], torch.finfo(torch.float32).eps * exact.abs().max().item())
+        row["allowed"] = max(slack * row["plain"], torch.finfo(torch.float32).eps * exact.abs().max().item())
         row["largest"] = (bound - plain).abs().max().item()
         table[what] = row
     return table
@@ -151,20 +173,13 @@ def interpreted_step():
         return
     tokens, _ = corpus(TINY["vocab_size"])
     (ids,) = batches(tokens, 1, 2, 24, "cpu")
-    states = {}
-    for name in "float64", "plain", "bound":
+    states = {"float64": one_step(exact(new_model(TINY, "cpu")), ids), "plain": one_step(new_model(TINY, "cpu"), ids)}
+    with _jit.interpreted() as launcher:
         model = new_model(TINY, "cpu")
-        with contextlib.ExitStack() as stack:
-            if name == "float64":
-                model.double()
-            if name == "bound":
-                launcher = stack.enter_context(_jit.interpreted())
-                bind(model)
-            loss = model(input_ids=ids, labels=ids).loss
-            loss.backward()
-        states[name] = {"loss": loss.detach(), "gradients": torch.cat([p.grad.flatten() for p in model.parameters()])}
+        bind(model)
+        states["bound"] = one_step(model, ids)
     launched = dict(sorted(collections.Counter(launcher.launched).items()))
-    print(json.dumps({"distances": distances(states), "launched": launched}))
+    print(json.dumps({"distances": distances(states, STEP), "launched": launched}))
 
 
 def run_interpreted():
@@ -177,11 +192,11 @@ def run_interpreted():
 
 
 def verdict(title, table):
-    """Print the table; whether every distance is allowed."""
-    print(f"\n{title:34} {'plain':>10} {'bound':>10} {'allowed':>10} {'largest of bound - plain':>26}")
+    """Print the rows; whether every distance is allowed."""
+    print(f"  {title}")
     for what, row in table.items():
         note = "" if row["bound"] <= row["allowed"] else "  TOO FAR"
-        print(f"  {what:32} {row['plain']:10.2e} {row['bound']:10.2e} {row['allowed']:10.2e} {row['largest']:26.2e}{note}")
+        print(f"    {what:30} {row['plain']:10.2e} {row['bound']:10.2e} {row['allowed']:10.2e} {row['largest']:26.2e}{note}")
     return all(row["bound"] <= row["allowed"] for row in table.values())
 
 
@@ -236,7 +251,7 @@ def main(args):
     tokens, size = corpus(SIZE["vocab_size"])
     data = batches(tokens, args.steps + 1, BATCH, LENGTH, args.device)
     models = {name: new_model(SIZE, args.device) for name in ("plain", "bound", "float64")}
-    models["float64"].double()
+    exact(models["float64"])
     count = sum(p.numel() for p in models["plain"].parameters())
     print(f"liger-aot {__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"device  {device}")
@@ -245,40 +260,46 @@ def main(args):
     print(f"text    {size / 1e6:.1f} MB of Python's own source, {SIZE['vocab_size']} tokens, {BATCH * LENGTH} of them a step")
     print(f"\nbound\n{textwrap.indent(str(bind(models['bound'])), '  ')}\n\ntraining")
 
-    models["plain"](input_ids=data[-1], labels=data[-1]).loss.backward()  # what is slow the first time is nobody's time
-    models["plain"].zero_grad()
+    first = distances({name: one_step(model, data[0]) for name, model in models.items()}, STEP)
     runs = {name: train(name, model, data[:-1]) for name, model in models.items()}
     curves = {name: losses for name, (losses, _) in runs.items()}
     seconds = {name: statistics.median(times) for name, (_, times) in runs.items()}
     memory = {name: peak_memory(models[name], data[-1]) for name in ("plain", "bound")}
-    table = distances({name: state(model, curves[name], data[-1]) for name, model in models.items()})
+    whole = distances({name: state(model, curves[name], data[-1]) for name, model in models.items()}, RUN)
 
     print(f"\n{'':34} {'plain':>10} {'bound':>10}")
     compare("loss of the first step", "{:.5f}", *(curves[n][0] for n in memory))
     compare("loss of the last step", "{:.5f}", *(curves[n][-1] for n in memory))
     compare("time of a step (median)", "{:.3f} s", *(seconds[n] for n in memory))
     compare("peak memory of a step's tensors", "{:.1f} MB", *(memory[n] / 1e6 for n in memory))
-    fine = verdict("distance from float64 (rms)", table)
+    print(f"\n{'distance from float64 (rms)':34} {'plain':>10} {'bound':>10} {'allowed':>10} {'largest of bound - plain':>26}")
+    fine = verdict("one step, from the same weights", first)
+    fine &= verdict(f"{args.steps} steps of training", whole)
     step = run_interpreted()
     if "missing" in step:
-        print(f"\nNot run: one step through the kernels as Triton interprets them, for {step['missing']}")
+        print(f"  not run: one step through the kernels as Triton interprets them, for {step['missing']}")
     else:
-        fine &= verdict("one step, interpreted kernels", step["distances"])
-        print("  launched: " + ", ".join(f"{count} {name}" for name, count in step["launched"].items()))
+        fine &= verdict("one small step, Triton kernels interpreted", step["distances"])
+        launched = ", ".join(f"{count} {name}" for name, count in step["launched"].items())
+        print(textwrap.fill(f"launched: {launched}", 96, initial_indent="    ", subsequent_indent="    "))
 
     args.out.mkdir(parents=True, exist_ok=True)
-    numbers = {"device": device, "path": path, "curves": curves, "seconds": seconds, "memory": memory, "distances": table}
+    numbers = {
+        "device": device,
+        "path": path,
+        "curves": curves,
+        "seconds": seconds,
+        "memory": memory,
+        "step": first,
+        "run": whole,
+    }
     (args.out / "demo.json").write_text(json.dumps({**numbers, "interpreted": step}, indent=1))
     try:
         draw(args.out / "demo.png", curves, f"Training a small Llama: {device}, {path}")
         print(f"\nLoss curves: {(args.out / 'demo.png').resolve()}")
     except ModuleNotFoundError as error:
         print(f"\nNo picture, for {error}: pip install liger-aot[plots]")
-    print(
-        "PASS: bound, the model trains as it does plain, up to rounding"
-        if fine
-        else f"FAIL: beyond {SLACK:g} times plain rounding"
-    )
+    print("PASS: the bound model trains as the plain one, up to rounding" if fine else "FAIL: the bound model is too far off")
     return 0 if fine else 1
 
 
