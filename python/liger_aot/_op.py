@@ -6,6 +6,7 @@ import inspect
 import warnings
 
 import torch
+from torch import is_autocast_enabled
 from torch import is_grad_enabled
 from torch._C import _get_tracing_state
 from torch._C import _len_torch_dispatch_stack
@@ -36,6 +37,8 @@ def quiet(function):
 
     @functools.wraps(function)
     def body(*args, **kwargs):
+        if not (is_grad_enabled() or is_autocast_enabled("cpu") or is_autocast_enabled("cuda")):
+            return function(*args, **kwargs)  # 10 us sooner
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return function(*args, **kwargs)
 

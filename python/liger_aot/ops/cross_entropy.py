@@ -4,6 +4,8 @@ Weights of classes and label smoothing are torch's (arXiv 1512.00567, section 7)
 is PaLM's (arXiv 2204.02311, section 5). logsumexp is computed online, in one pass (arXiv 1805.02867).
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,8 @@ def reduce_reference(loss, lse, target, weight, predicted, ignore_index, lse_squ
         factors = 1 / torch.stack([ws.sum(), number])
     z_loss = lse_square_scale * lse.square().sum() * factors[1] if lse_square_scale else torch.zeros_like(number)
     accuracy = ((predicted == target) & valid).sum() / number if predicted.numel() else torch.full_like(number, torch.nan)
-    return (loss.sum() * factors[0] + z_loss).to(dtype), torch.stack([*factors, z_loss, accuracy])
+    result = (loss.sum() * factors[0] + z_loss).to(dtype)
+    return result, torch.stack([*torch.where(number == 0, 0.0, factors), z_loss, accuracy])
 
 
 def backward_reference(
@@ -86,17 +89,20 @@ def backward_reference(
     return (dz * scale).to(dtype or logits.dtype)
 
 
+@functools.cache
+def _constants(short, capped, predict):
+    return {"SOFTCAP": capped} | ({} if predict is None else {"PREDICT": predict}) | {"BLOCK": 1024 if short else 4096}
+
+
 def tile(n, softcap, predict=None):
     """The constants of a kernel for rows of n numbers."""
-    constants = {"SOFTCAP": softcap is not None} if predict is None else {"SOFTCAP": softcap is not None, "PREDICT": predict}
-    return constants | {"BLOCK": 1024 if type(n) is int and n <= 1024 and softcap is None else 4096}
+    return _constants(type(n) is int and n <= 1024 and softcap is None, softcap is not None, predict)
 
 
-def class_weights(logits, weight, label_smoothing):
+def class_weights(weight, label_smoothing, absent):
     """(weight, the sum of its numbers, has_weight) as the kernels take them; the sum where it is of use."""
     if weight is None:
-        dummy = logits.new_empty(0, dtype=torch.float32)
-        return dummy, dummy, 0
+        return absent, absent, 0
     return weight.contiguous(), weight.sum() if label_smoothing else weight, 1
 
 
@@ -114,9 +120,10 @@ def cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, logsumexp, where the largest logit is, if `predict`) of each row of scale · logits (rows, classes)."""
     logits, stride, rows, n = rows_of(logits)
-    target, (ws, total, has_weight) = target.contiguous(), class_weights(logits, weight, label_smoothing)
+    target = target.contiguous()
     check_target_if_asked("cross_entropy", target, ignore_index, n)
     loss, lse = logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.float32)
+    ws, total, has_weight = class_weights(weight, label_smoothing, lse)
     predicted = target.new_empty(rows if predict else 0)
     cap = 1.0 if softcap is None else softcap
     kernels.cross_entropy_fwd[(rows,)](
@@ -139,7 +146,10 @@ def cross_entropy_reduce(
     classes: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The mean or sum of the rows' losses plus the z-loss; and [1 / Σ weights, 1 / rows, z-loss, accuracy], 1 for a sum."""
+    """The mean or sum of the rows' losses plus the z-loss; and [1 / Σ weights, 1 / rows, z-loss, accuracy].
+
+    The first two, which the gradients are multiplied by, are 1 for a sum, and 0 where there is no row.
+    """
     result, totals, rows = loss.new_empty((), dtype=dtype), loss.new_empty(4), target.numel()
     ws, has_weight, has_predicted = (
         (loss, 0, predicted.numel()) if weight is None else (weight.contiguous(), 1, predicted.numel())
@@ -170,7 +180,7 @@ def cross_entropy_bwd(
     logits, stride, rows, n = rows_of(logits)
     dloss = dloss.float()
     dlogits = torch.empty_like(logits, dtype=dtype, memory_format=torch.contiguous_format)
-    ws, total, has_weight = class_weights(logits, weight, label_smoothing)
+    ws, total, has_weight = class_weights(weight, label_smoothing, lse)
     factors, has_totals = (lse, 0) if totals is None else (totals, 1)
     constants = tile(n, softcap)
     kernels.cross_entropy_bwd[(rows * cdiv(n, constants["BLOCK"]),)](
