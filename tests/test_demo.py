@@ -1,6 +1,7 @@
 """The demo, with a few steps of a tiny model."""
 
 import json
+import sys
 
 import pytest
 
@@ -58,6 +59,25 @@ def test_without_matplotlib_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(_demo, "run_interpreted", lambda: {"missing": "want of Triton"})
     assert main(["demo", "--steps", "1", "--device", "cpu", "--out", str(tmp_path)]) == 0
     assert "No picture, for No module named 'matplotlib': pip install liger-aot[plots]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--steps", "0"], "demo: --steps must be at least 1, got 0"),
+        (["--device", "cud"], "demo: --device must be cpu, or cuda where torch finds a device, got cud"),
+    ],
+    ids=["steps", "device"],
+)
+def test_rejects(arguments, text, capsys):
+    assert main(["demo", *arguments]) == 1
+    assert text in capsys.readouterr().err
+
+
+def test_without_transformers_says_so(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["demo", "--device", "cpu"]) == 1
+    assert "demo: needs transformers: pip install liger-aot[transformers]" in capsys.readouterr().err
 
 
 def test_without_source_text_says_so(tmp_path, monkeypatch):

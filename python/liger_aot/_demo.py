@@ -33,7 +33,7 @@ from .ops.rms_norm import forward_reference
 STEP, RUN = 2, 10
 WORDS = re.compile(rb" ?\w+|\s+|[^\w\s]")
 SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 8192}
-BATCH, LENGTH = 8, 256
+BATCH, LENGTH = 6, 256
 TINY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "vocab_size": 300}
 
 
@@ -244,8 +244,14 @@ def add_arguments(parser):
 
 
 def main(args):
-    import transformers
-
+    if args.steps < 1:
+        raise ValueError(f"demo: --steps must be at least 1, got {args.steps}")
+    if args.device != "cpu" and not (args.device == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"demo: --device must be cpu, or cuda where torch finds a device, got {args.device}")
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"demo: needs transformers: pip install liger-aot[transformers] ({error})") from error
     transformers.logging.set_verbosity_error()
     device, path = path_of(args.device)
     tokens, size = corpus(SIZE["vocab_size"])
@@ -280,7 +286,7 @@ def main(args):
         print(f"  not run: one step through the kernels as Triton interprets them, for {step['missing']}")
     else:
         fine &= verdict("one small step, Triton kernels interpreted", step["distances"])
-        launched = ", ".join(f"{count} {name}" for name, count in step["launched"].items())
+        launched = ", ".join(f"{name}\N{NO-BREAK SPACE}x{count}" for name, count in step["launched"].items())
         print(textwrap.fill(f"launched: {launched}", 96, initial_indent="    ", subsequent_indent="    "))
 
     args.out.mkdir(parents=True, exist_ok=True)
