@@ -177,8 +177,9 @@ def cross_entropy_reduce(
     z_factor = 1.0 / tl.where(mean != 0, number, 1.0)
     z_loss = tl.where(z_scale != 0.0, z_scale * tl.sum(squares, axis=0) * z_factor, 0.0)
     tl.store(result, tl.sum(losses, axis=0) * loss_factor + z_loss)
-    tl.store(totals, loss_factor)
-    tl.store(totals + 1, z_factor)
+    # Without rows the mean is 0 / 0, but there is no gradient: the linear loss multiplies what it made in forward by these.
+    tl.store(totals, tl.where(number == 0.0, 0.0, loss_factor))
+    tl.store(totals + 1, tl.where(number == 0.0, 0.0, z_factor))
     tl.store(totals + 2, z_loss)
     tl.store(totals + 3, tl.sum(hits, axis=0) / number)
 

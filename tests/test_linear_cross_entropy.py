@@ -180,14 +180,14 @@ def test_small_gradients_survive_fp16(path):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_everything_ignored(path, reduction):
-    hidden, weight, target, *_ = make(4, 24, 50, torch.float32)
+    """The mean over nothing is NaN, and has no gradient, as in torch: one rank without targets must not spoil the others."""
+    hidden, weight, target, bias, _ = make(4, 24, 50, torch.float32, bias=True)
     target.tensor[:] = -100
-    hidden.requires_grad_()
-    loss = linear_cross_entropy(hidden, weight, target.tensor, reduction=reduction)
-    loss.sum().backward()
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    loss = linear_cross_entropy(hidden, weight, target.tensor, linear_bias=bias, reduction=reduction)
     assert torch.equal(loss.isnan(), torch.full_like(loss, reduction == "mean", dtype=torch.bool))
-    if reduction != "mean":
-        assert not hidden.grad.any()
+    for gradient in torch.autograd.grad(loss.sum(), leaves):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def test_stats(path):
