@@ -1,6 +1,6 @@
 """What is timed of each operator: a call of ours, the same call of Liger's, and the same allocations with nothing else.
 
-Tensors are small and in fp32, for which Liger casts least, so that what ATen computes on the CPU takes no time worth mentioning.
+Tensors are small and in fp32, for which Liger casts least, so that what ATen computes on the CPU takes next to no time.
 """
 
 import dataclasses

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "tests"))
 import cases
 import liger
+
 from stub import stubbed
 
 FORWARD_ABOVE_ALLOCATIONS = 9.0  # us

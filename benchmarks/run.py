@@ -195,9 +195,8 @@ def main():
     for name, note in notes.items():
         print(f"left out: {name}: {note}")
     judged = [r for r in rows if r["met"] is not None]
-    print(
-        f"{sum(r['met'] for r in judged)} of {len(judged)} met; torch {torch.__version__}, {found['cpu']}, load {found['load']:.1f}"
-    )
+    met = sum(r["met"] for r in judged)
+    print(f"{met} of {len(judged)} met; torch {torch.__version__}, {found['cpu']}, load {found['load']:.1f}")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     content = {"environment": found, "rows": rows, "host": results, "startup": times, "left out": notes, "caption": CAPTION}
     given.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -47,6 +47,7 @@ def import_time():
 def first_call(name):
     sys.path.append(str(TESTS))
     import cases
+
     from stub import stubbed
 
     try:
