@@ -53,46 +53,29 @@ def backward_reference(dq_out, dk_out, cos, sin):
 
 
 @functools.cache
-def _tile(half):
-    return {"HEADS": HEADS, "HALF": fit(half, HALVES), "LOOP": half > HALVES[-1]}
-
-
 def tile(half):
-    """The constants of the kernel for halves of that width; under tracing any will do."""
-    return _tile(half if type(half) is int else 1)
+    """HALF and LOOP of the kernel for halves of that width."""
+    return fit(half, HALVES), half > HALVES[-1]
 
 
 def turn(q, k, cos, sin, backward):
-    q, k = unit_stride(q), unit_stride(k)
-    angle_strides = cos.stride()
-    if angle_strides != sin.stride() or angle_strides[-1] != 1:
-        cos, sin = cos.contiguous(), sin.contiguous()
-        angle_strides = cos.stride()
+    q_strides, k_strides, angle_strides = q.stride(), k.stride(), cos.stride()
+    if q_strides[3] != 1 or k_strides[3] != 1 or angle_strides != sin.stride() or angle_strides[-1] != 1:
+        q, k, cos, sin = unit_stride(q), unit_stride(k), cos.contiguous(), sin.contiguous()
+        q_strides, k_strides, angle_strides = q.stride(), k.stride(), cos.stride()
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    batch, q_heads, tokens, n = q.shape
-    k_heads, half = k.shape[1], cos.shape[-1] // 2
+    q_out_strides, k_out_strides = q_out.stride(), k_out.stride()
+    (batch, q_heads, tokens, n), k_heads, angle_shape = q.shape, k.shape[1], cos.shape
+    half = angle_shape[-1] // 2
+    HALF, LOOP = tile(half if type(half) is int else 1)  # under tracing any will do
     kernels.rope[(batch * tokens * (cdiv(q_heads, HEADS) + cdiv(k_heads, HEADS)),)](
-        q,
-        k,
-        cos,
-        sin,
-        q_out,
-        k_out,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *q_out.stride()[:3],
-        *k_out.stride()[:3],
-        0 if len(angle_strides) == 2 or cos.shape[0] == 1 else angle_strides[0],
-        angle_strides[-2],
-        tokens,
-        q_heads,
-        k_heads,
-        half,
-        n,
-        half if backward else 0,
-        -1.0 if backward else 1.0,
-        **tile(half),
-    )
+        q, k, cos, sin, q_out, k_out,
+        q_strides[0], q_strides[1], q_strides[2], k_strides[0], k_strides[1], k_strides[2],
+        q_out_strides[0], q_out_strides[1], q_out_strides[2], k_out_strides[0], k_out_strides[1], k_out_strides[2],
+        0 if len(angle_shape) == 2 or angle_shape[0] == 1 else angle_strides[0], angle_strides[-2],
+        tokens, q_heads, k_heads, half, n, half if backward else 0, -1.0 if backward else 1.0,
+        HEADS=HEADS, HALF=HALF, LOOP=LOOP,
+    )  # fmt: skip
     return q_out, k_out
 
 
@@ -135,12 +118,13 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 
 def check(q, k, cos, sin):
-    if q.dim() != 4:
-        raise ValueError(f"rope: q must have shape (batch, heads, tokens, head width), got {tuple(q.shape)}")
-    batch, _, tokens, n = q.shape
-    if k.dim() != 4 or k.shape[0] != batch or k.shape[2] != tokens or k.shape[3] != n:
-        raise ValueError(f"rope: k must have shape ({batch}, any heads, {tokens}, {n}) like q, got {tuple(k.shape)}")
-    dtype, angle_dtype, device, shape = q.dtype, cos.dtype, q.device, cos.shape
+    q_shape, k_shape, shape = q.shape, k.shape, cos.shape
+    if len(q_shape) != 4:
+        raise ValueError(f"rope: q must have shape (batch, heads, tokens, head width), got {tuple(q_shape)}")
+    batch, _, tokens, n = q_shape
+    if len(k_shape) != 4 or k_shape[0] != batch or k_shape[2] != tokens or k_shape[3] != n:
+        raise ValueError(f"rope: k must have shape ({batch}, any heads, {tokens}, {n}) like q, got {tuple(k_shape)}")
+    dtype, angle_dtype, device = q.dtype, cos.dtype, q.device
     if dtype not in FLOATS or k.dtype is not dtype:
         raise ValueError(
             f"rope: q and k must have one dtype of float32, float16 and bfloat16, got {dtype} and {k.dtype}; cast with .to()"
@@ -157,17 +141,16 @@ def check(q, k, cos, sin):
             f"rope: cos and sin must both be {dtype}{'' if dtype is torch.float32 else ' or torch.float32'}, "
             f"got {angle_dtype} and {sin.dtype}; cast with .to()"
         )
-    for name, tensor in (("k", k), ("cos", cos), ("sin", sin)):
-        if tensor.device != device:
-            raise ValueError(f"rope: {name} must be on {device} like q, got {tensor.device}; move it with .to()")
+    if k.device != device or cos.device != device or sin.device != device:
+        name, tensor = next(item for item in (("k", k), ("cos", cos), ("sin", sin)) if item[1].device != device)
+        raise ValueError(f"rope: {name} must be on {device} like q, got {tensor.device}; move it with .to()")
     if needs_grad(cos, sin):
         raise ValueError("rope: cos and sin must not require gradients, which are not computed; got one that does; detach() it")
 
 
 def fits(shape, batch, tokens, n):
     """Whether angles of this shape are those of (batch, any heads, tokens, n)."""
-    if len(shape) == 3:
-        one, *shape = shape
-        if one != 1 and one != batch:
-            return False
-    return len(shape) == 2 and shape[0] == tokens and shape[1] <= n and shape[1] % 2 == 0
+    dims = len(shape)
+    if dims == 3 and shape[0] != 1 and shape[0] != batch:
+        return False
+    return 2 <= dims <= 3 and shape[-2] == tokens and shape[-1] <= n and shape[-1] % 2 == 0
