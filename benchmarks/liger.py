@@ -10,6 +10,8 @@ import tempfile
 
 import torch
 
+CACHE = tempfile.TemporaryDirectory()  # for as long as this process
+
 
 class Driver:
     """Triton's driver with C functions in place of torch's, which are C functions too."""
@@ -46,8 +48,11 @@ def functions():
     except importlib.metadata.PackageNotFoundError:
         return None, "liger-kernel is not installed (pip install --group bench)"
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="liger-bench-")
-    from triton.runtime import driver
+    os.environ["TRITON_CACHE_DIR"] = CACHE.name
+    try:
+        from triton.runtime import driver
+    except ImportError as error:
+        return None, f"Triton cannot be imported ({error})"
 
     driver.set_active(Driver())
     from liger_kernel.transformers import functional

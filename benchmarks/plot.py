@@ -18,7 +18,7 @@ def draw(content, path):
     except ImportError:
         return False
     results, found = content["host"], content["environment"]
-    names = list(results)[::-1]
+    names = [name for name, times in results.items() if "both, empty" in times][::-1]
     figure = Figure(figsize=(10, 0.62 * len(names) + 1.6), layout="constrained")
     axes = figure.subplots(1, len(PANELS), sharey=True)
     height = 0.8 / len(SERIES)

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -26,12 +27,14 @@ from liger_aot import _runtime
 ROOT = pathlib.Path(__file__).parent.parent
 VARIANTS, WHEEL_MB, BUILD_SECONDS, ARCHITECTURES = 600, 15.0, 600.0, 4
 PACKAGES = "torch", "triton", "liger-kernel", "matplotlib"
-CAPTION = f"""Host cost is this thread's CPU time on CPU tensors, median of interleaved rounds; no kernel runs.
-  ours:  everything but the driver: loading and launching are stubbed out in Python (0.1 us a launch)
-  Liger: its functions and Triton's JIT dispatch as they are; Triton's driver and its C launcher are stubbed out,
-         torch.cuda.device() around its launches is not there; kernels compiled for sm_90 beforehand
-  "empty" is an autograd.Function with the same tensors saved and allocated; "empty operators" the same, allocating in
-  operators registered with define and impl. {host.FORWARD_ABOVE_ALLOCATIONS:g} us and the factors are the numbers to reach."""
+CAPTION = f"""forward: without gradients, ours through torch.ops; both: forward and backward, called from Python as Liger is.
+Host cost is the calling thread's CPU time on CPU tensors, median of interleaved rounds. No kernel runs. What is stubbed out:
+  ours:   the driver, by Python functions that take 0.1 us a launch; all else is what runs on a GPU machine
+  Liger:  Triton's driver and the C function that launches, by such functions; Triton's JIT dispatch and Liger's functions are
+          theirs, their kernels compiled beforehand. CPU tensors need no torch.cuda.device(), which Liger enters for each launch
+empty is an autograd.Function that saves and allocates the same; operators: the same, allocating in two operators of its own.
+Numbers to reach: the allocations + {host.FORWARD_ABOVE_ALLOCATIONS:g} us, and the factors.
+start is wall clock, median over fresh processes."""
 
 
 def row(part, what, value, unit, bar=None, note=""):
@@ -56,19 +59,21 @@ def host_rows(results):
         if "forward, Liger" in t:
             ratio = t["forward"] / t["forward, Liger"]
             yield row(name, "forward / Liger's", ratio, "x", host.FORWARD_OF_LIGER, f"Liger {t['forward, Liger']:.1f} us")
-        yield row(name, "forward + backward", t["both"], "us", note=f"{t['both, torch.ops']:.1f} us through torch.ops")
+        yield row(name, "both", t["both"], "us", note=f"through torch.ops {t['both, torch.ops']:.1f} us")
         if "both, empty" in t:
-            note = f"empty {t['both, empty']:.1f} us; {t['both'] / t['both, empty operators']:.2f} x empty operators"
-            yield row(name, "forward + backward / empty", t["both"] / t["both, empty"], "x", host.BOTH_OF_EMPTY, note)
+            empty, operators = t["both, empty"], t["both"] / t["both, empty operators"]
+            note = f"empty {empty:.1f} us; through torch.ops {t['both, torch.ops'] / empty:.2f} x; {operators:.2f} x operators"
+            yield row(name, "both / empty", t["both"] / empty, "x", host.BOTH_OF_EMPTY, note)
         if "both, Liger" in t:
             ratio = t["both"] / t["both, Liger"]
-            yield row(name, "forward + backward / Liger's", ratio, "x", host.BOTH_OF_LIGER, f"Liger {t['both, Liger']:.1f} us")
+            yield row(name, "both / Liger's", ratio, "x", host.BOTH_OF_LIGER, f"Liger {t['both, Liger']:.1f} us")
 
 
 def startup_rows(times):
-    name, slowest = max(times["first call"].items(), key=lambda item: item[1])
-    yield row("start", "first call", slowest, "ms", startup.FIRST_CALL, f"of {name}, the slowest, in a fresh process")
-    yield row("start", "import", times["import"], "ms", startup.IMPORT, "after torch")
+    name, (wall, cpu) = max(times["first call"].items(), key=lambda item: item[1])
+    yield row("start", "first call", wall, "ms", startup.FIRST_CALL, f"of {name}, the slowest; CPU time {cpu:.1f} ms")
+    wall, cpu = times["import"]
+    yield row("start", "import", wall, "ms", startup.IMPORT, f"after torch; CPU time {cpu:.1f} ms")
 
 
 def size_rows(wheel):
@@ -150,6 +155,7 @@ def cells(r):
 def show(rows):
     lines = [cells(r) for r in rows]
     try:
+        from rich.box import SIMPLE_HEAD
         from rich.console import Console
         from rich.table import Table
     except ImportError:
@@ -157,7 +163,7 @@ def show(rows):
         for line in (HEAD, *lines):
             print("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip())
         return
-    table = Table()
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for head in HEAD:
         table.add_column(head, justify="right" if head in ("value", "number to reach") else "left")
     for line, following in zip(lines, [*lines[1:], None], strict=True):
@@ -165,7 +171,7 @@ def show(rows):
         table.add_row(
             *line[:4], f"[{style}]{line[4]}[/]" if style else "", line[5], end_section=not following or following[0] != line[0]
         )
-    Console().print(table)
+    Console(width=max(110, shutil.get_terminal_size().columns)).print(table)
 
 
 def newest_wheel():
