@@ -64,6 +64,14 @@ def test_bound_trains_as_plain(path, dtype, options, batch):
     check(*results(lambda model: step(model, **batch, num_items_in_batch=torch.tensor(7)), llama(dtype, **options)))
 
 
+def test_the_norm_rounds_where_llamas_does():
+    model, x = llama(torch.bfloat16), torch.randn(9, 32).bfloat16()
+    model.model.norm.weight.data.normal_()
+    plain = model.model.norm(x)
+    liger_aot.bind(model)
+    assert torch.equal(model.model.norm(x), plain)
+
+
 def test_every_operator_runs(interpreted, batch):
     model = llama()
     liger_aot.bind(model)
@@ -103,8 +111,9 @@ LOSSES = {
     "module": lambda z, y: torch.nn.CrossEntropyLoss()(z.view(22, 97), y.view(22)),
     "by position": lambda z, y: F.cross_entropy(z.view(-1, 97), y.view(-1), torch.linspace(0, 1, 97).to(z.dtype)),
     "three dimensions": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
+    "classes in the middle": lambda z, y: F.cross_entropy(z, torch.arange(97).remainder(11).expand(2, 97)),
     "another view": lambda z, y: F.cross_entropy(z.view(2, -1)[:, :97], y[:, 0] % 97),
-    "old": lambda z, y: F.cross_entropy(z.view(-1, 97), y.view(-1), reduce=False).mean(),
+    "old": lambda z, y: F.cross_entropy(z.view(-1, 97), y.view(-1), reduce=False).sum(),
 }
 
 
@@ -173,3 +182,34 @@ def test_compiles_whole(batch):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for name, got in step(compiled, **batch).items():
         torch.testing.assert_close(got, expected[name.removeprefix("_orig_mod.")])
+
+
+def test_under_autocast(batch):
+    def run(model):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model.dtype != torch.float64):
+            return step(model, **batch)
+
+    exact, plain, bound = results(run, llama())
+    for name, truth in exact.items():  # activations are bf16, results are not
+        assert bound[name].dtype == plain[name].dtype == torch.float32
+        unit = torch.finfo(torch.bfloat16).eps * truth.abs().max().item()
+        assert average(bound[name], truth) <= max(2 * average(plain[name], truth), unit), name
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_bound_models_are_checkpointed_copied_saved_and_exported(batch, tmp_path):
+    model = llama()
+    liger_aot.bind(model)
+    before = step(model, **batch)
+    after = step(copy.deepcopy(model), **batch)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded.model.norm).__name__ == "LlamaRMSNorm"
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    model.gradient_checkpointing_enable()
+    after = step(model, **batch)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    program = torch.export.export(model.eval(), (), {"input_ids": batch["input_ids"]}, strict=False)
+    names = {str(node.target) for node in program.graph.nodes}
+    assert {"liger.rms_norm.default", "liger.rope.default", "liger.swiglu.default"} <= names

@@ -57,9 +57,10 @@ def test_norm_of_a_transposed_input():
 
 
 def test_rms_norm_options():
-    x, w = torch.randn(4, 24).bfloat16(), torch.randn(24).bfloat16()
-    got = liger_aot.rms_norm(x, [24], w, 1e-6, offset=1.0, casting="gemma")
-    assert torch.equal(got, torch.ops.liger.rms_norm(x, w, 1e-6, offset=1.0, casting="gemma"))
+    x, w = torch.randn(4, 24).bfloat16(), torch.randn(24)
+    got = liger_aot.rms_norm(x, [24], w, 1e-6, offset=1.0, casting="llama")
+    assert got.dtype == torch.float32  # the weight's: other castings give x's
+    assert torch.equal(got, torch.ops.liger.rms_norm(x, w, 1e-6, offset=1.0, casting="llama"))
 
 
 def test_fused_add_rms_norm():

@@ -271,3 +271,40 @@ def test_target_out_of_range_on_a_device_is_nan(interpreted):
     loss.sum().backward()
     assert loss.isnan().tolist() == [False, True, False]
     assert hidden.grad.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("size", [1e5, 1e-6])
+def test_a_mean_does_not_depend_on_the_size_of_class_weights(path, size):
+    """Weights cancel in a mean: their size must not push gradients out of what fp16 holds."""
+    hidden, weight, target, *_ = make(16, 24, 50, torch.float16)
+    hidden.requires_grad_()
+    class_weight = torch.rand(50) + 0.5
+    grads = []
+    for factor in (1.0, size):
+        loss = linear_cross_entropy(hidden, weight, target.tensor, weight=class_weight * factor, loss_dtype=torch.float32)
+        grads.append(torch.autograd.grad(loss, hidden)[0])
+    torch.testing.assert_close(grads[1], grads[0], rtol=4e-3, atol=1e-5)
+
+
+REFUSED = [
+    (lambda h, w, t: linear_cross_entropy(h.view(2, 3, 24), w, torch.rand(2, 3, 50)), "input must be (H,) or (N, H) where"),
+    (lambda h, w, t: linear_cross_entropy(h, w, t, loss_dtype=torch.int64), "loss_dtype must be float32, float16 or bfloat16"),
+    (lambda h, w, t: linear_cross_entropy(h, w, torch.rand(6, 50), ignore_index=2), "ignore_index must be -100, unused, where"),
+    (lambda h, w, t: linear_cross_entropy(h, torch.randn(5, 3, 23), t), "linear_weight (V, H) must agree"),
+]
+
+
+@pytest.mark.parametrize(("call", "text"), REFUSED, ids=[r[1][:30] for r in REFUSED])
+def test_refuses(call, text):
+    hidden, weight, target, *_ = make(6, 24, 50, torch.float32)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        call(hidden, weight, target.tensor)
+
+
+def test_autocast_casts_no_integers():
+    hidden, weight, target, *_ = make(6, 24, 50, torch.float32)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(ValueError, match=re.escape("linear_weight must be float32, float16 or bfloat16, got torch.int64")),
+    ):
+        linear_cross_entropy(hidden, weight.long(), target.tensor)

@@ -76,7 +76,8 @@ def test_own_options():
     x, target = torch.randn(6, 5), torch.randint(5, (6,))
     assert liger_aot.nn.RMSNorm(5, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
     norm = liger_aot.nn.RMSNorm(5, 1e-5, offset=1.0, casting="llama")
-    assert torch.equal(norm(x), liger_aot.rms_norm(x, (5,), norm.weight, 1e-5, offset=1.0, casting="llama"))
+    half = x.bfloat16()
+    assert torch.equal(norm(half), liger_aot.rms_norm(half, (5,), norm.weight, 1e-5, offset=1.0, casting="llama"))
     loss = liger_aot.nn.CrossEntropyLoss(softcap=2.0, lse_square_scale=0.1, return_token_accuracy=True)
     assert isinstance(loss(x, target), CrossEntropyOutput)
     assert "softcap=2.0, lse_square_scale=0.1, return_token_accuracy=True" in repr(loss)

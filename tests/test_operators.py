@@ -216,3 +216,11 @@ def test_source_is_named(name):
     """The page of an operator starts with its formula."""
     module = __import__(f"liger_aot.ops.{name}", fromlist=["_"])
     assert re.search(r"=|softmax|log", module.__doc__.splitlines()[0]), module.__doc__.splitlines()[0]
+
+
+@OPERATORS
+def test_meta_tensors_have_shapes_alone(name):
+    arguments, options = EXAMPLES[name](torch.float32)
+    expected = call(name, arguments, options)
+    got = call(name, [a.to("meta") if torch.is_tensor(a) else a for a in arguments], options)
+    assert [(g.shape, g.dtype, g.device.type) for g in got] == [(e.shape, e.dtype, "meta") for e in expected]

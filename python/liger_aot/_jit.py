@@ -67,7 +67,9 @@ class Interpreter:
         if (dtypes, constants) not in [([t for t in types if t[0] == "*"], c) for types, c in declared]:
             raise NotImplementedError(f"{kernel}: no variant is declared for {dtypes}, {constants}")
         self.launched.append(kernel)
-        function[grid](*(int(a) if isinstance(a, bool) else a for a in args), **constants)
+        scalars = {"fp32": float, "i32": int, "i64": int}  # as the launcher packs them
+        types = (t.removesuffix(":16") for t in function.parameters.values())
+        function[grid](*(scalars.get(t, lambda a: a)(a) for t, a in zip(types, args, strict=True)), **constants)
 
 
 @contextlib.contextmanager

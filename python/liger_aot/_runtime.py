@@ -298,7 +298,7 @@ class Cuda:
 # A launch in so many words: going through the parameters in loops takes half as long again.
 LAUNCH = """\
 def {kernel}(grid_, {names}):
-    if type({first}) is FakeTensor_ or 0 in grid_:
+    if type({first}) is FakeTensor_ or 0 in grid_ or {first}.is_meta:
         return  # tracing: the shapes are known, nothing runs; an empty grid: nothing to do, and the driver refuses it
     buffer_, address_ = arguments_.here
     {pointers} = {addresses}
@@ -360,7 +360,7 @@ class Kernel:
 
     def first(self, grid, *args, **constants):
         if hasattr(self.launcher, "prepare"):
-            if isinstance(args[0], FakeTensor) or 0 in grid:
+            if isinstance(args[0], FakeTensor) or 0 in grid or args[0].is_meta:
                 return
             self.launch = self.launcher.prepare(self.name, args[0])
         else:
@@ -416,7 +416,7 @@ def fit(n, blocks):
 
 def programs(tensor, rows, each=1):
     """As many programs as the device has multiprocessors, times `each`, but no more than rows."""
-    if type(rows) is not int or type(tensor) is FakeTensor:
+    if type(rows) is not int or type(tensor) is FakeTensor or tensor.is_meta:
         return 1
     most = each * kernels.multiprocessors(tensor)
     return rows if rows < most else most

@@ -45,3 +45,8 @@ def row_stride(shape, strides):
             return None
         reach *= shape[i]
     return step
+
+
+def under_autocast(x):
+    """Whether autocast is on for x's device; torch cannot be asked of meta tensors."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

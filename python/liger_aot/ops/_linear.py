@@ -2,8 +2,8 @@
 
 import torch
 
-from .._op import needs_grad
 from ._check import FLOATS
+from ._check import under_autocast
 
 # Each chunk adds to the fp32 gradient of weight (V, H), which moves 8·V·H bytes, for 6·rows·V·H flops of matmul. A GPU that
 # does 150 to 200 flops in the time of a byte spends a fifth of its time on that at 1024 rows, a tenth at 2048, where the
@@ -88,17 +88,11 @@ def fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias):
     )
 
 
-def needs(*tensors):
-    """For each tensor whether its gradient is wanted."""
-    return [needs_grad(t) for t in tensors]
-
-
 def autocast(*tensors):
     """The tensors in the dtype that F.linear would work in."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not under_autocast(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None else t.to(dtype) for t in tensors)
 
 
@@ -117,7 +111,9 @@ def check_linear(op, name, hidden, weight, bias, prefix=""):
             raise ValueError(
                 f"{op}: {prefix}{what} must be on {hidden.device} like {name}, got {tensor.device}; move it with .to()"
             )
-        if tensor is not None and tensor.dtype is not hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise ValueError(f"{op}: {prefix}{what} must be float32, float16 or bfloat16, got {tensor.dtype}")
+        if tensor is not None and tensor.dtype is not hidden.dtype and not under_autocast(hidden):
             raise ValueError(
                 f"{op}: {prefix}{what} must be {hidden.dtype} like {name}, got {tensor.dtype}; cast one or use autocast"
             )

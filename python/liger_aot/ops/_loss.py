@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .._op import DIRECT_ON_CPU
 from ._check import FLOATS
+from ._check import under_autocast
 
 CHECK = os.environ.get("LIGER_AOT_CHECK") == "1"  # look at the targets on CUDA too, which waits for the device
 REDUCTIONS = "none", "mean", "sum"
@@ -62,4 +63,6 @@ def check_class_weights(op, weight, classes, x):
 
 def result_dtype(x, dtype):
     """Of a loss: x's, as in torch, whose losses are fp32 under autocast."""
-    return dtype or (torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype)
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"loss_dtype must be float32, float16 or bfloat16, or None for the input's, got {dtype}")
+    return dtype or (torch.float32 if under_autocast(x) else x.dtype)

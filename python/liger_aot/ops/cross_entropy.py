@@ -258,7 +258,11 @@ def with_probabilities(input, target, weight, options, reduction):
     """The loss for a target of probabilities, differentiable by input and target, in plain torch, with all of log softmax."""
     if target.shape != input.shape:
         raise ValueError(f"cross_entropy: target must have shape {tuple(input.shape)} or be int64, got {tuple(target.shape)}")
-    _, label_smoothing, softcap, z_scale = options
+    ignore_index, label_smoothing, softcap, z_scale = options
+    if ignore_index != -100:
+        raise ValueError(
+            f"cross_entropy: ignore_index must be -100, unused, where targets are probabilities, got {ignore_index}"
+        )
     z = capped(input, softcap)
     loss = torch.nn.functional.cross_entropy(z, target.float(), weight, reduction=reduction, label_smoothing=label_smoothing)
     if not z_scale:

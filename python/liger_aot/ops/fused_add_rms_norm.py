@@ -32,7 +32,9 @@ def fused_add_rms_norm_fwd(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, cast: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, x_stride, rows, n, groups, ROWS, BLOCK, LOOP = layout(x, LEAST_BLOCK)
-    residual, residual_stride, _, _ = rows_of(residual)
+    residual_stride = n
+    if not residual.is_contiguous():
+        residual, residual_stride, _, _ = rows_of(residual)
     if weight is None:
         scale, offset, has_weight, dtype = x, 1.0, 0, x.dtype
     else:

@@ -117,10 +117,10 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     if dtype not in FLOATS or not x.dim():
         raise unusable("layer_norm", x)
     if weight is not None:
-        check_same("layer_norm", "weight", weight, x.shape[-1:], x)
+        check_same("layer_norm", "weight", weight, (x.shape[-1],), x)
         mixed = weight.dtype is not dtype
     if bias is not None:
-        check_same("layer_norm", "bias", bias, x.shape[-1:], x)
+        check_same("layer_norm", "bias", bias, (x.shape[-1],), x)
         mixed = mixed or bias.dtype is not dtype
     if mixed:
         weight, bias = weight if weight is None else weight.float(), bias if bias is None else bias.float()

@@ -58,8 +58,8 @@ def linear_cross_entropy_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, logsumexp, predicted class) of each row of hidden (rows, width), and the needed gradients of the losses' sum.
 
-    mean None: the rows' losses hold the z-loss, and no gradient is computed. Otherwise it says only how much the z-loss weighs
-    in the gradients beside weighted classes: its mean is over the rows, theirs over the weights.
+    mean None: the rows' losses hold the z-loss, and no gradient is computed. For a mean the gradients are those of the weighted
+    sum over the mean weight, so that 16 bits hold them whatever the size of the weights.
     """
     rows_of_hidden, classes = hidden.shape[0], weight.shape[0]
     check_target_if_asked("linear_cross_entropy", target, ignore_index, classes)
@@ -67,11 +67,11 @@ def linear_cross_entropy_fwd(
     predicted = target.new_empty(rows_of_hidden if predict else 0)
     gradients = Gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
     one, factors = hidden.new_ones((), dtype=torch.float32), None
-    if mean and class_weight is not None and lse_square_scale:
+    if mean and class_weight is not None:
         zeros = torch.zeros_like(lse)
         arguments = predicted[:0], ignore_index, 0.0, True, classes, torch.float32
         _, totals = cross_entropy_reduce(zeros, zeros, target, class_weight, *arguments)
-        factors = totals / totals[0]
+        factors = totals / totals[1]
     row_z_scale = lse_square_scale if mean is None else 0.0
     options = ignore_index, label_smoothing, softcap
     for rows in chunks(hidden):
@@ -159,7 +159,7 @@ class LinearCrossEntropyFunction(Function):
             gradients = [g.to(t) if need else None for g, t, need in zip(made, dtypes, ctx.needed, strict=True)]
         else:
             totals, *made = ctx.saved_tensors
-            factor = dloss.float() * totals[0]
+            factor = dloss.float() * totals[1]
             gradients = [
                 linear_cross_entropy_scale(factor, g, t) if need else None
                 for g, t, need in zip(made, ctx.dtypes, ctx.needed, strict=True)
@@ -190,7 +190,7 @@ def run(name, input, linear_weight, target, linear_bias, weight, options, reduct
             raise NotImplementedError(
                 f"{name}: needs linear_weight (V, H) and class indices; linear_cross_entropy takes the rest"
             )
-        return (whole(input, linear_weight, target, linear_bias, weight, options, reduction, dtype),)
+        return (whole(name, input, linear_weight, target, linear_bias, weight, options, reduction, dtype),)
     check_linear(name, "input", input, linear_weight, linear_bias, "linear_")
     weight = check_class_weights(name, weight, linear_weight.shape[0], input)
     shape = input.shape[:-1]
@@ -215,11 +215,17 @@ def run(name, input, linear_weight, target, linear_bias, weight, options, reduct
     return tuple(o.view(shape) if o.dim() else o for o in outputs)
 
 
-def whole(input, linear_weight, target, linear_bias, weight, options, reduction, dtype):
+def whole(name, input, linear_weight, target, linear_bias, weight, options, reduction, dtype):
     """The loss for probabilities or a weight (V, d1, ..., H), from logits that exist whole, as torch's own are there."""
     ignore_index, label_smoothing, softcap, z_scale, scale = options
-    flat = linear_weight.flatten(0, -2)
-    logits = torch.nn.functional.linear(input, flat, None if linear_bias is None else linear_bias.flatten())
+    if input.dim() > 2:
+        raise ValueError(
+            f"{name}: input must be (H,) or (N, H) where targets are probabilities or linear_weight has more than two "
+            f"dimensions, got {tuple(input.shape)}; flatten it"
+        )
+    flat, flat_bias = linear_weight.flatten(0, -2), None if linear_bias is None else linear_bias.flatten()
+    check_linear(name, "input", input, flat, flat_bias, "linear_")
+    logits = torch.nn.functional.linear(input, flat, flat_bias)
     logits = logits.view(*input.shape[:-1], *linear_weight.shape[:-1]).float() * scale
     return torch.ops.liger.cross_entropy.default(
         logits,

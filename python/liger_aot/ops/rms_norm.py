@@ -117,7 +117,7 @@ def check_arguments(op, x, weight, eps, casting):
     if dtype not in FLOATS or not x.dim():
         raise unusable(op, x)
     if weight is not None:
-        check_same(op, "weight", weight, x.shape[-1:], x)
+        check_same(op, "weight", weight, (x.shape[-1],), x)
         if weight.dtype is not dtype:
             weight = weight.float()
     cast = CASTING.get(casting)
