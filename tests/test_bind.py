@@ -117,6 +117,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_lazy_logits_are_logits(loss):
     head = torch.nn.Linear(16, 97)
