@@ -189,6 +189,8 @@ def test_a_thread_without_a_context(launcher):
 class On:
     """A tensor, as far as a launcher looks at it, that says it is on a GPU."""
 
+    is_meta = False
+
     def __init__(self, tensor, index):
         self.tensor, self.index, self.dtype = tensor, index, tensor.dtype
 

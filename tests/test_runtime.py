@@ -50,7 +50,7 @@ def packs(tmp_path, monkeypatch):
 class Pointer:
     """A tensor, as far as a launcher looks at it."""
 
-    is_cuda = True
+    is_cuda, is_meta = True, False
 
     def __init__(self, address, dtype=torch.float32, index=0):
         self.address, self.dtype, self.index = address, dtype, index

@@ -286,7 +286,10 @@ class Cuda:
         return self.devices.get(index) or self.devices.setdefault(index, Device(self.find_driver(), index))
 
     def multiprocessors(self, tensor):
-        return (self.devices.get(tensor.get_device()) or self.device(tensor)).multiprocessors
+        device = self.devices.get(tensor.get_device())
+        if device is None and tensor.is_meta:
+            return 1
+        return (device or self.device(tensor)).multiprocessors
 
     def prepare(self, kernel, tensor):
         """What launches a kernel: of a grid, the kernel's arguments and its constants."""
@@ -298,7 +301,7 @@ class Cuda:
 # A launch in so many words: going through the parameters in loops takes half as long again.
 LAUNCH = """\
 def {kernel}(grid_, {names}):
-    if type({first}) is FakeTensor_ or 0 in grid_ or {first}.is_meta:
+    if type({first}) is FakeTensor_ or 0 in grid_:
         return  # tracing: the shapes are known, nothing runs; an empty grid: nothing to do, and the driver refuses it
     buffer_, address_ = arguments_.here
     {pointers} = {addresses}
@@ -320,6 +323,8 @@ def spell_out(launcher, kernel, device):
     pointers = [f"{name}_" for name in tensors]
 
     def select(tensor, key):
+        if tensor.is_meta:  # has a shape alone, as a fake tensor
+            return lambda grid, address: None
         variants[key] = launcher.device(tensor, kernel).launch(kernel, key[1:])
         return variants[key]
 
@@ -416,7 +421,7 @@ def fit(n, blocks):
 
 def programs(tensor, rows, each=1):
     """As many programs as the device has multiprocessors, times `each`, but no more than rows."""
-    if type(rows) is not int or type(tensor) is FakeTensor or tensor.is_meta:
+    if type(rows) is not int or type(tensor) is FakeTensor:
         return 1
     most = each * kernels.multiprocessors(tensor)
     return rows if rows < most else most
