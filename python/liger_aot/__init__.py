@@ -2,6 +2,7 @@
 
 from . import functional
 from . import nn
+from ._as_liger import as_liger
 from ._build import VERSION as __version__  # noqa: N811
 from ._explain import explain
 from ._explain import preload
@@ -19,6 +20,7 @@ from .functional import swiglu
 
 __all__ = [
     "__version__",
+    "as_liger",
     "bind",
     "cross_entropy",
     "explain",
@@ -35,3 +37,12 @@ __all__ = [
     "swiglu",
     "unbind",
 ]
+
+
+def __getattr__(name):
+    # Not imported with the package: it needs transformers, which is optional and takes seconds to import.
+    if name == "LigerCallback":
+        from .transformers import LigerCallback
+
+        return LigerCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

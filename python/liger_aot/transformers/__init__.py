@@ -1,5 +1,8 @@
 """Liger-Kernel's names: with liger_kernel replaced by liger_aot in an import, code that calls these operators runs on ours."""
 
+import importlib
+
+from . import monkey_patch
 from .cross_entropy import LigerCrossEntropyLoss
 from .fused_add_rms_norm import LigerFusedAddRMSNorm
 from .fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
@@ -32,4 +35,23 @@ __all__ = [
     "LigerSwiGLUMLP",
     "LigerSwiGLUMLPForMuseGlimmer",
     "liger_rotary_pos_emb",
+    *(name for name in monkey_patch.__all__ if "apply_liger_kernel" in name),
 ]
+
+# What derives from classes of transformers, which is optional.
+LAZY = {"AutoLigerKernelForCausalLM": "auto_model", "LigerCallback": "callback"}
+
+
+def __getattr__(name):
+    if name in LAZY:
+        try:
+            return getattr(importlib.import_module(f".{LAZY[name]}", __name__), name)
+        except ModuleNotFoundError as error:
+            if error.name != "transformers":
+                raise
+            raise ImportError(
+                f"{name} needs transformers, which is not installed: pip install 'liger-aot[transformers]'"
+            ) from None
+    if name in monkey_patch.__all__:
+        return getattr(monkey_patch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

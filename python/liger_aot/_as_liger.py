@@ -1,0 +1,70 @@
+"""Answering for liger_kernel, where someone else's code imports it: opt-in, and undone by the handle."""
+
+import contextlib
+import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+VERSION = "0.8.5"  # of the Liger-Kernel whose names and signatures these are
+
+
+class Alias:
+    """Finds liger_kernel.X as the module liger_aot.X itself, for the X that have Liger's names."""
+
+    def __init__(self, *packages):
+        self.packages = packages
+
+    def find_spec(self, name, path=None, target=None):
+        root, _, rest = name.partition(".")
+        if root != "liger_kernel" or rest.partition(".")[0] not in self.packages:
+            return None
+        return ModuleSpec(name, self) if find_spec(f"{__package__}.{rest}") else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        # What stands in sys.modules afterwards is what was imported; returned by create_module, it would be given this spec.
+        name = module.__name__
+        sys.modules[name] = importlib.import_module(__package__ + name.removeprefix("liger_kernel"))
+
+
+def forget_availability():
+    """transformers keeps the answer to whether liger_kernel is there."""
+    if utils := sys.modules.get("transformers.utils.import_utils"):
+        utils.is_liger_kernel_available.cache_clear()
+
+
+def close(finder):
+    sys.meta_path.remove(finder)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "liger_kernel"]:
+        del sys.modules[name]
+    forget_availability()
+
+
+def as_liger():
+    """From here on liger_kernel.transformers is liger_aot.transformers: TrainingArguments(use_liger_kernel=True) reaches bind.
+
+    Changed are sys.modules and sys.meta_path, until close() of what this returns, or the end of a with statement; models that
+    were bound stay bound. RuntimeError where liger-kernel is installed: nobody could tell which of the two answers.
+    """
+    if (module := sys.modules.get("liger_kernel")) and isinstance(module.__loader__, Alias):
+        raise RuntimeError("as_liger: must not be open already; close the other one first")
+    if module or (spec := find_spec("liger_kernel")):
+        place = module.__file__ if module else spec.origin
+        raise RuntimeError(
+            f"as_liger: liger-kernel must not be installed, found {place}; uninstall it, or reach liger_aot by its own names: "
+            "LigerCallback for a Trainer, liger_aot.bind(model), liger_aot.transformers for liger_kernel.transformers"
+        )
+    finder = Alias("transformers")
+    root = ModuleType("liger_kernel", "liger_aot answers for this name: liger_aot.as_liger() was called.")
+    root.__version__, root.__loader__, root.__path__ = VERSION, finder, []
+    root.__spec__ = ModuleSpec("liger_kernel", finder, origin=__file__, is_package=True)
+    sys.modules["liger_kernel"] = root
+    sys.meta_path.insert(0, finder)
+    forget_availability()
+    handle = contextlib.ExitStack()
+    handle.callback(close, finder)
+    return handle

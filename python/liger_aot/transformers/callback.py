@@ -1,0 +1,25 @@
+"""Trainer(..., callbacks=[LigerCallback()])"""
+
+import weakref
+
+from transformers import TrainerCallback
+
+from .monkey_patch import rebind
+
+
+class LigerCallback(TrainerCallback):
+    """bind(model, **options) at the end of Trainer.__init__, before accelerate prepares the model; `report` is what it said.
+
+    A Trainer with a model_init builds its model anew as training begins: that one is bound then.
+    """
+
+    def __init__(self, **options):
+        self.options, self.report, self.known = options, None, lambda: None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        # As training begins, the model may stand inside a wrapper of accelerate's or of torch.compile's.
+        if self.known() is None or all(module is not self.known() for module in model.modules()):
+            self.known = weakref.ref(model)
+            self.report = rebind(model, self.options)
+
+    on_train_begin = on_init_end
