@@ -9,7 +9,7 @@ COMMANDS = {
     "demo": ("_demo", "train a small Llama plain and with the operators bound, and compare"),
     "info": ("_info", "versions, devices and packs, and which pack serves which device"),
     "verify": ("_verify", "read all of every pack, and hold every cubin to what the launcher passes it"),
-    "explain": ("_explain", "which kernels a call would launch, and why these"),
+    "explain": ("_explain", "which kernels a call of an operator would launch, or what bind would do to a model, and why"),
 }
 
 

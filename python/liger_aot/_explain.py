@@ -151,13 +151,17 @@ class Trace:
 
 
 def add_arguments(parser):
-    parser.add_argument("op", choices=sorted(_op.PUBLIC), help="an operator")
-    parser.add_argument("shape", nargs="+", type=parse_shape, help="of each tensor argument: 8x4096, or 8x4096:int64")
-    parser.add_argument("--dtype", default="bfloat16", type=parse_dtype, help="of the tensors without their own (bfloat16)")
-    parser.add_argument("--set", nargs="*", default=[], type=parse_option, metavar="NAME=VALUE", help="other arguments")
-    parser.add_argument("--arch", help="a GPU architecture, like 90; default: that of the current device")
-    parser.add_argument("--backward", action="store_true", help="also what the gradients of the floating tensors launch")
+    names = ", ".join(sorted(_op.PUBLIC))
+    parser.add_argument("what", help=f"an operator ({names}); or a model: its type (llama), a config.json or the folder of one")
+    parser.add_argument("shape", nargs="*", type=parse_shape, help="of each tensor argument: 8x4096, or 8x4096:int64")
+    parser.add_argument(
+        "--set", nargs="*", default=[], type=parse_option, metavar="NAME=VALUE", help="other arguments, of bind for a model"
+    )
     parser.add_argument("--json", action="store_true")
+    operator = parser.add_argument_group("for an operator")
+    operator.add_argument("--dtype", type=parse_dtype, help="of the tensors without their own (bfloat16)")
+    operator.add_argument("--arch", help="a GPU architecture, like 90; default: that of the current device")
+    operator.add_argument("--backward", action="store_true", help="also what the gradients of the floating tensors launch")
 
 
 def parse_shape(text):
@@ -183,21 +187,25 @@ def parse_option(text):
 
 
 def main(args):
-    options, declared = dict(args.set), getattr(torch.ops.liger, args.op).default._schema.arguments
+    if args.what not in _op.PUBLIC:
+        from . import _report_config
+
+        return _report_config.main(args)
+    options, declared = dict(args.set), getattr(torch.ops.liger, args.what).default._schema.arguments
     missing = [a.name for a in declared[len(args.shape) :] if not a.has_default_value() and a.name not in options]
     unknown = sorted(options.keys() - {a.name for a in declared[len(args.shape) :]})
     if missing or unknown or len(args.shape) > len(declared) or not (args.arch or torch.cuda.is_available()):
         hint = "" if args.arch else "; without a CUDA device, --arch says for which"
         print(
-            f"explain: {args.op} takes {', '.join(a.name for a in declared)}; missing {missing}, unknown {unknown}{hint}",
+            f"explain: {args.what} takes {', '.join(a.name for a in declared)}; missing {missing}, unknown {unknown}{hint}",
             file=sys.stderr,
         )
         return 2
     device = "cpu" if args.arch else "cuda"
-    tensors = [torch.zeros(shape, dtype=dtype or args.dtype, device=device) for shape, dtype in args.shape]
+    tensors = [torch.zeros(shape, dtype=dtype or args.dtype or torch.bfloat16, device=device) for shape, dtype in args.shape]
     for t in tensors:
         t.requires_grad_(args.backward and t.is_floating_point())
-    trace = explain(args.op, *tensors, arch=args.arch, **options)
+    trace = explain(args.what, *tensors, arch=args.arch, **options)
     if args.json:
         print(json.dumps({"arch": trace.device.pack.arch, "packs": trace.packs, "candidates": trace.rows}, indent=1))
     else:

@@ -1,0 +1,69 @@
+"""What bind would do to a model, from its configuration alone: built without weights, on the meta device."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from . import _op
+from .bind import bind
+
+
+def main(args):
+    given = {"shapes": args.shape, "--dtype": args.dtype, "--arch": args.arch, "--backward": args.backward}
+    if unfit := [name for name, value in given.items() if value]:
+        print(
+            f"explain: for a model, {', '.join(unfit)} must not be given; if {args.what} is meant as an operator, "
+            f"it must be one of {', '.join(sorted(_op.PUBLIC))}",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        model = build(configuration(args.what))
+    except ImportError as error:
+        if error.name != "transformers":
+            raise
+        print(
+            "explain: a model needs transformers, which is not installed: pip install 'liger-aot[transformers]'",
+            file=sys.stderr,
+        )
+        return 1
+    report = bind(model, **dict(args.set))
+    print(json.dumps([row._asdict() for row in report], indent=1) if args.json else f"{type(model).__name__}\n{report}")
+    return 0
+
+
+def configuration(what):
+    from transformers import CONFIG_MAPPING
+    from transformers import AutoConfig
+
+    path = Path(what)
+    if path.is_dir() or path.is_file():
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    if what in CONFIG_MAPPING:
+        return CONFIG_MAPPING[what]()
+    raise ValueError(
+        f"explain: must be given an operator ({', '.join(sorted(_op.PUBLIC))}), a model type that transformers knows, "
+        f"a config.json or the folder of one, got {what!r}"
+    )
+
+
+def build(config):
+    """A model of the class that the configuration names; where it names none, that which has the type's language model head."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    for name in config.architectures or ():
+        if kind := getattr(transformers, name, None):
+            break
+    else:
+        kinds = [
+            auto.AutoModelForCausalLM,
+            auto.AutoModelForImageTextToText,
+            auto.AutoModelForSeq2SeqLM,
+            auto.AutoModelForMaskedLM,
+        ]
+        kind = next((k for k in kinds if type(config) in k._model_mapping), auto.AutoModel)._model_mapping[type(config)]
+    with torch.device("meta"):
+        return kind(config)
