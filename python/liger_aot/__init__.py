@@ -8,6 +8,7 @@ from ._explain import explain
 from ._explain import preload
 from .bind import bind
 from .bind import unbind
+from .bind import verify
 from .functional import cross_entropy
 from .functional import fused_add_rms_norm
 from .functional import geglu
@@ -36,6 +37,7 @@ __all__ = [
     "rope",
     "swiglu",
     "unbind",
+    "verify",
 ]
 
 

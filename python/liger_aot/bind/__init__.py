@@ -1,160 +1,231 @@
-"""Bind the operators into a transformers model, and take them off again:  bind(model), unbind(model).
+"""Bind the operators into a transformers model, and take them off again:  bind(model), unbind(model), verify(model, batch).
 
-This first form knows the modules of Llama alone, by their exact classes. A bound module gets a subclass of its own class; no
-class, function or module of anybody's is changed, so that other models in the process are untouched. Bound modules cannot be
-pickled whole; their state dicts can.
+No model is known by name. Modules are found by what they compute (_find), and get a subclass of their own class (_swap); no
+class, function or module of anybody's is changed, so that other models in the process are untouched.
 
-In training the loss is computed without logits: lm_head answers with LazyLogits, which transformers' own loss code shifts and
-flattens, and whose cross_entropy is linear_cross_entropy. Whatever else is done with them makes real logits of them. The
-output's `logits` is None then. Without labels, and in evaluation, logits are logits.
+In training the loss is computed without logits: lm_head answers with LazyLogits (_lazy), which transformers' own loss code
+shifts and flattens, and whose cross_entropy is linear_cross_entropy. Whatever else is done with them makes real logits of them.
+The output's `logits` is None then. Without labels, and in evaluation, logits are logits; forward(..., skip_logits=...) asks for
+one or the other.
 """
 
-import functools
+import collections
 import inspect
-import types
-from typing import NamedTuple
 
 import torch
-from torch.nn import Linear
+from torch import nn
 
-from ..functional import rms_norm
-from ..functional import rope
-from ..functional import swiglu
-from ._lazy import LazyLogits
+from ..ops._check import FLOATS
+from . import _find as find
+from ._find import Found
+from ._report import Report
+from ._report import Row
+from ._swap import is_bound
+from ._swap import released
+from ._swap import rotation
+from ._swap import subclass
+from ._swap import swap
+from ._verify import Verification
+from ._verify import try_class
+from ._verify import try_function
+from ._verify import verify
+
+__all__ = ["Report", "Row", "Verification", "bind", "unbind", "verify"]
+
+# What a kind of module looks like, how its formula is found, and the kind of class that is swapped in.
+KINDS = [
+    (find.norm_like, find.find_norm, None),
+    (find.glu_like, find.find_glu, "glu"),
+    (find.experts_like, find.find_experts, "experts"),
+]
 
 
-def bound_norm(original):
-    def forward(self, hidden_states):
-        return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon, casting="llama")
+def bind(
+    model: nn.Module,
+    *,
+    rms_norm: bool = True,
+    layer_norm: bool = True,
+    rope: bool = True,
+    swiglu: bool = True,
+    geglu: bool = True,
+    linear_cross_entropy: bool = True,
+    cross_entropy: bool = False,
+    compile: str = "inductor",
+    keep_logits: bool = False,
+    strict: bool = False,
+) -> Report:
+    """Bind the operators into every module of model whose formula they compute. The report, printed, says what was bound.
 
-    return "LigerRMSNorm", forward
-
-
-def bound_mlp(original):
-    def forward(self, x):
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-    return "LigerSwiGLUMLP", forward
-
-
-def bound_attention(original):
-    """The model's own forward, in whose globals one name means something else.
-
-    Without "__name__" in them torch.compile reads this dict and not the module of that name.
+    The flags are operators; swiglu and geglu are for MLPs and experts. cross_entropy, in the place of linear_cross_entropy,
+    leaves the logits real. compile "inductor" leaves norms, gated units and rope to Inductor where torch.compile traces the
+    model, "liger" keeps every operator in the graph; an export always does. keep_logits computes the output's logits beside
+    the fused loss. Raises ValueError on what is no module or bound already, and RuntimeError where strict is set and a module
+    that has one of the operators' forms was left alone; the model is then as it was.
     """
-    forward = original.forward
-    scope = {**forward.__globals__, "apply_rotary_pos_emb": rope}
-    del scope["__name__"]
-    clone = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-    clone.__kwdefaults__ = forward.__kwdefaults__
-    return original.__name__, clone
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"bind: model must be a torch.nn.Module, got {type(model).__name__}")
+    if compile not in ("inductor", "liger"):
+        raise ValueError(f"bind: compile must be 'inductor' or 'liger', got {compile!r}")
+    if linear_cross_entropy and cross_entropy:
+        raise ValueError("bind: linear_cross_entropy and cross_entropy exclude each other, got both; set one to False")
+    bound = sum(map(is_bound, model.modules()))
+    if bound:
+        raise ValueError(f"bind: model must not be bound yet, got one with {bound} bound modules; unbind(model) takes them off")
+    flags = {"rms_norm": rms_norm, "layer_norm": layer_norm, "rope": rope, "swiglu": swiglu, "geglu": geglu}
+    wanted = {name for name, flag in flags.items() if flag}
+    counts = collections.Counter()
+    plan = [*layers(model, wanted, compile)]
+    if linear_cross_entropy or cross_entropy:
+        plan += losses(model, compile, keep_logits, "cross_entropy" if cross_entropy else "linear_cross_entropy", counts)
+    report = Report([row for _, _, _, row in plan if row], base_path(model), compile, counts)
+    if strict and report.left:
+        raise RuntimeError(f"bind: strict, and these modules would be left alone:\n{Report(report.left, report.base, compile)}")
+    done = []
+    try:
+        for module, cls, attributes, _ in plan:
+            if cls is not None:
+                done.append(module)
+                swap(module, cls)
+                vars(module).update(attributes)
+    except BaseException:
+        for module in done:
+            release(module)
+        raise
+    return report
 
 
-def bound_head(original):
-    def forward(self, input, use=None):
-        """`use` is called with the weights at hand: whoever gathers them for a module's call has done so."""
-        if use is None and self.lazy:
-            return LazyLogits(input, self, input.dtype)
-        return (use or original.forward)(self, input)
-
-    return "LigerLMHead", forward
-
-
-def bound_model(original):
-    place = [*inspect.signature(original.forward).parameters].index("labels") - 1
-
-    @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
-        labels = args[place] if len(args) > place else kwargs.get("labels")
-        if labels is None or not self.training:
-            return original.forward(self, *args, **kwargs)
-        self.lm_head.lazy = True
-        try:
-            out = original.forward(self, *args, **kwargs)
-        finally:
-            self.lm_head.lazy = False
-        if isinstance(out, tuple):
-            return tuple(None if type(o) is LazyLogits else o for o in out)
-        out["logits"] = None
-        return out
-
-    return original.__name__, forward
-
-
-@functools.cache
-def subclass(original, build):
-    name, forward = build(original)
-    return type(name, (original,), {"forward": forward, "__module__": original.__module__, "_liger_bound": True})
-
-
-class Row(NamedTuple):
-    path: str
-    kind: str
-    operator: str | None
-    why: str = ""
-
-
-class Report(list):
-    """A Row for each module that was bound, or that was left for a reason."""
-
-    def __str__(self):
-        groups = {}
-        for row in self:
-            groups.setdefault((row.operator or "left alone", row.kind, row.why), []).append(row.path)
-        lines = [(f"{what:20} {len(paths):3} x {kind}", why) for (what, kind, why), paths in groups.items()]
-        return "\n".join(f"{line}: {why}" if why else line for line, why in lines)
-
-
-def plan(model):
-    """(module, how to bind it, Row) of every module that could be bound; how is None where it is left alone."""
-    from transformers.models.llama import modeling_llama as llama
-
-    known = {
-        llama.LlamaRMSNorm: ("rms_norm", bound_norm),
-        llama.LlamaMLP: ("swiglu", bound_mlp),
-        llama.LlamaAttention: ("rope", bound_attention),
-        llama.LlamaForCausalLM: ("linear_cross_entropy", bound_model),
-    }
-    for path, module in model.named_modules():
-        kind = type(module)
-        if kind not in known:
-            continue
-        operator, build = known[kind]
-        if why := obstacle(module, build):
-            yield module, None, Row(path, kind.__name__, None, why)
-            continue
-        if build is bound_model:
-            yield module.lm_head, bound_head, Row(f"{path}.lm_head".lstrip("."), "Linear", operator, "lm_head")
-        yield module, build, Row(path, kind.__name__, operator, "with labels, in training" if build is bound_model else "")
-
-
-def obstacle(module, build):
-    """Why a module is left alone; None if it is not."""
-    if "forward" in vars(module):
-        return "this instance has a forward of its own"
-    if build is bound_mlp and module.config.hidden_act not in ("silu", "swish"):
-        return f"activation {module.config.hidden_act}"
-    if build is bound_model and type(module.lm_head) is not Linear:
-        return f"lm_head is no torch.nn.Linear but {type(module.lm_head).__name__}"
-    return None
-
-
-def bind(model: torch.nn.Module) -> Report:
-    """Bind rms_norm, swiglu, rope and linear_cross_entropy into a Llama model. The report, printed, says what was bound."""
-    found = list(plan(model))
-    if not any(build for _, build, _ in found):
-        raise ValueError(f"bind: model must hold modules of transformers' Llama, not bound yet, got {type(model).__name__}")
-    for module, build, _ in found:
-        if build is not None:
-            module.__class__ = subclass(type(module), build)
-            if build is bound_head:
-                module.lazy = False
-    return Report(row for _, _, row in found)
-
-
-def unbind(model: torch.nn.Module) -> None:
+def unbind(model: nn.Module) -> None:
     """Give every bound module its own class back."""
     for module in model.modules():
-        if getattr(type(module), "_liger_bound", False):
-            module.__class__ = type(module).__base__
-            vars(module).pop("lazy", None)
+        release(module)
+
+
+def release(module):
+    if is_bound(module):
+        kind = type(module)._liger.kind
+        swap(module, released(type(module)))
+        if kind == "head":
+            for name in HEAD:
+                vars(module).pop(name, None)
+
+
+HEAD = ("lazy", "real", "counts")  # what a bound head has more than its class has
+
+
+def base_path(model):
+    """Where the base model is; empty where base_model_prefix names nothing."""
+    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    return next((path for path, module in model.named_modules() if module is base), "")
+
+
+def layers(model, wanted, compile):
+    """(module, class to swap in or None, attributes, Row) of each norm, gated unit, experts and attention."""
+    known = {}
+    device = next((p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")), torch.device("cpu"))
+
+    def once(key, look, *args):
+        if key not in known:
+            known[key] = look(*args)
+        return known[key]
+
+    def function_found(f):
+        found = find.find_rope(f)
+        why = found.operator and try_function(f, found.trial, rotation(f, "liger", *found.args), device)
+        return Found(None, found.formula, (), why) if why else found
+
+    for path, module in model.named_modules():
+        kind = type(module)
+        for like, search, built in KINDS:
+            if like(module):
+                key = find.identity(module)
+                found = once(key, search, module)
+                if found.operator and found.operator not in wanted:
+                    break
+                cls = found.operator and subclass(kind, built or found.operator, (compile, *found.args))
+                if why := cls and once((key, cls), try_class, module, found.trial, cls):
+                    found = Found(None, found.formula, (), why)
+                yield entry(path, module, found, cls)
+                break
+        else:
+            functions = find.rope_functions(kind.forward) if "rope" in wanted else {}
+            if functions:
+                found = attention(kind, {name: once(f, function_found, f) for name, f in functions.items()})
+                yield entry(path, module, found, found.operator and subclass(kind, "rope", (compile, *found.args)))
+
+
+def attention(kind, functions):
+    """What was found of the rotations of one class, taken together."""
+    bound = {name: f for name, f in functions.items() if f.operator}
+    formula = "; ".join(dict.fromkeys(f.formula for f in functions.values()))
+    why = "; ".join(dict.fromkeys(f.why for f in functions.values() if f.why))
+    if kind.forward.__closure__:
+        return Found(None, formula, (), "its forward is a closure")
+    args = tuple((name, *f.args) for name, f in sorted(bound.items()))
+    return Found("rope" if bound else None, formula, (args,), why)
+
+
+def entry(path, module, found, cls):
+    """The plan of one module: bound unless something of its own stands against it."""
+    status, why = "bound", found.why
+    if not found.operator:
+        status = "left"
+    elif shadowed(module):
+        status, why = "shadowed", "this instance has a forward of its own"
+    elif any(p.is_floating_point() and p.dtype not in FLOATS for p in module.parameters()):
+        status, why = "left", "kernels take float32, float16 and bfloat16"
+    bound = status == "bound"
+    row = Row(path, type(module).__name__, found.operator if bound else None, status, found.formula, why)
+    return module, cls if bound else None, {}, row
+
+
+def shadowed(module):
+    """Whether an instance's own forward, or that which accelerate's hook calls, is not its class's."""
+    attributes = vars(module)
+    method = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
+    return method is not None and getattr(method, "__func__", None) is not type(module).forward
+
+
+def losses(model, compile, keep_logits, operator, counts):
+    """The heads, and the models that compute a loss from what those give."""
+    heads, paths = {}, {module: path for path, module in model.named_modules()}
+    for module in list(paths):
+        kind = type(module)
+        if not hasattr(kind, "get_output_embeddings") or "labels" not in inspect.signature(kind.forward).parameters:
+            continue
+        head = module.get_output_embeddings()
+        if head is None:
+            continue
+        found = Found(operator, "logits", (), unfit_head(model, head))
+        if found.why:
+            found = found._replace(operator=None)
+        _, _, _, row = plan = entry(paths.get(head, ""), head, found, None)
+        if row.status == "bound" and shadowed(module):
+            plan = (
+                *plan[:3],
+                row._replace(status="shadowed", operator=None, why=f"the forward of this {kind.__name__} is its own"),
+            )
+        if head not in heads:
+            heads[head] = plan
+            yield plan
+            if plan[3].status == "bound":
+                attributes = {"lazy": False, "real": operator == "cross_entropy", "counts": counts}
+                for linear in linears_of(head):
+                    yield linear, subclass(type(linear), "head", (compile,)), attributes, None
+        if heads[head][3].status == "bound":
+            yield module, subclass(kind, "model", (compile, keep_logits)), {}, None
+
+
+def linears_of(head):
+    """A head, or the linear layers that PEFT keeps in its place where it trains a copy."""
+    copies = getattr(head, "modules_to_save", None)
+    return [head] if copies is None else [head.original_module, *copies.values()]
+
+
+def unfit_head(model, head):
+    """Why no operator can take the place of a head; empty where one can."""
+    for linear in linears_of(head):
+        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+            return f"it is a {type(linear).__name__}, which computes its output in its own way"
+        if getattr(linear, "_is_hooked", False) or getattr(model, "_tp_size", None):
+            return "it is under a tensor-parallel plan"
+    return ""

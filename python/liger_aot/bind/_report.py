@@ -1,0 +1,51 @@
+"""What bind did, and what verify saw."""
+
+import collections
+import re
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """A module: its path and class, the operator bound into it or the formula that has none, and a remark.
+
+    status is "bound", "left", or "shadowed": an instance has a forward of its own, which a class cannot change.
+    """
+
+    path: str
+    kind: str
+    operator: str | None
+    status: str
+    formula: str = ""
+    why: str = ""
+
+
+class Report(list):
+    """A Row for each module that was bound, or could have been. counts says how the losses since then were computed."""
+
+    def __init__(self, rows, base="", compile="inductor", counts=None):
+        super().__init__(rows)
+        self.base, self.compile, self.counts = base, compile, collections.Counter() if counts is None else counts
+
+    @property
+    def bound(self):
+        return [row for row in self if row.status == "bound"]
+
+    @property
+    def left(self):
+        return [row for row in self if row.status != "bound"]
+
+    def __str__(self):
+        groups = collections.defaultdict(list)
+        for row in self:
+            groups[row._replace(path="")].append(row.path)
+        lines = [f"base model: {self.base or 'the model itself'}", COMPILE[self.compile]]
+        for row, paths in groups.items():
+            where = f"{len(paths)} x {row.kind}  {re.sub(r'[0-9]+', '*', paths[0])}"
+            lines.append(f"{row.status:8}  {row.operator or '-':20}  {where}  {row.formula}{f': {row.why}' if row.why else ''}")
+        return "\n".join([*lines, *(f"{count} x {what}" for what, count in sorted(self.counts.items()))])
+
+
+COMPILE = {
+    "inductor": "under torch.compile norms, gated units and rope are left to Inductor, which fuses them with what is around them",
+    "liger": "under torch.compile every operator stays in the graph",
+}

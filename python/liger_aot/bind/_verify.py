@@ -1,0 +1,143 @@
+"""Bound against unbound: a probe of each kind of module before it is bound, and a whole model on a batch of the user's."""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+
+from ._find import close
+from ._swap import is_bound
+from ._swap import released
+from ._swap import swap
+
+
+def outcome(function, inputs, parameters=()):
+    """What function makes of inputs, and the gradients of those and of parameters; or what it raises, which may be anything."""
+    leaves = [x.detach().clone().requires_grad_(needed) for x, needed in inputs]
+    try:
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            out = function(*leaves)
+            outs = list(out) if isinstance(out, (tuple, list)) else [out]
+            upstream = [torch.linspace(-1, 1, o.numel(), device=o.device).view(o.shape).to(o.dtype) for o in outs]
+            return [*outs, *torch.autograd.grad(outs, [x for x in (*leaves, *parameters) if x.requires_grad], upstream)]
+    except Exception as error:
+        return error
+
+
+def difference(own, ours):
+    """Why ours may not take the place of a module's own; empty where it may."""
+    if isinstance(own, Exception):
+        return f"raises {type(own).__name__}: {own}"
+    if isinstance(ours, Exception):
+        return f"the operator raises {type(ours).__name__}: {ours}"
+    return "" if all(map(close, ours, own)) else "the operator computes other numbers on this device"
+
+
+def try_class(module, trial, cls):
+    """difference of module's class and cls, on module's device and in its dtypes, with the weights of a probe."""
+    (copy, method, x), weights = trial, dict(module.named_parameters())
+    devices = [p.device for p in weights.values() if not p.is_meta]
+    dtype = next((p.dtype for p in weights.values()), x.dtype)
+    device = next((d for d in devices if d.type != "cpu"), x.device)
+    for name, p in copy.named_parameters():
+        p.data = p.data.to(device, weights[name].dtype if name in weights else dtype)
+        p.requires_grad_()
+
+    def run():
+        return outcome(lambda x: getattr(copy, method)(x), [(x.to(device, dtype), True)], [*copy.parameters()])
+
+    own, copy.__class__ = run(), cls
+    return difference(own, run())
+
+
+def try_function(function, trial, replacement, device):
+    """difference of a rotation and what would take its place."""
+    inputs = [(x.to(device), n < len(trial) - 2) for n, x in enumerate(trial)]
+    return difference(outcome(function, inputs), outcome(replacement, inputs))
+
+
+class Difference(NamedTuple):
+    """How far bound is from unbound: |bound - unbound| / |unbound|, in the 2-norm, of the loss, the logits or a gradient."""
+
+    what: str
+    relative: float
+
+
+class Verification(list):
+    """A Difference each for the loss, the logits, and the gradient of every parameter that has one."""
+
+    @property
+    def worst(self):
+        return max(self, key=lambda row: row.relative)
+
+    def __str__(self):
+        loss, logits, *gradients = self
+        worst = max(gradients, key=lambda row: row.relative, default=Difference("there are none", 0.0))
+        return "\n".join(
+            [
+                "bound against unbound, |difference| / |unbound|",
+                f"loss       {loss.relative:.1e}",
+                f"logits     {logits.relative:.1e}",
+                f"gradients  {worst.relative:.1e} at most, of {len(gradients)}: {worst.what}",
+            ]
+        )
+
+
+def verify(model: torch.nn.Module, batch: dict) -> Verification:
+    """The differences between the bound model and itself unbound, for a batch with labels, with the same random numbers.
+
+    Gradients, buffers and the random state are left as they were. Raises ValueError where model is not bound, or gives no loss.
+    """
+    bound = [(module, type(module)) for module in model.modules() if is_bound(module)]
+    if not bound:
+        raise ValueError(f"verify: model must be bound, got a {type(model).__name__} that is not; bind(model) first")
+    ours = step(model, batch)
+    with unbound(bound):
+        own = step(model, batch)
+    names = {**own, **ours}
+    return Verification(Difference(name, relative(ours.get(name), own.get(name))) for name in names)
+
+
+@contextlib.contextmanager
+def unbound(bound):
+    try:
+        for module, cls in bound:
+            swap(module, released(cls))
+        yield
+    finally:
+        for module, cls in bound:
+            if type(module) is not cls:
+                swap(module, cls)
+
+
+def relative(a, b):
+    if a is None or b is None:
+        return 0.0 if a is b else float("inf")
+    a, b = (x.detach().double() for x in (a, b))
+    size = (a - b).norm().item()
+    return size / b.norm().item() if size else 0.0
+
+
+def step(model, batch):
+    """The loss, the logits without labels, and every gradient of one step."""
+    parameters = dict(model.named_parameters())
+    gradients = {name: p.grad for name, p in parameters.items()}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    devices = {p.device for p in parameters.values() if p.is_cuda}
+    try:
+        for p in parameters.values():
+            p.grad = None
+        with torch.random.fork_rng(devices=devices):
+            with torch.enable_grad():
+                loss = model(**batch).loss
+                if loss is None:
+                    raise ValueError(f"verify: batch must hold labels, so that the model gives a loss, got {', '.join(batch)}")
+                loss.backward()
+            with torch.no_grad():
+                logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        return {"loss": loss, "logits": logits, **{name: p.grad for name, p in parameters.items() if p.grad is not None}}
+    finally:
+        for name, p in parameters.items():
+            p.grad = gradients[name]
+        for name, b in model.named_buffers():
+            b.copy_(buffers[name])
