@@ -1,7 +1,8 @@
 """Hold an operator to its reference without choosing a tolerance, and to what PyTorch asks of an operator.
 
 The truth is the reference in float64. The allowance is what the reference loses in float32, rounded once to the operator's
-dtype: the least error that a kernel that computes in float32 can make.
+dtype: the least error that a kernel that computes in float32 can make. That is the most that it loses at the inputs and at a
+few points beside them: at one point alone, on one CPU, a few roundings may all be lucky.
 """
 
 import io
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BESIDE = 4  # points
 
 
 def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0):
@@ -19,20 +21,27 @@ def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0):
     results are rounded to by definition, where it is narrower than the result's. `carries` is the size of fp32 numbers whose
     rounding the results carry, where that is more than their own: a difference of two, of which few may be exact by luck.
     """
-    exact = run(reference, inputs, torch.float64)
-    float32 = run(reference, inputs, torch.float32)
+    runs = [[run(reference, point, dtype) for dtype in (torch.float64, torch.float32)] for point in (inputs, *beside(inputs))]
+    exact = runs[0][0]
     for name, got in (results := run(function, inputs)).items():
         assert got is not None, f"{name}: missing"
         assert got.shape == exact[name].shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact[name].shape)}"
-        rounded = float32[name].to(through or got.dtype).to(got.dtype)
+        rounded = [(float32[name].to(through or got.dtype).to(got.dtype), float64[name]) for float64, float32 in runs]
         for measure in worst, average:
-            error, allowed = measure(got, exact[name]), slack * measure(rounded, exact[name])
+            error, allowed = measure(got, exact[name]), slack * max(measure(*pair) for pair in rounded)
             # A result that float32 hits exactly leaves no allowance: one unit in the last place of its largest number.
             unit = torch.finfo(through or got.dtype).eps
             allowed = max(allowed, unit * exact[name].abs().max().item() if got.numel() else 0.0)
             allowed = max(allowed, slack * carries * torch.finfo(torch.float32).eps)
             assert error <= allowed, f"{name}: {measure.__name__} error {error:.2e}, allowed {allowed:.2e}"
     return results
+
+
+def beside(inputs):
+    """Inputs that differ from these by up to 2^-12 of each number: of the same conditions, with other roundings."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(BESIDE):
+        yield [i * (1 + 2**-12 * (2 * torch.rand(i.shape, generator=generator) - 1)) if is_float(i) else i for i in inputs]
 
 
 class fixed:  # noqa: N801 (a marker, read like a word)
