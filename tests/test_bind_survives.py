@@ -19,7 +19,6 @@ from accelerate import cpu_offload
 from accelerate.hooks import ModelHook
 from accelerate.hooks import add_hook_to_module
 from accelerate.hooks import remove_hook_from_module
-from functorch.compile import make_boxed_func
 from tiny import WIDTH
 from tiny import batch
 from tiny import build
@@ -27,9 +26,10 @@ from tiny import check_as_exact
 from tiny import check_equal
 from tiny import check_identical
 from tiny import materialised
+from tiny import nodes
 from tiny import operators
+from tiny import recorder
 from tiny import step
-from torch._dynamo.backends.common import aot_autograd
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
@@ -504,21 +504,6 @@ def test_a_backward_hook_on_the_head_breaks_nothing(model, plain):
 
 
 # --- torch.compile and torch.export
-
-
-def recorder(graphs):
-    """A backend that keeps the graphs of forward and backward and runs them as they are."""
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return make_boxed_func(graph.forward)
-
-    return aot_autograd(fw_compiler=keep, bw_compiler=keep)
-
-
-def nodes(graphs):
-    names = (str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function")
-    return {name.split(".")[1] for name in names if name.startswith("liger.")}
 
 
 POINTWISE = {"swiglu_fwd", "swiglu_bwd", "rope_fwd", "rope_bwd"}

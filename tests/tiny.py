@@ -2,6 +2,8 @@
 
 import torch
 import transformers
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness import average
@@ -141,6 +143,22 @@ class operators(TorchDispatchMode):  # noqa: N801 (used as `with operators() as 
         if function.namespace == "liger":
             self.names.append(function._schema.name.removeprefix("liger::"))
         return function(*args, **(kwargs or {}))
+
+
+def recorder(graphs):
+    """A backend that keeps the graphs of forward and backward and runs them as they are."""
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(fw_compiler=keep, bw_compiler=keep)
+
+
+def nodes(graphs):
+    """The liger operators in them."""
+    names = (str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function")
+    return {name.split(".")[1] for name in names if name.startswith("liger.")}
 
 
 def materialised(report):
