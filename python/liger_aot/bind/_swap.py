@@ -22,6 +22,7 @@ from ._find import LAYOUTS
 from ._find import parameters_of
 from ._find import rope_functions
 from ._lazy import LazyLogits
+from ._lazy import lazy_logits
 
 
 class Bound(NamedTuple):
@@ -163,7 +164,7 @@ def head_class(original, compile):
     def forward(self, input, use=None):
         """`use` is called with the weights at hand: whoever gathers them for a call of the module has done so."""
         if use is None and self.lazy:
-            return LazyLogits.of(self, input)
+            return lazy_logits(self, input)
         return (use or original.forward)(self, input)
 
     def count(self, what):
