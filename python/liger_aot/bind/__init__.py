@@ -34,7 +34,7 @@ __all__ = ["Report", "Row", "Verification", "bind", "unbind", "verify"]
 
 # What a kind of module looks like, how its formula is found, and the kind of class that is swapped in.
 KINDS = [
-    (find.norm_like, find.find_norm, None),
+    (find.norm_like, find.find_norm, "norm"),
     (find.glu_like, find.find_glu, "glu"),
     (find.experts_like, find.find_experts, "experts"),
 ]
@@ -76,7 +76,7 @@ def bind(
     counts = collections.Counter()
     plan = [*layers(model, wanted, compile)]
     if linear_cross_entropy or cross_entropy:
-        plan += losses(model, compile, keep_logits, "cross_entropy" if cross_entropy else "linear_cross_entropy", counts)
+        plan += losses(model, keep_logits, "cross_entropy" if cross_entropy else "linear_cross_entropy", counts)
     report = Report([row for _, _, _, row in plan if row], base_path(model), compile, counts)
     if strict and report.left:
         raise RuntimeError(f"bind: strict, and these modules would be left alone:\n{Report(report.left, report.base, compile)}")
@@ -131,7 +131,7 @@ def layers(model, wanted, compile):
     def function_found(f):
         found = find.find_rope(f)
         why = found.operator and try_function(f, found.trial, rotation(f, "liger", *found.args), device)
-        return Found(None, found.formula, (), why) if why else found
+        return Found(None, found.formula, why) if why else found
 
     for path, module in model.named_modules():
         kind = type(module)
@@ -141,9 +141,9 @@ def layers(model, wanted, compile):
                 found = once(key, search, module)
                 if found.operator and found.operator not in wanted:
                     break
-                cls = found.operator and subclass(kind, built or found.operator, (compile, *found.args))
+                cls = found.operator and subclass(kind, built, (compile, *found.args))
                 if why := cls and once((key, cls), try_class, module, found.trial, cls):
-                    found = Found(None, found.formula, (), why)
+                    found = Found(None, found.formula, why)
                 yield entry(path, module, found, cls)
                 break
         else:
@@ -159,9 +159,9 @@ def attention(kind, functions):
     formula = "; ".join(dict.fromkeys(f.formula for f in functions.values()))
     why = "; ".join(dict.fromkeys(f.why for f in functions.values() if f.why))
     if kind.forward.__closure__:
-        return Found(None, formula, (), "its forward is a closure")
+        return Found(None, formula, "its forward is a closure")
     args = tuple((name, *f.args) for name, f in sorted(bound.items()))
-    return Found("rope" if bound else None, formula, (args,), why)
+    return Found("rope" if bound else None, formula, why, (args,))
 
 
 def entry(path, module, found, cls):
@@ -185,7 +185,7 @@ def shadowed(module):
     return method is not None and getattr(method, "__func__", None) is not type(module).forward
 
 
-def losses(model, compile, keep_logits, operator, counts):
+def losses(model, keep_logits, operator, counts):
     """The heads, and the models that compute a loss from what those give."""
     heads, paths = {}, {module: path for path, module in model.named_modules()}
     for module in list(paths):
@@ -195,7 +195,7 @@ def losses(model, compile, keep_logits, operator, counts):
         head = module.get_output_embeddings()
         if head is None:
             continue
-        found = Found(operator, "logits", (), unfit_head(model, head))
+        found = Found(operator, "lazy logits", unfit_head(model, head))
         if found.why:
             found = found._replace(operator=None)
         _, _, _, row = plan = entry(paths.get(head, ""), head, found, None)
@@ -210,9 +210,9 @@ def losses(model, compile, keep_logits, operator, counts):
             if plan[3].status == "bound":
                 attributes = {"lazy": False, "real": operator == "cross_entropy", "counts": counts}
                 for linear in linears_of(head):
-                    yield linear, subclass(type(linear), "head", (compile,)), attributes, None
+                    yield linear, subclass(type(linear), "head", ()), attributes, None
         if heads[head][3].status == "bound":
-            yield module, subclass(kind, "model", (compile, keep_logits)), {}, None
+            yield module, subclass(kind, "model", (keep_logits,)), {}, None
 
 
 def linears_of(head):

@@ -1,4 +1,4 @@
-"""What bind did, and what verify saw."""
+"""What bind did."""
 
 import collections
 import re
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """A module: its path and class, the operator bound into it or the formula that has none, and a remark.
+    """A module: its path and class, the operator bound into it, its formula, and a remark.
 
     status is "bound", "left", or "shadowed": an instance has a forward of its own, which a class cannot change.
     """
@@ -37,15 +37,15 @@ class Report(list):
     def __str__(self):
         groups = collections.defaultdict(list)
         for row in self:
-            groups[row._replace(path="")].append(row.path)
+            groups[row._replace(path=re.sub(r"\d+", "*", row.path))].append(row)
         lines = [f"base model: {self.base or 'the model itself'}", COMPILE[self.compile]]
-        for row, paths in groups.items():
-            where = f"{len(paths)} x {row.kind}  {re.sub(r'[0-9]+', '*', paths[0])}"
-            lines.append(f"{row.status:8}  {row.operator or '-':20}  {where}  {row.formula}{f': {row.why}' if row.why else ''}")
+        for row, rows in groups.items():
+            what = ": ".join(text for text in (row.formula, row.why) if text)
+            lines.append(f"{row.status:8}  {row.operator or '-':20}  {len(rows):3} x {row.kind:24}  {row.path:40}  {what}")
         return "\n".join([*lines, *(f"{count} x {what}" for what, count in sorted(self.counts.items()))])
 
 
 COMPILE = {
-    "inductor": "under torch.compile norms, gated units and rope are left to Inductor, which fuses them with what is around them",
-    "liger": "under torch.compile every operator stays in the graph",
+    "inductor": "under torch.compile: norms, gated units and rope are Inductor's, which fuses them with what is around them",
+    "liger": "under torch.compile: every operator stays in the graph",
 }

@@ -9,7 +9,7 @@ import types
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from ..functional import rope
 from ..ops._check import FLOATS
@@ -18,11 +18,13 @@ from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
 from ._find import HALVES
-from ._find import LAYOUTS
 from ._find import parameters_of
 from ._find import rope_functions
 from ._lazy import LazyLogits
 from ._lazy import lazy_logits
+
+GATED = {"silu": swiglu, "gelu_tanh": geglu, "gelu": functools.partial(geglu, approximate="none")}
+NAMES = {"silu": "LigerSwiGLU", "gelu_tanh": "LigerGEGLU", "gelu": "LigerGEGLU"}
 
 
 class Bound(NamedTuple):
@@ -45,6 +47,12 @@ def for_inductor(compile):
     return compile == "inductor" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
+def only(args, kwargs):
+    """The one argument of a forward, whatever its name."""
+    (x,) = (*args, *kwargs.values())
+    return x
+
+
 def described(original, text):
     def extra_repr(self):
         return ", ".join(part for part in (original.extra_repr(self), text) if part)
@@ -52,41 +60,26 @@ def described(original, text):
     return extra_repr
 
 
-def rms_norm_class(original, compile, place, one_dtype, formula, offset, casting):
-    def compute(self, x):
-        weight, eps = self._parameters.get("weight"), getattr(self, place) if isinstance(place, str) else place
-        return rms_norm(x, weight if formula != "no weight" else None, eps, offset=offset, casting=casting)
+def norm_class(original, compile, operator, place, one_dtype, offset=0.0, casting=""):
+    def eps_of(self):
+        return getattr(self, place) if isinstance(place, str) else place
 
-    return norm_class("LigerRMSNorm", original, compile, place, one_dtype, compute, f", offset={offset}, casting={casting}")
-
-
-def layer_norm_class(original, compile, place, one_dtype, formula):
-    def compute(self, x):
-        parameters = self._parameters
-        eps = getattr(self, place) if isinstance(place, str) else place
-        return layer_norm(x, parameters.get("weight"), parameters.get("bias"), eps)
-
-    return norm_class("LigerLayerNorm", original, compile, place, one_dtype, compute, "")
-
-
-def norm_class(name, original, compile, place, one_dtype, compute, options):
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        (x,) = (*args, *kwargs.values())
-        if for_inductor(compile) or (one_dtype and x.dtype is not self.weight.dtype):
+        x, weight, bias = only(args, kwargs), self._parameters.get("weight"), self._parameters.get("bias")
+        if for_inductor(compile) or (one_dtype and x.dtype is not weight.dtype):
             return original.forward(self, x)
-        return compute(self, x)
+        if operator == "layer_norm":
+            return layer_norm(x, weight, bias, eps_of(self))
+        return rms_norm(x, weight, eps_of(self), offset=offset, casting=casting)
 
     def extra_repr(self):
-        weight = self._parameters.get("weight")
-        eps = getattr(self, place) if isinstance(place, str) else place
-        return f"{None if weight is None else tuple(weight.shape)}, eps={eps}{options}, was={original.__name__}"
+        shape = None if self._parameters.get("weight") is None else tuple(self.weight.shape)
+        options = f", offset={offset}, casting={casting}" if casting else ""
+        return f"{shape}, eps={eps_of(self)}{options}, was={original.__name__}"
 
+    name = "LigerLayerNorm" if operator == "layer_norm" else "LigerRMSNorm"
     return name, {"forward": forward, "extra_repr": extra_repr}
-
-
-GATED = {"silu": swiglu, "gelu_tanh": geglu, "gelu": functools.partial(geglu, approximate="none")}
-NAMES = {"silu": "SwiGLU", "gelu_tanh": "GEGLU", "gelu": "GEGLU"}
 
 
 def glu_class(original, compile, kind, act, names):
@@ -94,27 +87,22 @@ def glu_class(original, compile, kind, act, names):
 
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
-        (x,) = (*args, *kwargs.values())
+        x = only(args, kwargs)
         if for_inductor(compile):
             return original.forward(self, x)
         outputs = [getattr(self, name)(x) for name in first]
-        gate, up = outputs if len(outputs) == 2 else HALVES[kind](outputs[0])
-        return getattr(self, down)(GATED[act](gate, up))
+        return getattr(self, down)(GATED[act](*(outputs if len(outputs) == 2 else HALVES[kind](*outputs))))
 
-    return f"Liger{NAMES[act]}MLP", {
-        "forward": forward,
-        "extra_repr": described(original, f"{kind}, {act}, was={original.__name__}"),
-    }
+    text = described(original, f"{kind}, {act}, was={original.__name__}")
+    return f"{NAMES[act]}MLP", {"forward": forward, "extra_repr": text}
 
 
 def experts_class(original, compile, kind, act):
     def _apply_gate(self, gate_up):
-        if for_inductor(compile):
-            return original._apply_gate(self, gate_up)
-        return GATED[act](*HALVES[kind](gate_up))
+        return original._apply_gate(self, gate_up) if for_inductor(compile) else GATED[act](*HALVES[kind](gate_up))
 
-    text = f"experts, {kind}, {act}, was={original.__name__}"
-    return f"Liger{NAMES[act]}Experts", {"_apply_gate": _apply_gate, "extra_repr": described(original, text)}
+    text = described(original, f"experts, {kind}, {act}, was={original.__name__}")
+    return f"{NAMES[act]}Experts", {"_apply_gate": _apply_gate, "extra_repr": text}
 
 
 def rope_class(original, compile, functions):
@@ -132,40 +120,32 @@ def rope_class(original, compile, functions):
     return original.__name__, {"forward": clone, "extra_repr": described(original, "rope=liger")}
 
 
-def rotation(function, compile, layout, one_dtype, count):
-    names, batched = parameters_of(function)[count + 2 :], layout == next(iter(LAYOUTS))
-    default = inspect.signature(function).parameters.get("unsqueeze_dim")
+def rotation(function, compile, batched, count, one_dtype):
+    """A function like an attention's own, which calls that wherever the tensors are others than the operator takes."""
+    rest = parameters_of(function)[count + 2 :]
+    default = inspect.signature(function).parameters["unsqueeze_dim"].default if "unsqueeze_dim" in rest else 1
 
     @functools.wraps(function)
     def rotate(*args, **kwargs):
-        heads, (cos, sin), rest = args[:count], args[count : count + 2], args[count + 2 :]
-        dim = {**dict(zip(names, rest)), **kwargs}.get("unsqueeze_dim", default and default.default)  # noqa: B905
-        q, k = heads[0], heads[-1]
-        ours = (
-            q.dtype in FLOATS
-            and q.dtype is k.dtype
-            and (cos.dtype is q.dtype or (not one_dtype and cos.dtype is torch.float32))
-        )
-        ours = ours and q.dim() == (4 if batched else 3) and cos.dim() == q.dim() - 1 and not cos.requires_grad
-        if not ours or (batched and dim not in (1, 2)) or for_inductor(compile):
+        q, k, cos, sin = args[0], *args[count - 1 : count + 2]
+        dim = {**dict(zip(rest, args[count + 2 :], strict=False)), **kwargs}.get("unsqueeze_dim", default)
+        angles = cos.dtype is q.dtype or (cos.dtype is torch.float32 and not one_dtype)
+        fits = q.dim() == (4 if batched else 3) == cos.dim() + 1 and dim in ((1, 2) if batched else (1,))
+        if for_inductor(compile) or not (angles and fits and q.dtype in FLOATS and k.dtype is q.dtype) or cos.requires_grad:
             return function(*args, **kwargs)
         if not batched:
             q, k, dim = q[None], k[None], 2
-        if count == 1:
-            k = q.narrow(dim, 0, 0) if dim == 1 else q.narrow(2, 0, 0)
-        results = rope(q, k, cos, sin, unsqueeze_dim=dim)
+        results = rope(q, k if count == 2 else q.narrow(dim, 0, 0), cos, sin, unsqueeze_dim=dim)[:count]
         results = results if batched else tuple(r[0] for r in results)
         return results if count == 2 else results[0]
 
     return rotate
 
 
-def head_class(original, compile):
+def head_class(original):
     def forward(self, input, use=None):
         """`use` is called with the weights at hand: whoever gathers them for a call of the module has done so."""
-        if use is None and self.lazy:
-            return lazy_logits(self, input)
-        return (use or original.forward)(self, input)
+        return lazy_logits(self, input) if use is None and self.lazy else (use or original.forward)(self, input)
 
     def count(self, what):
         if not torch.compiler.is_compiling():
@@ -178,12 +158,10 @@ def head_class(original, compile):
 def heads_of(model):
     """The bound heads of a model; more than one where adapters keep copies."""
     output = model.get_output_embeddings()
-    return (
-        [] if output is None else [m for m in output.modules() if isinstance(m, torch.nn.Linear) and hasattr(type(m), "logits")]
-    )
+    return [] if output is None else [m for m in output.modules() if isinstance(m, nn.Linear) and hasattr(type(m), "logits")]
 
 
-def model_class(original, compile, keep_logits):
+def model_class(original, keep_logits):
     place = [*inspect.signature(original.forward).parameters].index("labels") - 1
     own_loss = "CrossEntropyLoss" in inspect.unwrap(original.forward).__code__.co_names
 
@@ -194,46 +172,34 @@ def model_class(original, compile, keep_logits):
         # torch.compile cannot trace torch's module of that name with anything but a tensor.
         if not wanted or not (self.training or skip_logits) or (own_loss and torch.compiler.is_compiling()):
             return original.forward(self, *args, **kwargs)
-        heads = heads_of(self)
-        before = [head.lazy for head in heads]
-        for head in heads:
+        before = [(head, head.lazy) for head in heads_of(self)]
+        for head, _ in before:
             head.lazy = True
         try:
             out = original.forward(self, *args, **kwargs)
         finally:
-            for head, lazy in zip(heads, before, strict=True):
+            for head, lazy in before:
                 head.lazy = lazy
-        drop = not (keep_logits or (heads and heads[0].real)) if skip_logits is None else skip_logits
+        drop = skip_logits if skip_logits is not None else not (keep_logits or any(head.real for head, _ in before))
         return without_lazy(out, drop)
 
-    return original.__name__, {
-        "forward": forward,
-        "__qualname__": original.__qualname__,
-        "extra_repr": described(original, "loss=liger"),
-    }
+    text = described(original, "loss=liger")
+    return original.__name__, {"forward": forward, "__qualname__": original.__qualname__, "extra_repr": text}
 
 
 def without_lazy(out, drop):
-    """A model's output with None or the computed logits where it has lazy ones."""
-
-    def plain(o):
-        if type(o) is not LazyLogits:
-            return o
-        return None if drop else o.compute("keep_logits")
-
+    """A model's output with None, or the computed logits, where it has lazy ones."""
     if isinstance(out, tuple):
-        return tuple(plain(o) for o in out)
-    if isinstance(out, (LazyLogits, Tensor)):
-        return plain(out)
-    for key in list(out.keys()):
-        if type(out[key]) is LazyLogits:
-            out[key] = plain(out[key])
+        return tuple(without_lazy(o, drop) if type(o) is LazyLogits else o for o in out)
+    if type(out) is LazyLogits:
+        return None if drop else out.compute("keep_logits")
+    for key in [key for key, o in out.items() if type(o) is LazyLogits]:
+        out[key] = without_lazy(out[key], drop)
     return out
 
 
 CLASSES = {
-    "rms_norm": rms_norm_class,
-    "layer_norm": layer_norm_class,
+    "norm": norm_class,
     "glu": glu_class,
     "experts": experts_class,
     "rope": rope_class,
@@ -283,8 +249,7 @@ def swap(module, cls):
     before, module.__class__ = type(module), cls
     attributes = vars(module)
     for name in ("forward", "_old_forward"):
-        method = attributes.get(name)
-        if getattr(method, "__func__", None) is before.forward:
+        if getattr(attributes.get(name), "__func__", None) is before.forward:
             attributes[name] = types.MethodType(cls.forward, module)
     if getattr(attributes.get("forward"), "__func__", None) is cls.forward:
         del attributes["forward"]
