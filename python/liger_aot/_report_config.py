@@ -1,5 +1,6 @@
 """What bind would do to a model, from its configuration alone: built without weights, on the meta device."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -19,17 +20,26 @@ def main(args):
             file=sys.stderr,
         )
         return 2
+    options, known = dict(args.set), [*inspect.signature(bind).parameters][1:]
+    if unknown := sorted(options.keys() - set(known)):
+        print(f"explain: --set must name options of bind, {', '.join(known)}, got {', '.join(unknown)}", file=sys.stderr)
+        return 2
     try:
-        model = build(configuration(args.what))
+        config = configuration(args.what)
     except ImportError as error:
         if error.name != "transformers":
             raise
-        print(
-            "explain: a model needs transformers, which is not installed: pip install 'liger-aot[transformers]'",
-            file=sys.stderr,
-        )
-        return 1
-    report = bind(model, **dict(args.set))
+        raise RuntimeError(
+            "explain: a model needs transformers, which is missing: pip install 'liger-aot[transformers]'"
+        ) from None
+    try:
+        model = build(config)
+    except Exception as error:  # of other people's classes, on configurations that may be anything
+        reason = f"for {args.what} it raised {type(error).__name__}: {error}"
+        raise RuntimeError(
+            f"explain: transformers must be able to build the model, but {reason}; give a config.json"
+        ) from error
+    report = bind(model, **options)
     print(json.dumps([row._asdict() for row in report], indent=1) if args.json else f"{type(model).__name__}\n{report}")
     return 0
 
