@@ -73,7 +73,7 @@ def op(cpu, fake=None, strided=False):
         torch.library.register_fake(f"liger::{name}", fake or function, lib=LIBRARY)
         BODIES[name] = body
 
-        return spell_out(function, body, overload)
+        return direct(function, body, overload)
 
     return register
 
@@ -84,37 +84,51 @@ TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 CALL = """\
 def {name}({parameters}):
     if (DIRECT_ON_CPU_ or {first}.is_cuda) and not modes_() and level_() is None and {plain}:
-        return body_({names})
-    return overload_({names})
+        return body_({passed})
+    return overload_({passed})
+"""
+# is_dynamo_compiling comes first: Dynamo takes it for true, and looks no further.
+PUBLIC_CALL = """\
+def {name}({parameters}):
+    if dynamo_() or tracing_() or modes_() or level_() is not None:
+        return overload_({passed})
+    return body_({passed})
 """
 
 
-def spell_out(function, body, overload):
+def direct(function, body, overload):
     """A call of body where all tensors are plain and nobody traces or transforms, else of overload."""
-    plain, parameters = [], inspect.signature(function).parameters
-    for name, parameter in parameters.items():
+    plain = []
+    for name, parameter in inspect.signature(function).parameters.items():
         if parameter.annotation is torch.Tensor:
             plain.append(f"type({name}) in TENSORS_ and not {name}.is_neg()")
         elif parameter.annotation == torch.Tensor | None:
             plain.append(f"({name} is None or type({name}) in TENSORS_ and not {name}.is_neg())")
         elif "Tensor" in str(parameter.annotation):
             raise TypeError(f"{function.__name__}: {name} must be a tensor, optional or not, got {parameter.annotation}")
-    text = CALL.format(
-        name=function.__name__,
-        parameters=", ".join(n if p.default is p.empty else f"{n}={p.default!r}" for n, p in parameters.items()),
-        first=next(iter(parameters)),
-        plain=" and ".join(plain),
-        names=", ".join(parameters),
-    )
+    return spell_out(CALL, function, body, overload, plain=" and ".join(plain))
+
+
+def spell_out(text, function, body, overload, **words):
+    """The function that text defines, with function's signature."""
+    declared, passed, parameters = [], [], inspect.signature(function).parameters
+    for name, p in parameters.items():
+        if p.kind is p.KEYWORD_ONLY and "*" not in declared:
+            declared.append("*")
+        declared.append(name if p.default is p.empty else f"{name}={p.default!r}")
+        passed.append(f"{name}={name}" if p.kind is p.KEYWORD_ONLY else name)
+    words |= {"name": function.__name__, "first": next(iter(parameters))}
     scope = {
         "DIRECT_ON_CPU_": DIRECT_ON_CPU,
         "TENSORS_": TENSORS,
+        "dynamo_": is_dynamo_compiling,
+        "tracing_": _get_tracing_state,
         "modes_": _len_torch_dispatch_stack,
         "level_": maybe_current_level,
         "body_": body,
         "overload_": overload,
     }
-    exec(text, scope)
+    exec(text.format(parameters=", ".join(declared), passed=", ".join(passed), **words), scope)
     return functools.update_wrapper(scope[function.__name__], function)
 
 
@@ -126,15 +140,7 @@ def public(function):
     overload = _define(function)
     LIBRARY.impl(function.__name__, function, "CompositeImplicitAutograd")
     PUBLIC.append(function.__name__)
-
-    @functools.wraps(function)
-    def call(*args, **options):
-        # is_dynamo_compiling comes first: Dynamo takes it for true, and looks no further.
-        if is_dynamo_compiling() or _get_tracing_state() or _len_torch_dispatch_stack() or maybe_current_level() is not None:
-            return overload(*args, **options)
-        return function(*args, **options)
-
-    return call
+    return spell_out(PUBLIC_CALL, function, function, overload)
 
 
 @contextlib.contextmanager
@@ -157,15 +163,8 @@ class Function(torch.autograd.Function):
     """An autograd.Function whose gradient is computed by a kernel, once. `name` is the operator's."""
 
     def __init_subclass__(cls):
-        # torch's own apply, without its Python preamble, which sees to transforms (2 us).
-        bare, name = super(torch.autograd.Function, cls).apply, cls.name
-
-        def apply(*args):
-            if maybe_current_level() is not None:
-                raise RuntimeError(f"{name}: torch.func transforms are not supported; use torch.autograd")
-            return bare(*args)
-
-        cls.apply = staticmethod(apply)
+        # torch's own apply, without its Python preamble (2 us), which sees to transforms: needs_grad does.
+        cls.apply = super(torch.autograd.Function, cls).apply
 
     @staticmethod
     def once(name):
@@ -173,17 +172,20 @@ class Function(torch.autograd.Function):
             raise RuntimeError(f"{name}: double backward is not supported; call backward without create_graph=True")
 
 
-def needs_grad(*tensors):
+def needs_grad(name, *tensors):
+    """Whether an operator must record its gradient, which it cannot in forward mode or under a transform of torch.func."""
     if forward_ad._current_level >= 0:
-        refuse_tangents(tensors)
+        refuse_tangents(name, tensors)
     if is_grad_enabled():
         for t in tensors:
             if t is not None and t.requires_grad:
+                if maybe_current_level() is not None:
+                    raise RuntimeError(f"{name}: torch.func transforms are not supported; use torch.autograd")
                 return True
     return False
 
 
-def refuse_tangents(tensors):
+def refuse_tangents(name, tensors):
     for t in tensors:
         if t is not None and forward_ad.unpack_dual(t).tangent is not None:
-            raise RuntimeError("liger_aot: forward-mode differentiation is not supported; use torch.autograd.grad")
+            raise RuntimeError(f"{name}: forward-mode differentiation is not supported; use torch.autograd.grad")

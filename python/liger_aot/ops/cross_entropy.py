@@ -192,8 +192,6 @@ def cross_entropy_bwd(
 
 
 class CrossEntropyFunction(Function):
-    name = "cross_entropy"
-
     @staticmethod
     def forward(ctx, logits, target, weight, options, mean, dtype, stats):
         outputs, lse, totals = compute(logits, target, weight, options, mean, dtype, stats)
@@ -250,7 +248,7 @@ def run(name, input, target, weight, options, reduction, dtype, stats):
     logits = input if input.dim() == 2 else input.movedim(dim, -1).reshape(-1, classes)
     mean = None if reduction == "none" else reduction == "mean"
     arguments = logits, target if target.dim() == 1 else target.reshape(-1), weight, options, mean, dtype, stats
-    outputs = CrossEntropyFunction.apply(*arguments) if needs_grad(input) else compute(*arguments)[0]
+    outputs = CrossEntropyFunction.apply(*arguments) if needs_grad("cross_entropy", input) else compute(*arguments)[0]
     return outputs if target.dim() == 1 else tuple(o.view(shape) if o.dim() else o for o in outputs)
 
 

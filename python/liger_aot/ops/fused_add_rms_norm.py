@@ -50,8 +50,6 @@ def fused_add_rms_norm_fwd(
 
 
 class FusedAddRMSNormFunction(Function):
-    name = "fused_add_rms_norm"
-
     @staticmethod
     def forward(ctx, x, residual, weight, eps, offset, cast):
         ctx.set_materialize_grads(False)
@@ -89,7 +87,7 @@ def fused_add_rms_norm(
     check_same("fused_add_rms_norm", "residual", residual, x.shape, x)
     if residual.dtype is not x.dtype:
         raise ValueError(f"fused_add_rms_norm: residual must be {x.dtype} like x, got {residual.dtype}; cast one with .to()")
-    if needs_grad(x, residual, weight):
+    if needs_grad("fused_add_rms_norm", x, residual, weight):
         return FusedAddRMSNormFunction.apply(x, residual, weight, eps, offset, cast)
     y, s, _ = fused_add_rms_norm_fwd(x, residual, weight, eps, offset, cast)
     return y, s

@@ -59,8 +59,6 @@ def geglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, tanh: bool) -> tuple[Tensor,
 
 
 class GeGLUFunction(Function):
-    name = "geglu"
-
     @staticmethod
     def forward(ctx, gate, up, tanh):
         ctx.save_for_backward(gate, up)
@@ -86,6 +84,6 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
     if tanh is None:
         raise ValueError(f"geglu: approximate must be one of {', '.join(APPROXIMATE)}, got {approximate!r}")
     check_pair("geglu", gate, up)
-    if needs_grad(gate, up):
+    if needs_grad("geglu", gate, up):
         return GeGLUFunction.apply(gate, up, tanh)
     return geglu_fwd(gate, up, tanh)

@@ -90,8 +90,6 @@ def layer_norm_bwd(
 
 
 class LayerNormFunction(Function):
-    name = "layer_norm"
-
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         y, mean, rstd = layer_norm_fwd(x, weight, bias, eps)
@@ -124,6 +122,6 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         mixed = mixed or bias.dtype is not dtype
     if mixed:
         weight, bias = weight if weight is None else weight.float(), bias if bias is None else bias.float()
-    if needs_grad(x, weight, bias):
+    if needs_grad("layer_norm", x, weight, bias):
         return LayerNormFunction.apply(x, weight, bias, eps)
     return layer_norm_fwd(x, weight, bias, eps)[0]

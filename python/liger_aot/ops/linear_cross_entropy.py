@@ -131,8 +131,6 @@ def linear_cross_entropy_scale(factor: Tensor, gradient: Tensor, dtype: torch.dt
 
 
 class LinearCrossEntropyFunction(Function):
-    name = "linear_cross_entropy"
-
     @staticmethod
     def forward(ctx, hidden, weight, target, bias, class_weight, options, mean, dtype, stats):
         needed = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
@@ -208,7 +206,7 @@ def run(name, input, linear_weight, target, linear_bias, weight, options, reduct
         dtype,
         stats,
     )
-    if needs_grad(input, linear_weight, linear_bias):
+    if needs_grad("linear_cross_entropy", input, linear_weight, linear_bias):
         outputs = LinearCrossEntropyFunction.apply(*arguments)
     else:
         outputs = compute(*arguments)[0]

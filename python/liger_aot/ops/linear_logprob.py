@@ -137,8 +137,6 @@ def linear_logprob_bwd(
 
 
 class LinearLogprobFunction(Function):
-    name = "linear_logprob"
-
     @staticmethod
     def forward(ctx, hidden, weight, target, bias, temperature, ignore_index):
         logp, entropy, lse = linear_logprob_fwd(hidden, weight, target, bias, temperature, ignore_index)
@@ -187,5 +185,5 @@ def linear_logprob(
     target = check_classes("linear_logprob", target, shape, hidden)
     hidden, weight, bias = autocast(hidden, weight, bias)
     arguments = hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, temperature, ignore_index
-    run = LinearLogprobFunction.apply if needs_grad(hidden, weight, bias) else linear_logprob_fwd
+    run = LinearLogprobFunction.apply if needs_grad("linear_logprob", hidden, weight, bias) else linear_logprob_fwd
     return tuple(out.view(shape) for out in run(*arguments))

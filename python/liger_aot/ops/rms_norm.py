@@ -93,8 +93,6 @@ def rms_norm_bwd(
 
 
 class RMSNormFunction(Function):
-    name = "rms_norm"
-
     @staticmethod
     def forward(ctx, x, weight, eps, offset, cast):
         y, rstd = rms_norm_fwd(x, weight, eps, offset, cast)
@@ -137,6 +135,6 @@ def rms_norm(
     another shape or device, on dtypes other than fp32, fp16 and bf16, and on an unknown casting.
     """
     weight, eps, cast = check_arguments("rms_norm", x, weight, eps, casting)
-    if needs_grad(x, weight):
+    if needs_grad("rms_norm", x, weight):
         return RMSNormFunction.apply(x, weight, eps, offset, cast)
     return rms_norm_fwd(x, weight, eps, offset, cast)[0]

@@ -90,8 +90,6 @@ def rope_bwd(dq_out: Tensor, dk_out: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 
 
 class RopeFunction(Function):
-    name = "rope"
-
     @staticmethod
     def forward(ctx, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
@@ -112,7 +110,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     that do not fit together, and where cos or sin require a gradient, of which there is none.
     """
     check(q, k, cos, sin)
-    if needs_grad(q, k):
+    if needs_grad("rope", q, k):
         return RopeFunction.apply(q, k, cos, sin)
     return rope_fwd(q, k, cos, sin)
 
@@ -144,7 +142,7 @@ def check(q, k, cos, sin):
     if k.device != device or cos.device != device or sin.device != device:
         name, tensor = next(item for item in (("k", k), ("cos", cos), ("sin", sin)) if item[1].device != device)
         raise ValueError(f"rope: {name} must be on {device} like q, got {tensor.device}; move it with .to()")
-    if needs_grad(cos, sin):
+    if needs_grad("rope", cos, sin):
         raise ValueError("rope: cos and sin must not require gradients, which are not computed; got one that does; detach() it")
 
 

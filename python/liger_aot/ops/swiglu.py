@@ -47,8 +47,6 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, gate_multiplier: float, dow
 
 
 class SwiGLUFunction(Function):
-    name = "swiglu"
-
     @staticmethod
     def forward(ctx, gate, up, gate_multiplier, down_multiplier):
         ctx.save_for_backward(gate, up)
@@ -71,6 +69,6 @@ def swiglu(gate: Tensor, up: Tensor, *, gate_multiplier: float = 1.0, down_multi
     ValueError where the two differ, and on dtypes other than fp32, fp16 and bf16.
     """
     check_pair("swiglu", gate, up)
-    if needs_grad(gate, up):
+    if needs_grad("swiglu", gate, up):
         return SwiGLUFunction.apply(gate, up, gate_multiplier, down_multiplier)
     return swiglu_fwd(gate, up, gate_multiplier, down_multiplier)
