@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (as torch names it)
 import liger_aot
 from liger_aot.functional import CrossEntropyOutput
 
+from harness import DTYPES
 from harness import fixed
 from harness import run
 
@@ -54,6 +55,12 @@ def test_norms_over_several_dimensions(shape, given):
 def test_norm_of_a_transposed_input():
     x = torch.randn(6, 4, 5).transpose(0, 2)
     same(lambda x, w: liger_aot.rms_norm(x, (4, 6), w), lambda x, w: F.rms_norm(x, (4, 6), w), x, torch.randn(4, 6))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_without_eps_has_torchs(dtype):
+    x = (torch.randn(3, 24) * 1e-3).to(dtype)  # so small that eps tells
+    torch.testing.assert_close(liger_aot.rms_norm(x, [24]), F.rms_norm(x, [24]))
 
 
 def test_rms_norm_options():

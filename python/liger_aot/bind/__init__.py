@@ -9,7 +9,6 @@ The output's `logits` is None then. Without labels, and in evaluation, logits ar
 one or the other.
 """
 
-import collections
 import inspect
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from ..ops._check import FLOATS
 from . import _find as find
 from ._find import Found
+from ._report import Counts
 from ._report import Report
 from ._report import Row
 from ._swap import is_bound
@@ -73,7 +73,7 @@ def bind(
         raise ValueError(f"bind: model must not be bound yet, got one with {bound} bound modules; unbind(model) takes them off")
     flags = {"rms_norm": rms_norm, "layer_norm": layer_norm, "rope": rope, "swiglu": swiglu, "geglu": geglu}
     wanted = {name for name, flag in flags.items() if flag}
-    counts = collections.Counter()
+    counts = Counts()
     plan = [*layers(model, wanted, compile)]
     if linear_cross_entropy or cross_entropy:
         plan += losses(model, keep_logits, "cross_entropy" if cross_entropy else "linear_cross_entropy", counts)
@@ -225,7 +225,7 @@ def unfit_head(model, head):
     """Why no operator can take the place of a head; empty where one can."""
     for linear in linears_of(head):
         if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-            return f"it is a {type(linear).__name__}, which computes its output in its own way"
+            return f"a {type(linear).__module__}.{type(linear).__qualname__} computes its output in its own way"
         if getattr(linear, "_is_hooked", False) or getattr(model, "_tp_size", None):
             return "it is under a tensor-parallel plan"
     return ""

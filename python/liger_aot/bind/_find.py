@@ -181,7 +181,7 @@ def find_norm(module):
     places = places or {eps: eps for eps in (1e-6, 1e-5, 1e-8, 1e-12)}
     left = {}
     for (name, (formula, _)), (place, value) in itertools.product(formulas.items(), places.items()):
-        left[name, place] = lambda x, w, b, f=formula, e=value: f(x, w, b, torch.finfo(x.dtype).eps if e is None else e)
+        left[name, place] = lambda x, w, b, f=formula, e=value: f(x, w, b, torch.finfo(FP32).eps if e is None else e)
 
     def compute(x, *given):
         for name, tensor in zip(("weight", "bias"), given, strict=True):
@@ -332,6 +332,10 @@ def interleaved(x, cos, sin):
     return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
 
 
+def twice(angles):
+    return torch.cat(angles.chunk(2, -1)[:1] * 2, -1)
+
+
 def doubled(angles):
     return angles.chunk(2, -1)[0].repeat_interleave(2, -1)
 
@@ -341,7 +345,7 @@ ROTATIONS = {
     "half, other sign": lambda x, cos, sin: half(x, cos, -sin),
     "interleaved": interleaved,
     "interleaved, doubled angles": lambda x, cos, sin: interleaved(x, doubled(cos), doubled(sin)),
-    "interleaved to half": lambda x, cos, sin: half(torch.cat((x[..., ::2], x[..., 1::2]), -1), cos, sin),
+    "interleaved to half": lambda x, cos, sin: half(torch.cat((x[..., ::2], x[..., 1::2]), -1), twice(cos), twice(sin)),
 }
 # Shapes of q, k, and of cos and sin without their last dimension.
 LAYOUTS = {True: ((2, 4, 5, 16), (2, 2, 5, 16), (2, 5)), False: ((5, 4, 16), (5, 2, 16), (5,))}
@@ -384,7 +388,7 @@ def find_rope(function):
         results = function(*tensors)
         return results if isinstance(results, (tuple, list)) else (results,)
 
-    if count not in (1, 2) or names[count + 1] != "sin":
+    if count not in (1, 2) or names[count : count + 2] != ["cos", "sin"]:
         return Found(None, "", f"has the arguments {', '.join(names)}")
     for batched in LAYOUTS:
         left = rules

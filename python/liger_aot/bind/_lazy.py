@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..functional import cross_entropy
 from ..functional import linear_cross_entropy
+from ..ops._check import FLOATS
 
 WHOLE = slice(None)
 
@@ -36,7 +37,9 @@ def cast(form, *args, **kwargs):
     given = [*args, *kwargs.values()]
     if any(not isinstance(a, torch.dtype) and a != form.hidden.device for a in given):
         return None
-    return form._replace(dtype=next((a for a in given if isinstance(a, torch.dtype)), form.dtype))
+    dtype = next((a for a in given if isinstance(a, torch.dtype)), form.dtype)
+    # Rounding on the way down would have to be repeated.
+    return form._replace(dtype=dtype) if torch.promote_types(dtype, form.dtype) is dtype else None
 
 
 def shaped(form, *shape):
@@ -71,7 +74,7 @@ def scaled(form, factor, inverse=False):
 def added(form, bias):
     first = form.bias is None and form.scale == 1.0 and form.softcap is None
     fits = isinstance(bias, Tensor) and bias.shape.numel() == bias.shape[-1:].numel() == form.classes
-    return form._replace(bias=bias.flatten()) if first and fits else None
+    return form._replace(bias=bias.flatten(), dtype=torch.promote_types(form.dtype, bias.dtype)) if first and fits else None
 
 
 divided = functools.partial(scaled, inverse=True)
@@ -135,7 +138,8 @@ class LazyLogits:
         return self.value is not None or (self.parent is not None and self.parent.computed)
 
     def method(self, name, *args, **kwargs):
-        form = RECORDED[name](self.form, *args, **kwargs) if name in RECORDED and not self.computed else None
+        known = name in RECORDED and not (kwargs and name != "to") and not self.computed
+        form = RECORDED[name](self.form, *args, **kwargs) if known else None
         if form is None:
             return getattr(self.compute(name), name)(*tensors(args, name), **tensors(kwargs, name))
         return LazyLogits(self.head, form, self, (name, args, kwargs))
@@ -159,7 +163,8 @@ class LazyLogits:
         self, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
     ):
         options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-        form, rows = self.form, self.ndim == 2 and target.dim() == 1
+        form = self.form
+        rows = self.ndim == 2 and target.dim() == 1 and form.hidden.dtype in FLOATS
         if self.head.real or not rows or form.softcap == 0 or self.computed or size_average is not None or reduce is not None:
             loss = cross_entropy if self.head.real else F.cross_entropy
             return loss(self.compute("cross_entropy"), target, size_average=size_average, reduce=reduce, **options)

@@ -19,12 +19,19 @@ class Row(NamedTuple):
     why: str = ""
 
 
+class Counts(collections.Counter):
+    """How often losses were fused, and logits computed and why; one for all copies of a model's head."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
 class Report(list):
     """A Row for each module that was bound, or could have been. counts says how the losses since then were computed."""
 
     def __init__(self, rows, base="", compile="inductor", counts=None):
         super().__init__(rows)
-        self.base, self.compile, self.counts = base, compile, collections.Counter() if counts is None else counts
+        self.base, self.compile, self.counts = base, compile, Counts() if counts is None else counts
 
     @property
     def bound(self):

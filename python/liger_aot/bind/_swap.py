@@ -42,9 +42,10 @@ class Hidden:
         raise AttributeError("a bound module is no layer for the kernels library")
 
 
-def for_inductor(compile):
-    """Whether torch.compile is tracing a model whose pointwise operators are Inductor's; an export keeps ours."""
-    return compile == "inductor" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+def left(compile, x):
+    """Whether a module's own code runs: in float64, and where torch.compile traces what is Inductor's; an export keeps ours."""
+    inductor = compile == "inductor" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return inductor or x.dtype not in FLOATS
 
 
 def only(args, kwargs):
@@ -67,7 +68,7 @@ def norm_class(original, compile, operator, place, one_dtype, offset=0.0, castin
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
         x, weight, bias = only(args, kwargs), self._parameters.get("weight"), self._parameters.get("bias")
-        if for_inductor(compile) or (one_dtype and x.dtype is not weight.dtype):
+        if left(compile, x) or (one_dtype and x.dtype is not weight.dtype):
             return original.forward(self, x)
         if operator == "layer_norm":
             return layer_norm(x, weight, bias, eps_of(self))
@@ -88,7 +89,7 @@ def glu_class(original, compile, kind, act, names):
     @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
         x = only(args, kwargs)
-        if for_inductor(compile):
+        if left(compile, x):
             return original.forward(self, x)
         outputs = [getattr(self, name)(x) for name in first]
         return getattr(self, down)(GATED[act](*(outputs if len(outputs) == 2 else HALVES[kind](*outputs))))
@@ -99,7 +100,7 @@ def glu_class(original, compile, kind, act, names):
 
 def experts_class(original, compile, kind, act):
     def _apply_gate(self, gate_up):
-        return original._apply_gate(self, gate_up) if for_inductor(compile) else GATED[act](*HALVES[kind](gate_up))
+        return original._apply_gate(self, gate_up) if left(compile, gate_up) else GATED[act](*HALVES[kind](gate_up))
 
     text = described(original, f"experts, {kind}, {act}, was={original.__name__}")
     return f"{NAMES[act]}Experts", {"_apply_gate": _apply_gate, "extra_repr": text}
@@ -131,7 +132,7 @@ def rotation(function, compile, batched, count, one_dtype):
         dim = {**dict(zip(rest, args[count + 2 :], strict=False)), **kwargs}.get("unsqueeze_dim", default)
         angles = cos.dtype is q.dtype or (cos.dtype is torch.float32 and not one_dtype)
         fits = q.dim() == (4 if batched else 3) == cos.dim() + 1 and dim in ((1, 2) if batched else (1,))
-        if for_inductor(compile) or not (angles and fits and q.dtype in FLOATS and k.dtype is q.dtype) or cos.requires_grad:
+        if left(compile, q) or not (angles and fits and k.dtype is q.dtype) or cos.requires_grad:
             return function(*args, **kwargs)
         if not batched:
             q, k, dim = q[None], k[None], 2
@@ -168,9 +169,8 @@ def model_class(original, keep_logits):
     @functools.wraps(original.forward)
     def forward(self, *args, skip_logits=None, **kwargs):
         labels = args[place] if len(args) > place else kwargs.get("labels")
-        wanted = labels is not None or kwargs.get("shift_labels") is not None
         # torch.compile cannot trace torch's module of that name with anything but a tensor.
-        if not wanted or not (self.training or skip_logits) or (own_loss and torch.compiler.is_compiling()):
+        if labels is None or not (self.training or skip_logits) or (own_loss and torch.compiler.is_compiling()):
             return original.forward(self, *args, **kwargs)
         before = [(head, head.lazy) for head in heads_of(self)]
         for head, _ in before:

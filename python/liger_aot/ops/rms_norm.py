@@ -21,6 +21,7 @@ from ._norm import column_sum
 from ._norm import layout
 from ._norm import unusable
 
+DEFAULT_EPS = torch.finfo(torch.float32).eps  # torch's, whatever the dtype of x
 CASTING = {"none": False, "gemma": False, "llama": True}
 
 
@@ -121,7 +122,7 @@ def check_arguments(op, x, weight, eps, casting):
     cast = CASTING.get(casting)
     if cast is None:
         raise ValueError(f"{op}: casting must be one of {', '.join(CASTING)}, got {casting!r}")
-    return weight, torch.finfo(dtype).eps if eps is None else eps, cast
+    return weight, DEFAULT_EPS if eps is None else eps, cast
 
 
 @public
@@ -131,7 +132,7 @@ def rms_norm(
     """x (..., n) over its root mean square, times offset + weight (n,); arithmetic in fp32.
 
     casting "none" and "gemma" round once, to x's dtype, as torch does. "llama" rounds the normalised x to x's dtype before the
-    product, whose dtype is the wider of x and weight. eps None is torch.finfo(x.dtype).eps. Raises ValueError on a weight of
+    product, whose dtype is the wider of x and weight. eps None is that of fp32, as in torch. Raises ValueError on a weight of
     another shape or device, on dtypes other than fp32, fp16 and bf16, and on an unknown casting.
     """
     weight, eps, cast = check_arguments("rms_norm", x, weight, eps, casting)
