@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 LIGER_AOT_ARCHS ?= 80,90,100f,120f
 TEST_ARCHS := 80,90
 
-.PHONY: demo test wheel bench mutate clean
+.PHONY: demo test wheel bench mutate sweep clean
 
 # torch is installed first and pinned here: the newest build of a registry would bring gigabytes, also as somebody's dependency.
 $(VENV)/ready: pyproject.toml Makefile
@@ -46,6 +46,10 @@ bench: $(VENV)/ready
 mutate: $(VENV)/ready
 	$(call install,$(TEST_ARCHS))
 	$(RUN) tests/mutate.py
+
+sweep: $(VENV)/ready
+	$(call install,$(TEST_ARCHS))
+	OMP_NUM_THREADS=1 $(RUN) tests/sweep.py
 
 clean:
 	rm -rf build dist out $(VENV)
