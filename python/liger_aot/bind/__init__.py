@@ -32,11 +32,11 @@ from ._verify import verify
 
 __all__ = ["Report", "Row", "Verification", "bind", "unbind", "verify"]
 
-# What a kind of module looks like, how its formula is found, and the kind of class that is swapped in.
+# What a kind of module looks like, how its formula is found, the kind of class that is swapped in, and the operators in that.
 KINDS = [
-    (find.norm_like, find.find_norm, "norm"),
-    (find.glu_like, find.find_glu, "glu"),
-    (find.experts_like, find.find_experts, "experts"),
+    (find.norm_like, find.find_norm, "norm", {"rms_norm", "layer_norm"}),
+    (find.glu_like, find.find_glu, "glu", {"swiglu", "geglu"}),
+    (find.experts_like, find.find_experts, "experts", {"swiglu", "geglu"}),
 ]
 
 
@@ -62,8 +62,7 @@ def bind(
     the fused loss. Raises ValueError on what is no module or bound already, and RuntimeError where strict is set and a module
     that has one of the operators' forms was left alone; the model is then as it was.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"bind: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_module("bind", model)
     if compile not in ("inductor", "liger"):
         raise ValueError(f"bind: compile must be 'inductor' or 'liger', got {compile!r}")
     if linear_cross_entropy and cross_entropy:
@@ -74,7 +73,10 @@ def bind(
     flags = {"rms_norm": rms_norm, "layer_norm": layer_norm, "rope": rope, "swiglu": swiglu, "geglu": geglu}
     wanted = {name for name, flag in flags.items() if flag}
     counts = Counts()
-    plan = [*layers(model, wanted, compile)]
+    plan = []
+    # Trials have gradients and dtypes of their own, wherever bind is called.
+    with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        plan += layers(model, wanted, compile)
     if linear_cross_entropy or cross_entropy:
         plan += losses(model, keep_logits, "cross_entropy" if cross_entropy else "linear_cross_entropy", counts)
     report = Report([row for _, _, _, row in plan if row], base_path(model), compile, counts)
@@ -95,9 +97,15 @@ def bind(
 
 
 def unbind(model: nn.Module) -> None:
-    """Give every bound module its own class back."""
+    """Give every bound module its own class back. Raises ValueError on what is no module."""
+    check_module("unbind", model)
     for module in model.modules():
         release(module)
+
+
+def check_module(function, model):
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def release(module):
@@ -135,8 +143,10 @@ def layers(model, wanted, compile):
 
     for path, module in model.named_modules():
         kind = type(module)
-        for like, search, built in KINDS:
+        for like, search, built, operators in KINDS:
             if like(module):
+                if not operators & wanted:
+                    break
                 key = find.identity(module)
                 found = once(key, search, module)
                 if found.operator and found.operator not in wanted:
@@ -156,8 +166,8 @@ def layers(model, wanted, compile):
 def attention(kind, functions):
     """What was found of the rotations of one class, taken together."""
     bound = {name: f for name, f in functions.items() if f.operator}
-    formula = "; ".join(dict.fromkeys(f.formula for f in functions.values()))
-    why = "; ".join(dict.fromkeys(f.why for f in functions.values() if f.why))
+    formula = "; ".join(dict.fromkeys(f.formula for f in (bound or functions).values() if f.formula))
+    why = "; ".join(f"{name}: {f.why}" for name, f in functions.items() if f.why)
     if kind.forward.__closure__:
         return Found(None, formula, "its forward is a closure")
     args = tuple((name, *f.args) for name, f in sorted(bound.items()))

@@ -42,11 +42,14 @@ def weights_of(module):
 
 
 def identity(module):
-    """What tells modules of one class apart: plain attributes, the parameters' dtypes, and the same of the children."""
-    plain = (bool, int, float, str, torch.dtype, types.NoneType)
-    scalars = [(k, v) for k, v in sorted(vars(module).items()) if isinstance(v, plain) and k not in ("training", "layer_idx")]
+    """What tells modules of one class apart: attributes, buffers, the parameters' dtypes, and the same of the children."""
+    plain, nested, machinery = (bool, int, float, str, torch.dtype, types.NoneType), (list, tuple, dict, set), vars(nn.Module())
+    own = {k: v for k, v in vars(module).items() if k not in machinery and k != "layer_idx"} | module._buffers
+    attributes = [
+        (k, v if isinstance(v, plain) else repr(v) if isinstance(v, nested) else id(v)) for k, v in sorted(own.items())
+    ]
     weights = [(name, p.dtype, tuple(p.shape)) for name, p in weights_of(module).items()]
-    return type(module), *scalars, *weights, *((name, identity(child)) for name, child in module.named_children())
+    return type(module), *attributes, *weights, *((name, identity(child)) for name, child in module.named_children())
 
 
 def shell(module, sizes=None, **children):
@@ -243,11 +246,7 @@ def linears(module):
 
 
 def glu_like(module):
-    layers = linears(module)
-    others = [child for name, child in module.named_children() if name not in layers]
-    if len(layers) not in (2, 3) or weights_of(module) or any(True for child in others for _ in child.parameters()):
-        return False
-    return len(parameters_of(type(module).forward)) == 2
+    return len(linears(module)) in (2, 3) and len(parameters_of(type(module).forward)) == 2
 
 
 def small(sizes):
@@ -260,6 +259,9 @@ def small(sizes):
 
 def find_glu(module):
     layers, generator = linears(module), torch.Generator().manual_seed(0)
+    others = [child for name, child in module.named_children() if name not in layers]
+    if weights_of(module) or any(True for child in others for _ in child.parameters()):
+        return Found(None, "", "has other weights than those of linear layers")
     sizes = small({size for layer in layers.values() for size in (layer.in_features, layer.out_features)})
     made = {}
     for name, layer in layers.items():
@@ -299,12 +301,12 @@ def product(f, gate, up):
 
 
 def experts_like(module):
-    return callable(getattr(module, "_apply_gate", None)) and isinstance(getattr(module, "has_gate", None), bool)
+    return hasattr(type(module), "_apply_gate") or module._parameters.get("gate_up_proj") is not None
 
 
 def find_experts(module):
-    if not module.has_gate:
-        return Found(None, "experts without a gate", "nothing to fuse")
+    if not hasattr(type(module), "_apply_gate") or not getattr(module, "has_gate", False):
+        return Found(None, "experts", "no gate of its own that could be fused: no _apply_gate")
     copy, generator = shell(module), torch.Generator().manual_seed(0)
     left = {(k, a): lambda x, f=f, s=s: product(f, *s(x)) for k, s in HALVES.items() for a, f in ACTIVATIONS.items()}
     for dtype, scale, equal in GLU_INPUTS:
@@ -364,10 +366,11 @@ def rotated(rotation, rule, *tensors):
 
 
 def rope_functions(forward):
-    """{name: function} of what a forward calls with cos and sin."""
+    """{name: function} of the functions that a forward calls to rotate q and k."""
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     found = {name: forward.__globals__.get(name) for name in names}
-    return {name: f for name, f in found.items() if callable(f) and {"cos", "sin"} <= set(parameters_of(f))}
+    like = {name for name, f in found.items() if inspect.isfunction(f) and ("rotary" in name or "rope" in name)}
+    return {name: f for name, f in found.items() if name in like or (callable(f) and {"cos", "sin"} <= {*parameters_of(f)})}
 
 
 def rope_inputs(batched, count, dtypes=(FP32, FP32), r=16):
@@ -379,7 +382,7 @@ def rope_inputs(batched, count, dtypes=(FP32, FP32), r=16):
 
 def find_rope(function):
     names = parameters_of(function)
-    count = names.index("cos")
+    count = names.index("cos") if "cos" in names else 0
     rules = {(rotation, rule): None for rotation in ROTATIONS for rule in ("promote", "cast back", "fp32")}
     for rotation, rule in rules:
         rules[rotation, rule] = lambda *tensors, a=rotation, b=rule: rotated(a, b, *tensors)

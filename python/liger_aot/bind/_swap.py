@@ -48,10 +48,18 @@ def left(compile, x):
     return inductor or x.dtype not in FLOATS
 
 
-def only(args, kwargs):
-    """The one argument of a forward, whatever its name."""
-    (x,) = (*args, *kwargs.values())
-    return x
+def forward_of(original, compile, compute):
+    """A forward that computes from its one argument; called otherwise it does what the original does, which may be to raise."""
+    _, name = parameters_of(original.forward)
+
+    @functools.wraps(original.forward)
+    def forward(self, *args, **kwargs):
+        x = args[0] if args else kwargs.get(name)
+        if x is None or len(args) + len(kwargs) != 1 or left(compile, x):
+            return original.forward(self, *args, **kwargs)
+        return compute(self, x)
+
+    return forward
 
 
 def described(original, text):
@@ -65,10 +73,9 @@ def norm_class(original, compile, operator, place, one_dtype, offset=0.0, castin
     def eps_of(self):
         return getattr(self, place) if isinstance(place, str) else place
 
-    @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
-        x, weight, bias = only(args, kwargs), self._parameters.get("weight"), self._parameters.get("bias")
-        if left(compile, x) or (one_dtype and x.dtype is not weight.dtype):
+    def compute(self, x):
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if one_dtype and x.dtype is not weight.dtype:
             return original.forward(self, x)
         if operator == "layer_norm":
             return layer_norm(x, weight, bias, eps_of(self))
@@ -80,22 +87,18 @@ def norm_class(original, compile, operator, place, one_dtype, offset=0.0, castin
         return f"{shape}, eps={eps_of(self)}{options}, was={original.__name__}"
 
     name = "LigerLayerNorm" if operator == "layer_norm" else "LigerRMSNorm"
-    return name, {"forward": forward, "extra_repr": extra_repr}
+    return name, {"forward": forward_of(original, compile, compute), "extra_repr": extra_repr}
 
 
 def glu_class(original, compile, kind, act, names):
     *first, down = names
 
-    @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
-        x = only(args, kwargs)
-        if left(compile, x):
-            return original.forward(self, x)
+    def compute(self, x):
         outputs = [getattr(self, name)(x) for name in first]
         return getattr(self, down)(GATED[act](*(outputs if len(outputs) == 2 else HALVES[kind](*outputs))))
 
     text = described(original, f"{kind}, {act}, was={original.__name__}")
-    return f"{NAMES[act]}MLP", {"forward": forward, "extra_repr": text}
+    return f"{NAMES[act]}MLP", {"forward": forward_of(original, compile, compute), "extra_repr": text}
 
 
 def experts_class(original, compile, kind, act):
@@ -144,7 +147,7 @@ def rotation(function, compile, batched, count, one_dtype):
 
 
 def head_class(original):
-    def forward(self, input, use=None):
+    def forward(self, input, *, use=None):
         """`use` is called with the weights at hand: whoever gathers them for a call of the module has done so."""
         return lazy_logits(self, input) if use is None and self.lazy else (use or original.forward)(self, input)
 

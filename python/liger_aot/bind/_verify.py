@@ -91,7 +91,8 @@ def verify(model: torch.nn.Module, batch: dict) -> Verification:
     bound = [(module, type(module)) for module in model.modules() if is_bound(module)]
     if not bound:
         raise ValueError(f"verify: model must be bound, got a {type(model).__name__} that is not; bind(model) first")
-    ours = step(model, batch)
+    fused = any(cls._liger.kind == "model" for _, cls in bound)
+    ours = step(model, batch, **({"skip_logits": False} if fused else {}))
     with unbound(bound):
         own = step(model, batch)
     names = {**own, **ours}
@@ -118,26 +119,24 @@ def relative(a, b):
     return size / b.norm().item() if size else 0.0
 
 
-def step(model, batch):
-    """The loss, the logits without labels, and every gradient of one step."""
+def step(model, batch, **options):
+    """The loss, the logits, and every gradient of one step."""
     parameters = dict(model.named_parameters())
-    gradients = {name: p.grad for name, p in parameters.items()}
+    before = {name: p.grad for name, p in parameters.items()}
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     devices = {p.device for p in parameters.values() if p.is_cuda}
     try:
         for p in parameters.values():
             p.grad = None
-        with torch.random.fork_rng(devices=devices):
-            with torch.enable_grad():
-                loss = model(**batch).loss
-                if loss is None:
-                    raise ValueError(f"verify: batch must hold labels, so that the model gives a loss, got {', '.join(batch)}")
-                loss.backward()
-            with torch.no_grad():
-                logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-        return {"loss": loss, "logits": logits, **{name: p.grad for name, p in parameters.items() if p.grad is not None}}
+        with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            out = model(**batch, **options)
+            if out.loss is None:
+                raise ValueError(f"verify: batch must hold labels, so that the model gives a loss, got {', '.join(batch)}")
+            out.loss.backward()
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        return {"loss": out.loss, "logits": out.get("logits"), **gradients}
     finally:
         for name, p in parameters.items():
-            p.grad = gradients[name]
+            p.grad = before[name]
         for name, b in model.named_buffers():
             b.copy_(buffers[name])
