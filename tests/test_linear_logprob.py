@@ -39,9 +39,10 @@ def ours(temperature=1.0, ignore_index=-100):
 
 
 def check(function, reference, hidden, weight, target, *bias, temperature=1.0, **options):
-    # A log-probability is z - lse, and p in a gradient is exp(z - lse): both carry the rounding of lse.
+    # A log-probability is z - lse, and p in a gradient is exp(z - lse): both carry the rounding of lse, the gradients of what is
+    # divided by the temperature as many times.
     z = torch.nn.functional.linear(hidden.float(), weight.float(), *(b.float() for b in bias)) / temperature
-    carries = z.logsumexp(-1).abs().max().item()
+    carries = z.logsumexp(-1).abs().max().item() * max(1, 1 / temperature)
     return harness_check(function, reference, hidden, weight, target, *bias, carries=carries, **options)
 
 

@@ -125,6 +125,21 @@ def test_gradient_of_any_layout(path):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_no_gradient_of_what_is_frozen(path, monkeypatch, frozen):
+    q, k, cos, sin = make((2, 9, 3, 5, 16, 12), torch.float32)
+    leaf = (k, q)[frozen].requires_grad_()
+    heads, original = [], rope_bwd
+    monkeypatch.setattr(
+        "liger_aot.ops.rope.rope_bwd", lambda *args: heads.append([t.shape[1] for t in args[:2]]) or original(*args)
+    )
+    outs = rope(q, k, cos.tensor, sin.tensor)
+    dq_out, dk_out = (torch.randn_like(o) for o in outs)
+    (got,) = torch.autograd.grad(outs, leaf, (dq_out, dk_out))
+    assert heads == [[0, 3], [9, 0]][frozen : frozen + 1]
+    assert torch.equal(got, original(dq_out, dk_out, cos.tensor, sin.tensor)[1 - frozen])
+
+
 @pytest.mark.parametrize(
     "shape", [(0, 2, 1, 3, 8, 8), (2, 0, 1, 3, 8, 8), (2, 2, 0, 3, 8, 8), (2, 2, 1, 0, 8, 8), (2, 2, 1, 3, 0, 0)], ids=str
 )

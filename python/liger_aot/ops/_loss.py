@@ -43,7 +43,7 @@ def check_classes(op, target, shape, x):
         raise ValueError(f"{op}: target must have shape {tuple(shape)}, got {tuple(target.shape)}")
     if target.device != x.device:
         raise ValueError(f"{op}: target must be on {x.device} like the input, got {target.device}; move it with .to()")
-    return target.long()
+    return target if target.dtype is torch.int64 else target.long()
 
 
 def check_class_weights(op, weight, classes, x):

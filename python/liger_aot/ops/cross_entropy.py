@@ -197,7 +197,8 @@ class CrossEntropyFunction(Function):
         outputs, lse, totals = compute(logits, target, weight, options, mean, dtype, stats)
         ctx.save_for_backward(logits, target, weight, lse, totals)
         ctx.options = options
-        ctx.mark_non_differentiable(*outputs[1:])
+        if stats:
+            ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
@@ -234,22 +235,24 @@ def reduce(loss, lse, predicted, target, weight, classes, ignore_index, z_scale,
 def run(name, input, target, weight, options, reduction, dtype, stats):
     if input.dtype not in FLOATS:
         raise ValueError(f"{name}: input must be float32, float16 or bfloat16, got {input.dtype}")
-    if not input.dim():
+    shape = list(input.shape)
+    if not shape:
         raise ValueError(f"{name}: input must have shape (C,) or (N, C, ...), got ()")
     check_options(name, reduction, *options[1:3])
-    dim = 0 if input.dim() == 1 else 1
-    classes, shape = input.shape[dim], input.shape[:dim] + input.shape[dim + 1 :]
+    dim = 0 if len(shape) == 1 else 1
+    classes, shape = shape.pop(dim), tuple(shape)
     weight, dtype = check_class_weights(name, weight, classes, input), result_dtype(input, dtype)
     if target.is_floating_point():
         if stats:
             raise NotImplementedError(f"{name}: target must be class indices, got {target.dtype}; cross_entropy takes both")
         return (with_probabilities(input, target, weight, options, reduction).to(dtype),)
     target = check_classes(name, target, shape, input)
-    logits = input if input.dim() == 2 else input.movedim(dim, -1).reshape(-1, classes)
+    flat = len(shape) == dim == 1
+    logits = input if flat else input.movedim(dim, -1).reshape(-1, classes)
     mean = None if reduction == "none" else reduction == "mean"
-    arguments = logits, target if target.dim() == 1 else target.reshape(-1), weight, options, mean, dtype, stats
+    arguments = logits, target if flat else target.reshape(-1), weight, options, mean, dtype, stats
     outputs = CrossEntropyFunction.apply(*arguments) if needs_grad("cross_entropy", input) else compute(*arguments)[0]
-    return outputs if target.dim() == 1 else tuple(o.view(shape) if o.dim() else o for o in outputs)
+    return outputs if flat else tuple(o.view(shape) if o.dim() else o for o in outputs)
 
 
 def with_probabilities(input, target, weight, options, reduction):

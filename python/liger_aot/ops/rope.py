@@ -13,7 +13,6 @@ from .._op import Function
 from .._op import needs_grad
 from .._op import op
 from .._op import public
-from .._runtime import cdiv
 from .._runtime import fit
 from .._runtime import kernels
 from ._check import FLOATS
@@ -59,19 +58,21 @@ def tile(half):
 
 
 def turn(q, k, cos, sin, backward):
-    q_strides, k_strides, angle_strides = q.stride(), k.stride(), cos.stride()
-    if q_strides[3] != 1 or k_strides[3] != 1 or angle_strides != sin.stride() or angle_strides[-1] != 1:
+    q_batch, q_head, q_token, q_column = q.stride()
+    k_batch, k_head, k_token, k_column = k.stride()
+    angle_strides = cos.stride()
+    if q_column != 1 or k_column != 1 or angle_strides[-1] != 1 or angle_strides != sin.stride():
         q, k, cos, sin = unit_stride(q), unit_stride(k), cos.contiguous(), sin.contiguous()
-        q_strides, k_strides, angle_strides = q.stride(), k.stride(), cos.stride()
+        (q_batch, q_head, q_token, _), (k_batch, k_head, k_token, _), angle_strides = q.stride(), k.stride(), cos.stride()
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
-    q_out_strides, k_out_strides = q_out.stride(), k_out.stride()
+    q_out_batch, q_out_head, q_out_token, _ = q_out.stride()
+    k_out_batch, k_out_head, k_out_token, _ = k_out.stride()
     (batch, q_heads, tokens, n), k_heads, angle_shape = q.shape, k.shape[1], cos.shape
     half = angle_shape[-1] // 2
     HALF, LOOP = tile(half if type(half) is int else 1)  # under tracing any will do
-    kernels.rope[(batch * tokens * (cdiv(q_heads, HEADS) + cdiv(k_heads, HEADS)),)](
-        q, k, cos, sin, q_out, k_out,
-        q_strides[0], q_strides[1], q_strides[2], k_strides[0], k_strides[1], k_strides[2],
-        q_out_strides[0], q_out_strides[1], q_out_strides[2], k_out_strides[0], k_out_strides[1], k_out_strides[2],
+    kernels.rope[(batch * tokens * (-(-q_heads // HEADS) - (-k_heads // HEADS)),)](
+        q, k, cos, sin, q_out, k_out, q_batch, q_head, q_token, k_batch, k_head, k_token,
+        q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
         0 if len(angle_shape) == 2 or angle_shape[0] == 1 else angle_strides[0], angle_strides[-2],
         tokens, q_heads, k_heads, half, n, half if backward else 0, -1.0 if backward else 1.0,
         HEADS=HEADS, HALF=HALF, LOOP=LOOP,
@@ -98,7 +99,11 @@ class RopeFunction(Function):
     @staticmethod
     def backward(ctx, dq_out, dk_out):
         Function.once("rope")
-        return *rope_bwd(dq_out, dk_out, *ctx.saved_tensors), None, None
+        need_dq, need_dk, _, _ = ctx.needs_input_grad
+        if not (need_dq and need_dk):  # of what is frozen, no head
+            dq_out, dk_out = dq_out if need_dq else dq_out[:, :0], dk_out if need_dk else dk_out[:, :0]
+        dq, dk = rope_bwd(dq_out, dk_out, *ctx.saved_tensors)
+        return dq if need_dq else None, dk if need_dk else None, None, None
 
 
 @public
@@ -110,7 +115,11 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     that do not fit together, and where cos or sin require a gradient, of which there is none.
     """
     check(q, k, cos, sin)
-    if needs_grad("rope", q, k):
+    if needs_grad("rope", q, k, cos, sin):
+        if cos.requires_grad or sin.requires_grad:
+            raise ValueError(
+                "rope: cos and sin must not require gradients, which are not computed; got one that does; detach() it"
+            )
         return RopeFunction.apply(q, k, cos, sin)
     return rope_fwd(q, k, cos, sin)
 
@@ -127,7 +136,13 @@ def check(q, k, cos, sin):
         raise ValueError(
             f"rope: q and k must have one dtype of float32, float16 and bfloat16, got {dtype} and {k.dtype}; cast with .to()"
         )
-    if not fits(shape, batch, tokens, n):
+    dims = len(shape)
+    if (
+        not (dims == 2 or (dims == 3 and (shape[0] == 1 or shape[0] == batch)))
+        or shape[-2] != tokens
+        or shape[-1] > n
+        or shape[-1] % 2
+    ):
         raise ValueError(
             f"rope: cos must have shape ({tokens}, r), (1, {tokens}, r) or ({batch}, {tokens}, r) with r even, at most {n}, "
             f"got {tuple(shape)}"
@@ -142,13 +157,3 @@ def check(q, k, cos, sin):
     if k.device != device or cos.device != device or sin.device != device:
         name, tensor = next(item for item in (("k", k), ("cos", cos), ("sin", sin)) if item[1].device != device)
         raise ValueError(f"rope: {name} must be on {device} like q, got {tensor.device}; move it with .to()")
-    if needs_grad("rope", cos, sin):
-        raise ValueError("rope: cos and sin must not require gradients, which are not computed; got one that does; detach() it")
-
-
-def fits(shape, batch, tokens, n):
-    """Whether angles of this shape are those of (batch, any heads, tokens, n)."""
-    dims = len(shape)
-    if dims == 3 and shape[0] != 1 and shape[0] != batch:
-        return False
-    return 2 <= dims <= 3 and shape[-2] == tokens and shape[-1] <= n and shape[-1] % 2 == 0
