@@ -188,6 +188,29 @@ def test_a_dispatch_mode_sees_it(interpreted, name):
     assert f"liger.{name}_fwd.default" in seen
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_tensor_on_another_device_reaches_no_kernel(name):
+    """Also where nothing has looked at the tensors before: operators of graphs, and those called by name."""
+    fwd = getattr(torch.ops.liger, f"{name}_fwd").default
+    arguments, options = EXAMPLES[name](torch.float32)
+    seen = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append((function, args))
+            return function(*args, **kwargs or {})
+
+    with Look():
+        call(name, arguments, options)
+    (args,) = (args for function, args in seen if function is fwd)
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for place in [n for n, a in enumerate(args) if n and torch.is_tensor(a)]:
+        apart = [a.to("meta") if n == place else a for n, a in enumerate(args)]
+        text = f"^{name}_fwd: tensors must be on one device, got one on cpu and another elsewhere; move it with .to\\(\\)$"
+        with pytest.raises(ValueError, match=text):
+            fwd.redispatch(cuda, *apart)
+
+
 def far_apart(t, stride, path):
     """t with rows that far from each other in memory: a file with holes, which takes no room."""
     rows = t.numel() // t.shape[-1]

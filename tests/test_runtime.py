@@ -170,10 +170,20 @@ REMEDY = re.escape(" must be an integer below 2**31 (split the tensor, or make i
 
 @pytest.mark.parametrize(("name", "value"), [("rows", 2**31), ("n", 2**31), ("rows", -(2**31) - 1), ("n", 2**40)])
 def test_sizes_beyond_int32_are_refused_by_name(stub, name, value):
-    sum_up(**{name: 2**31 - 1})
+    sum_up(**{name: 2**31 - 2**15})
     with pytest.raises(ValueError, match=f"^column_sum: {name}{REMEDY}{value}$"):
         sum_up(**{name: value})
     assert len(stub.launches) == 1
+
+
+@pytest.mark.parametrize("value", [2**31 - 2**15 + 1, 2**31 - 1])
+@pytest.mark.parametrize("name", ["rows", "n"])
+def test_what_is_walked_over_ends_a_step_before_int32(stub, name, value):
+    """A kernel's loop adds its step, of rows or columns of a tile, once more than it goes round."""
+    text = rf"^column_sum: {name} must be an integer up to 2\*\*31 - 2\*\*15 \(split the tensor\), got {value}$"
+    with pytest.raises(ValueError, match=text):
+        sum_up(**{name: value})
+    assert not stub.launches
 
 
 def test_strides_beyond_int32_are_refused_by_name(stub, monkeypatch):

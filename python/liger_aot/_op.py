@@ -68,7 +68,7 @@ def op(cpu, fake=None, strided=False):
     def register(function):
         name, body = function.__name__, quiet(function) if fake else function
         overload = _define(function)
-        LIBRARY.impl(name, body, "CUDA")
+        LIBRARY.impl(name, on_one_device(function, body), "CUDA")
         LIBRARY.impl(name, body if cpu is None else quiet(cpu if strided else contiguous(cpu)), "CPU")
         torch.library.register_fake(f"liger::{name}", fake or function, lib=LIBRARY)
         BODIES[name] = body
@@ -94,19 +94,38 @@ def {name}({parameters}):
         return overload_({passed})
     return body_({passed})
 """
+# What the dispatcher calls: public functions, which call bodies directly, have looked at their tensors' devices.
+CUDA_CALL = """\
+def {name}({parameters}):
+    device_ = {first}.device
+    if {apart}:
+        raise ValueError(
+            f"{name}: tensors must be on one device, got one on {{device_}} and another elsewhere; move it with .to()"
+        )
+    return body_({passed})
+"""
 
 
 def direct(function, body, overload):
     """A call of body where all tensors are plain and nobody traces or transforms, else of overload."""
-    plain = []
+    plain = [f"{given}type({name}) in TENSORS_ and not {name}.is_neg()" for name, given in tensors(function, "{} is None or ")]
+    return spell_out(CALL, function, body, overload, plain=" and ".join(f"({p})" for p in plain))
+
+
+def on_one_device(function, body):
+    apart = [f"{given}{name}.device != device_" for name, given in tensors(function, "{} is not None and ")]
+    return spell_out(CUDA_CALL, function, body, None, apart=" or ".join(apart))
+
+
+def tensors(function, optional):
+    """(name, what to say first of an optional one) of each tensor among a function's parameters."""
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.annotation is torch.Tensor:
-            plain.append(f"type({name}) in TENSORS_ and not {name}.is_neg()")
+            yield name, ""
         elif parameter.annotation == torch.Tensor | None:
-            plain.append(f"({name} is None or type({name}) in TENSORS_ and not {name}.is_neg())")
+            yield name, optional.format(name)
         elif "Tensor" in str(parameter.annotation):
             raise TypeError(f"{function.__name__}: {name} must be a tensor, optional or not, got {parameter.annotation}")
-    return spell_out(CALL, function, body, overload, plain=" and ".join(plain))
 
 
 def spell_out(text, function, body, overload, **words):

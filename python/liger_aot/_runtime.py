@@ -28,7 +28,7 @@ FOLDER = pathlib.Path(__file__).parent / "cubins"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i64": torch.int64}
 CODES = {"i32": "i", "i64": "q", "fp32": "f"}  # how struct packs a scalar; a pointer is "P"
 THREADS_PER_WARP = 32
-INT32_MAX = 2**31 - 1
+WALKED, MOST = ("rows", "n"), 2**31 - 2**15  # what kernels walk over, in int32, by steps that must not pass its end
 BUFFER_POINTER, BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
 EXACT, FAMILY, SAME_MAJOR = range(3)
 # What reading a zip raises when bytes of it are missing or changed, its headers' flags and methods among them.
@@ -174,6 +174,8 @@ class Plan:
             code = "P" if type_.startswith("*") else CODES[type_.removesuffix(":16")]
             try:
                 struct.pack(code, value)
+                if name in WALKED and value > MOST:
+                    return f"{kernel}: {name} must be an integer up to 2**31 - 2**15 (split the tensor), got {value}"
             except (struct.error, OverflowError, TypeError):
                 what = {"i": "an integer below 2**31 (split the tensor, or make it contiguous)", "f": "a number"}
                 return f"{kernel}: {name} must be {what.get(code, 'an integer below 2**63')}, got {value}"
@@ -293,6 +295,8 @@ def {kernel}(grid_, {names}):
     {pointers} = {addresses}
     try:
         pack_into_(buffer_, 0, {values}, 0, 0)
+        if {beyond}:
+            raise OverflowError
     except UNFIT_:
         raise ValueError(mismatch_("{kernel}", [{pointers}], [{scalars}])) from None
     key_ = {first}.get_device(), not ({divisible}) & 15, {dtypes}, {constants}
@@ -333,6 +337,7 @@ def spell_out(launcher, kernel, device):
         addresses=", ".join(f"{name}.data_ptr()" for name in tensors) + ",",
         scalars=", ".join(scalars),
         values=", ".join([*pointers, *scalars]),
+        beyond=" or ".join(f"{name} > MOST_" for name in parameters if name in WALKED) or "False",
         divisible=" | ".join([*pointers, *(name for name, type_ in parameters.items() if type_.endswith(":16"))]),
         dtypes=", ".join(f"{name}.dtype" for name in tensors),
         constants=", ".join(constants),
@@ -341,6 +346,7 @@ def spell_out(launcher, kernel, device):
         "FakeTensor_": FakeTensor,
         "arguments_": Arguments(plan.size),
         "pack_into_": plan.pack_into,
+        "MOST_": MOST,
         "UNFIT_": (struct.error, OverflowError, TypeError),
         "mismatch_": plan.mismatch,
         "variants_": variants,

@@ -4,7 +4,6 @@ import torch
 from torch._C import _is_any_autocast_enabled
 
 FLOATS = {torch.float32, torch.float16, torch.bfloat16}
-INT32_MAX = 2**31 - 1
 
 
 def wide(x):
