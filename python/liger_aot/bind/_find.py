@@ -189,7 +189,9 @@ def find_norm(module):
     def compute(x, *given):
         for name, tensor in zip(("weight", "bias"), given, strict=True):
             if name in module._parameters:
-                copy.register_parameter(name, None if tensor is None else nn.Parameter(tensor))
+                copy._parameters[name] = (
+                    None if tensor is None else nn.Parameter(tensor)
+                )  # accelerate patches register_parameter
         return copy(x)
 
     mixed = left
@@ -266,9 +268,9 @@ def find_glu(module):
     made = {}
     for name, layer in layers.items():
         shape = sizes[layer.in_features], sizes[layer.out_features]
-        made[name] = nn.utils.skip_init(nn.Linear, *shape, bias=layer.bias is not None, device="cpu", dtype=FP32)
-        for p in made[name].parameters():
-            p.data = normal(generator, *p.shape, scale=0.3)
+        made[name] = nn.Linear(*shape, bias=layer.bias is not None, device="meta")
+        for key, p in weights_of(made[name]).items():
+            made[name]._parameters[key] = nn.Parameter(normal(generator, *p.shape, scale=0.3))
     copy, formulas, left = shell(module, sizes, **made), dict(glu_formulas(made)), {}
     for n in {made[names[0]].in_features for _, _, names in formulas}:
         left = {key: f for key, f in formulas.items() if made[key[2][0]].in_features == n}
