@@ -16,12 +16,15 @@ import kernels
 import pytest
 import torch
 import training
+from tiny import DECODER
 from tiny import batch
 from tiny import build
 from tiny import check_equal
+from tiny import check_identical
 from tiny import operators
 from tiny import step
 from transformers import AutoModelForCausalLM
+from transformers import Llama4TextConfig
 from transformers import LlamaForCausalLM
 from transformers import PreTrainedModel
 from transformers import TrainerCallback
@@ -63,10 +66,9 @@ def asked(monkeypatch):
     return calls
 
 
-def alone(code, *arguments, path=()):
-    """What code prints, in an interpreter that sees these directories alone."""
-    path = os.pathsep.join(map(str, [Path(liger_aot.__file__).parents[1], HERE, *path]))
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+def alone(code, site, *arguments):
+    """What code prints, in an interpreter that sees this directory of packages alone."""
+    environment = {**os.environ, "PYTHONPATH": f"{site}{os.pathsep}{HERE}", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-S", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=HERE)
     assert done.returncode == 0, done.stderr
@@ -77,6 +79,7 @@ def without(folder, *packages):
     """A directory of everything that is installed here but these."""
     site = folder / "site-packages"
     site.mkdir()
+    (site / "liger_aot").symlink_to(Path(liger_aot.__file__).parent)
     for installed in [Path(p) for p in sys.path if p.endswith("-packages")]:
         for entry in installed.iterdir():
             if not entry.name.startswith(packages) and not (site / entry.name).exists():
@@ -112,6 +115,8 @@ def test_the_callback_passes_options_on(tmp_path):
     assert bound(callback.report) == {"rms_norm", "swiglu", "cross_entropy"}
     with pytest.raises(TypeError, match="ropes"):
         training.train(tmp_path, build(), [liger_aot.LigerCallback(ropes=False)])
+    with pytest.raises(ValueError, match="LigerCallback: use_liger_kernel must be False, got True"):
+        training.train(tmp_path, build(), [liger_aot.LigerCallback()], use_liger_kernel=True)
 
 
 def test_each_model_of_model_init_is_bound(tmp_path):
@@ -127,13 +132,23 @@ def test_each_model_of_model_init_is_bound(tmp_path):
     assert all(map(is_bound, built))
 
 
-def test_a_second_trainer_takes_a_bound_model(tmp_path):
+def test_a_bound_model_is_bound_anew_once(tmp_path):
+    """Not again as training begins: the report from then on counts."""
+    reports = []
+
+    class Watch(TrainerCallback):
+        def on_init_end(self, *args, **kwargs):
+            reports.append(callback.report)
+
+        on_train_begin = on_init_end
+
     model = build()
     liger_aot.bind(model, rope=False)
     callback = liger_aot.LigerCallback()
-    assert issubclass(type(callback), TrainerCallback)
-    check_curve(training.train(tmp_path, model, [callback]), plain_curve("llama"))
+    check_curve(training.train(tmp_path, model, [callback, Watch()]), plain_curve("llama"))
     assert "rope" in bound(callback.report)
+    assert all(report is callback.report for report in reports)
+    assert len(reports) == 2
 
 
 def test_trl_with_the_callback_learns_as_without(tmp_path):
@@ -247,6 +262,11 @@ def test_instance_by_its_type():
     [
         (lambda: apply_liger_kernel_to_llama(cross_entropy=True, model=build()), ValueError, "cannot both be True"),
         (
+            lambda: _apply_liger_kernel_to_instance(build("gpt2"), cross_entropy=True),
+            ValueError,
+            "both be True, got them for gpt2",
+        ),
+        (
             lambda: apply_liger_kernel_to_granite(fused_linear_cross_entropy=True, model=build()),
             ValueError,
             "granite; set fused",
@@ -279,6 +299,7 @@ def test_new_models_are_bound_while_it_is_open(saved):
     config = build().config
     with bind_new_models():
         apply_liger_kernel_to_llama(rope=False)
+        torch.manual_seed(0)
         models = [
             LlamaForCausalLM(config),
             AutoModelForCausalLM.from_config(config),
@@ -289,7 +310,9 @@ def test_new_models_are_bound_while_it_is_open(saved):
         with pytest.raises(RuntimeError, match="bind_new_models: must not be open already"):
             bind_new_models()
     assert dict(vars(PreTrainedModel)) == theirs
-    others += [build(), AutoModelForCausalLM.from_pretrained(saved)]
+    torch.manual_seed(0)
+    others += [LlamaForCausalLM(config), AutoModelForCausalLM.from_pretrained(saved)]
+    check_identical(models[0].state_dict(), others[1].state_dict())
     plain = step(others[-1].train(), **batch())
     assert not any(map(is_bound, others))
     for model in models:
@@ -300,6 +323,13 @@ def test_new_models_are_bound_while_it_is_open(saved):
         assert not any("rope" in name for name in names)
     with pytest.raises(RuntimeError, match="must be given, got none"):
         apply_liger_kernel_to_llama()
+
+
+def test_new_models_of_a_type_with_two_names_are_bound():
+    config = Llama4TextConfig(**DECODER, head_dim=8, intermediate_size_mlp=48, num_local_experts=2, moe_layers=[])
+    with bind_new_models():
+        MODEL_TYPE_TO_APPLY_LIGER_FN["llama4"]()
+        assert is_bound(AutoModelForCausalLM.from_config(config))
 
 
 def test_new_models_are_bound_inside_others(tmp_path):
@@ -325,6 +355,18 @@ def test_new_models_are_bound_inside_others(tmp_path):
         assert "loss=liger" not in repr(outer)
 
 
+def test_loaded_models_are_bound_when_their_weights_are_there(saved, monkeypatch):
+    """The inner model of the type, then the model."""
+    devices, bind = [], monkey_patch.bind
+    monkeypatch.setattr(
+        monkey_patch, "bind", lambda model, **options: devices.append(model.device.type) or bind(model, **options)
+    )
+    with bind_new_models():
+        apply_liger_kernel_to_llama()
+        LlamaForCausalLM.from_pretrained(saved)
+    assert devices == ["cpu", "cpu"]
+
+
 # --- answering for liger_kernel
 
 
@@ -339,7 +381,7 @@ def test_as_liger_is_refused_where_liger_is_installed():
 @pytest.fixture(scope="module")
 def as_liger(tmp_path_factory):
     folder = tmp_path_factory.mktemp("as_liger")
-    out = alone("import sys, training; training.main(sys.argv[1])", folder, path=[without(folder, "liger_kernel")])
+    out = alone("import sys, training; training.main(sys.argv[1])", without(folder, "liger_kernel"), folder)
     return json.loads(out.splitlines()[-1])
 
 
@@ -367,7 +409,7 @@ def test_modules_of_liger_kernel_are_ours(tmp_path):
     code = """if True:
         import importlib.util, sys
         import liger_aot, liger_aot.transformers.rms_norm as ours
-        spec = ours.__spec__
+        spec, finders = ours.__spec__, [*sys.meta_path]
         with liger_aot.as_liger():
             import liger_kernel.transformers.rms_norm as theirs
             from liger_kernel.transformers import LigerRMSNorm, apply_liger_kernel_to_llama
@@ -379,9 +421,10 @@ def test_modules_of_liger_kernel_are_ours(tmp_path):
                 liger_aot.as_liger()
             except RuntimeError as error:
                 print(error)
-        assert importlib.util.find_spec("liger_kernel") is None and "transformers" not in sys.modules
+        assert importlib.util.find_spec("liger_kernel") is None and sys.meta_path == finders
+        assert "transformers" not in sys.modules
     """
-    out = alone(code, path=[without(tmp_path, "liger_kernel")])
+    out = alone(code, without(tmp_path, "liger_kernel"))
     assert out == "as_liger: must not be open already; close the other one first\n"
 
 
@@ -395,7 +438,7 @@ def test_transformers_is_optional(tmp_path):
             except ImportError as error:
                 print(error)
     """
-    out = alone(code, path=[without(tmp_path, "transformers")])
+    out = alone(code, without(tmp_path, "transformers"))
     remedy = "needs transformers, which is not installed: pip install 'liger-aot[transformers]'"
     assert out.splitlines() == [f"LigerCallback {remedy}", f"AutoLigerKernelForCausalLM {remedy}"]
 

@@ -50,17 +50,18 @@ def as_liger():
     Changed are sys.modules and sys.meta_path, until close() of what this returns, or the end of a with statement; models that
     were bound stay bound. RuntimeError where liger-kernel is installed: nobody could tell which of the two answers.
     """
-    if (module := sys.modules.get("liger_kernel")) and isinstance(module.__loader__, Alias):
+    spec = find_spec("liger_kernel")
+    if spec and isinstance(spec.loader, Alias):
         raise RuntimeError("as_liger: must not be open already; close the other one first")
-    if module or (spec := find_spec("liger_kernel")):
-        place = module.__file__ if module else spec.origin
+    if spec:
+        place = spec.origin or ", ".join(spec.submodule_search_locations)
         raise RuntimeError(
             f"as_liger: liger-kernel must not be installed, found {place}; uninstall it, or reach liger_aot by its own names: "
             "LigerCallback for a Trainer, liger_aot.bind(model), liger_aot.transformers for liger_kernel.transformers"
         )
     finder = Alias("transformers")
     root = ModuleType("liger_kernel", "liger_aot answers for this name: liger_aot.as_liger() was called.")
-    root.__version__, root.__loader__, root.__path__ = VERSION, finder, []
+    root.__version__, root.__path__ = VERSION, []
     root.__spec__ = ModuleSpec("liger_kernel", finder, origin=__file__, is_package=True)
     sys.modules["liger_kernel"] = root
     sys.meta_path.insert(0, finder)

@@ -17,6 +17,8 @@ class LigerCallback(TrainerCallback):
         self.options, self.report, self.known = options, None, lambda: None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
+        if args.use_liger_kernel:
+            raise ValueError("LigerCallback: use_liger_kernel must be False, got True, which patches the model a second time")
         # As training begins, the model may stand inside a wrapper of accelerate's or of torch.compile's.
         if self.known() is None or all(module is not self.known() for module in model.modules()):
             self.known = weakref.ref(model)
