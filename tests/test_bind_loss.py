@@ -299,6 +299,25 @@ def seen_through_a_view(z, y):
     return flat(z, y)
 
 
+def scaled_before(z, y):
+    scaled, biased = z * 2, z + BIAS
+    z.zero_()
+    return flat(scaled, y) + flat(torch.tanh(biased / 2) * 2, y) + z.sum()
+
+
+def cut_before(z, y):
+    part, rows = z[..., :50], z[:, 1:]
+    z.add_(BIAS)
+    return flat(part, y.clamp(max=49)) + flat(rows.contiguous(), y[:, 1:].contiguous())
+
+
+def masked_before(z, y):
+    """Unlike a slice, what a mask or indices choose is a copy."""
+    chosen, some = z[y >= 0], z[:, torch.tensor([1, 3])]
+    z.zero_()
+    return F.cross_entropy(chosen, y[y >= 0]) + flat(some, y[:, 5:7].contiguous())
+
+
 def quiet_clamp(z):
     with torch.no_grad():
         z.clamp_(-0.1, 0.1)
@@ -323,6 +342,9 @@ UNKNOWN = {
     "an older view sees it": seen_by_a_view,
     "through a view": seen_through_a_view,
     "scaled, then in place": lambda z, y: after(lambda s: s.add_(1.0).mul_(BIAS))(z * 2, y),
+    "scaled before it was changed": scaled_before,
+    "cut before it was changed": cut_before,
+    "masked before it was changed": masked_before,
     "a hook on its gradient": after(lambda z: z.register_hook(lambda gradient: 2 * gradient)),
     # shapes
     "transposed": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
@@ -440,6 +462,8 @@ EITHER = {
     "capped and not": lambda z, y: flat(torch.tanh(z / 2) * 2, y) + flat(z, y),
     "and more": lambda z, y: flat(z, y) + 1e-2 * z.logsumexp(-1).square().mean(),
     "detached": lambda z, y: flat(z, y) * flat(z.detach(), y),
+    "to a device by name": lambda z, y: flat(z.to("cpu"), y),
+    "checkpointed": lambda z, y: torch.utils.checkpoint.checkpoint(flat, z * 2, y, use_reentrant=False),
     "asked about": lambda z, y: flat(z, y) * asked(z),
     "new tensors of its kind": lambda z, y: flat(z, y) + z.new_ones(()) + torch.zeros_like(z).sum() + torch.ones_like(z).mean(),
 }
@@ -451,6 +475,10 @@ def after_augmenting(z):
     z += BIAS
     z -= 0.5
     return z
+
+
+def smoothed(z, y):
+    return flat(z.float(), y) - 0.1 * z.float().log_softmax(-1).mean()
 
 
 def asked(z):
@@ -484,6 +512,13 @@ def test_counts_say_what_was_asked_of_the_logits():
     assert any("topk" in what for what in materialised(report))
     assert sum(materialised(report).values()) == 1
     assert "topk" in str(report)
+
+
+@pytest.mark.parametrize("loss", [flat, smoothed])
+def test_a_loss_that_is_compiled_by_itself(loss):
+    torch._dynamo.reset()
+    results, _ = both(torch.compile(lambda z, y: loss(z * 2, y), backend="eager"))
+    check_equal(*results)
 
 
 # --- Around the forward
@@ -589,6 +624,36 @@ def test_under_autocast(family, forbidden):
         assert got[name].dtype == plain[name].dtype == torch.float32
         unit = torch.finfo(torch.bfloat16).eps * truth.norm()
         assert (got[name] - truth).norm() <= max(2 * (plain[name] - truth).norm(), unit), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("loss", ["as it is", "log_softmax"])
+def test_a_loss_that_switches_autocast_off(family, loss):
+    """Whose logits the head made under it: their dtype is the one that they would have had."""
+    functions = FUSED | UNKNOWN | EITHER
+    seen, losses = [], []
+
+    def loss_function(logits, labels, *_, **__):
+        with torch.autocast("cpu", enabled=False):
+            value = functions[loss](logits, labels).float()
+            seen.append((logits.dtype, (logits + 0).dtype))
+        return value
+
+    for model in bound(family)[0], made(family):
+        model.loss_function = loss_function
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append(step(model, **batch())["loss"])
+    assert seen[0] == seen[1]
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+
+
+def test_logits_of_a_frozen_model_need_no_gradient():
+    seen = []
+    for model in bound()[0], made():
+        model.requires_grad_(False)
+        model.loss_function = lambda logits, labels, **_: seen.append(logits.requires_grad) or flat(logits, labels)
+        assert not model(**batch()).loss.requires_grad
+    assert seen == [False, False]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
 import transformers
+from accelerate import Accelerator
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook
 from accelerate.hooks import add_hook_to_module
@@ -30,6 +31,7 @@ from tiny import nodes
 from tiny import operators
 from tiny import recorder
 from tiny import step
+from torch.nn.utils import parametrize
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
@@ -501,6 +503,74 @@ def test_a_backward_hook_on_the_head_breaks_nothing(model, plain):
     check_equal(step(model, **batch()), plain)
 
 
+@pytest.mark.parametrize("first", ["prepare", "bind"])
+def test_accelerators_mixed_precision(first):
+    """prepare gives the model a forward of its instance: bound after it, the model's loss stays its own."""
+
+    def run(acts):
+        model = build()
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        for act in acts:
+            act(accelerator, model)
+        return step(model, **batch()), accelerator, model
+
+    def prepare(accelerator, model):
+        assert accelerator.prepare(model) is model
+
+    def bind(accelerator, model):
+        liger_aot.bind(model)
+
+    plain, _, _ = run([prepare])
+    got, accelerator, model = run([prepare, bind] if first == "prepare" else [bind, prepare])
+    for name, expected in plain.items():
+        assert got[name].dtype == expected.dtype
+        assert (got[name] - expected).norm() <= 2e-2 * expected.norm() + 1e-6, name
+    liger_aot.unbind(model)
+    check_identical(step(model, **batch()), plain)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    with operators() as seen:
+        check_identical(step(model, **batch()), step(build(), **batch()))
+    assert not seen
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("path", ["lm_head", "model.layers.0.mlp.up_proj", "model.norm"])
+@pytest.mark.parametrize("first", ["parametrize", "bind"])
+def test_parametrized_weights(first, path):
+    def parametrize_it(model):
+        parametrize.register_parametrization(model.get_submodule(path), "weight", Doubled())
+
+    def run(*acts):
+        model = build()
+        for act in acts:
+            act(model)
+        return step(model, **batch()), model
+
+    plain, other = run(parametrize_it)
+    got, model = run(*((parametrize_it, liger_aot.bind) if first == "parametrize" else (liger_aot.bind, parametrize_it)))
+    check_equal(got, plain)
+    liger_aot.unbind(model)
+    check_identical(step(model, **batch()), plain)
+    assert [type(m).__name__ for m in model.modules()] == [type(m).__name__ for m in other.modules()]
+
+
+def test_a_resized_vocabulary(model):
+    plain = build()
+    report = liger_aot.bind(model)
+    for each in model, plain:
+        torch.manual_seed(5)
+        each.resize_token_embeddings(120)
+    check_equal(step(model, **batch()), step(plain, **batch()))
+    assert model.lm_head.out_features == 120
+    assert not materialised(report)
+    liger_aot.unbind(model)
+    check_identical(step(model, **batch()), step(plain, **batch()))
+
+
 # --- torch.compile and torch.export
 
 
@@ -565,6 +635,26 @@ def test_eager_steps_after_a_compiled_one_run_the_operators(model, plain):
     torch._dynamo.reset()
     step(torch.compile(model, fullgraph=True, backend="aot_eager"), **batch())
     check_runs_bound(model, plain)
+
+
+@pytest.mark.parametrize("first", ["compile", "bind"])
+def test_compiled_in_place(model, plain, first):
+    torch._dynamo.reset()
+    acts = [lambda: model.compile(backend="eager"), lambda: liger_aot.bind(model)]
+    for act in acts if first == "compile" else reversed(acts):
+        act()
+    check_equal(step(model, **batch()), plain)
+    liger_aot.unbind(model)
+    check_equal(step(model, **batch()), plain)
+
+
+def test_a_compiled_wrapper_is_bound(plain):
+    torch._dynamo.reset()
+    graphs = []
+    wrapped = torch.compile(build(), fullgraph=True, backend=recorder(graphs))
+    assert liger_aot.bind(wrapped, compile="liger").bound
+    check_equal(step(wrapped, **batch()), plain)
+    assert "linear_cross_entropy_fwd" in nodes(graphs)
 
 
 @pytest.mark.parametrize("strict", [False, True])
