@@ -216,6 +216,19 @@ def test_nothing_to_learn_from(path, reduction):
         assert torch.equal(x.grad, torch.zeros_like(x))
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(0, 0), (3, 0), (0,), (0, 5, 3)], ids=str)
+def test_nothing_to_choose_from(path, shape, reduction):
+    x = torch.zeros(shape, requires_grad=True)
+    target = torch.full(shape[:1] * (len(shape) > 1) + shape[2:], -100)
+    got, want = (f(x, target, reduction=reduction) for f in (cross_entropy, functional.cross_entropy))
+    torch.testing.assert_close(got, want, equal_nan=True)
+    got.sum().backward()
+    assert x.grad.shape == shape
+    _, _, _, predicted = cross_entropy_stats(x, target, label_smoothing=0.1, lse_square_scale=0.1)
+    assert torch.equal(predicted, torch.full_like(target, -1))
+
+
 def test_ignored_rows_may_hold_anything(path):
     x, target = torch.randn(4, 30), torch.tensor([2, -100, -100, 4])
     x[1], x[2] = torch.nan, torch.inf
@@ -300,6 +313,8 @@ def test_is_an_operator():
 
 BAD = [
     (lambda x, t: cross_entropy(x.double(), t), "input must be float32, float16 or bfloat16, got torch.float64"),
+    (lambda x, t: cross_entropy(x, t, lse_square_scale=torch.nan), "lse_square_scale must be a finite number, got nan"),
+    (lambda x, t: cross_entropy(x, t, lse_square_scale=-torch.inf), "lse_square_scale must be a finite number, got -inf"),
     (lambda x, t: cross_entropy(x[0, 0], t), "input must have shape (C,) or (N, C, ...), got ()"),
     (lambda x, t: cross_entropy(x, t.int()), "target must be class indices in int64, got torch.int32; convert it with .long()"),
     (lambda x, t: cross_entropy(x, t[1:]), "target must have shape (2,), got (1,)"),

@@ -251,6 +251,7 @@ BAD = [
     (lambda h, w, t: linear_cross_entropy(h, w, t[1:]), "target must have shape (6,), got (5,)"),
     (lambda h, w, t: linear_cross_entropy(h, w, t, reduction="avg"), "reduction must be one of none, mean, sum, got 'avg'"),
     (lambda h, w, t: linear_cross_entropy(h, w, t, label_smoothing=2.0), "label_smoothing must be between 0 and 1, got 2.0"),
+    (lambda h, w, t: linear_cross_entropy(h, w, t, scale=torch.nan), "scale must be a finite number, got nan"),
     (lambda h, w, t: linear_cross_entropy(h, w, t, softcap=0.0), "softcap must be positive, or None for none, got 0.0"),
     (lambda h, w, t: linear_cross_entropy(h, w, t.abs() + 50), "target must be in [0, 50) or ignore_index -100, got "),
 ]

@@ -3,6 +3,7 @@ import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_aot.ops import _linear
@@ -39,8 +40,8 @@ def ours(temperature=1.0, ignore_index=-100):
 
 
 def check(function, reference, hidden, weight, target, *bias, temperature=1.0, **options):
-    # A log-probability is z - lse, and p in a gradient is exp(z - lse): both carry the rounding of lse, the gradients of what is
-    # divided by the temperature as many times.
+    # A log-probability is z - lse, and p in a gradient is exp(z - lse): both carry the rounding of lse, the gradients
+    # 1 / temperature times.
     z = torch.nn.functional.linear(hidden.float(), weight.float(), *(b.float() for b in bias)) / temperature
     carries = z.logsumexp(-1).abs().max().item() * max(1, 1 / temperature)
     return harness_check(function, reference, hidden, weight, target, *bias, carries=carries, **options)
@@ -147,12 +148,19 @@ def test_logits_are_never_whole(monkeypatch):
 
 @pytest.mark.parametrize("rows", [1025, 4096, 4097, 32768])
 @pytest.mark.parametrize(("width", "itemsize"), [(4096, 2), (1024, 4), (64, 2), (16384, 2)])
-def test_memory_is_bounded_by_the_weight_gradient(rows, width, itemsize):
-    """fp32 logits and their gradient take no more than the gradient of weight in its dtype, if 1024 rows or more do so."""
-    chunk = _linear.chunk_rows(rows, width, itemsize)
+@pytest.mark.parametrize("least", [128, 1024])
+def test_memory_is_bounded_by_the_weight_gradient(rows, width, itemsize, least):
+    """fp32 logits and their gradient take no more than the gradient of weight in its dtype, if `least` rows or more do so."""
+    chunk = _linear.chunk_rows(rows, width, itemsize, least)
     assert chunk < rows
-    assert chunk <= 1024 or chunk * (4 + itemsize) <= itemsize * width
-    assert 512 <= chunk <= 2048
+    assert chunk <= least or chunk * (4 + itemsize) <= itemsize * width
+    assert least // 2 <= chunk <= 2048
+
+
+def test_a_cpu_takes_smaller_chunks():
+    assert [rows.stop for rows in _linear.chunks(torch.empty(500, 64))] == [128, 256, 384, 500]
+    with FakeTensorMode():
+        assert [rows.stop for rows in _linear.chunks(torch.empty(2048, 64, device="cuda"))] == [1024, 2048]
 
 
 def test_one_chunk_of_logits_at_a_time(monkeypatch):

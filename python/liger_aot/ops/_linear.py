@@ -9,19 +9,20 @@ from ._check import under_autocast
 # does 150 to 200 flops in the time of a byte spends a fifth of its time on that at 1024 rows, a tenth at 2048, where the
 # matmuls also have enough tiles for all of it. So: 2048 rows if the memory they take is there anyway, but at least 1024.
 CHUNK = 2048
+# A CPU does fewer flops in the time of a byte, and is as fast with a tile's rows.
 LEAST = 1024  # and more rows than this are always cut in two, so that the logits never exist whole
 TILE = 128  # what the rows of a chunk are a multiple of, as those of a matmul's tiles
 
 
-def chunk_rows(rows, width, itemsize):
+def chunk_rows(rows, width, itemsize, least):
     """How many rows a chunk has: equal shares of all, at least two.
 
     Their fp32 logits and the gradient of those take no more memory than the gradient of weight rounded to its own dtype, which
-    in backward lies beside the fp32 one for a moment: so they do not add to the peak, where LEAST does not make them.
+    in backward lies beside the fp32 one for a moment: so they do not add to the peak, where `least` does not make them.
     """
     fits = itemsize * width // (4 + itemsize)
-    most = min(CHUNK, max(LEAST, fits // TILE * TILE))
-    count = max(-(-rows // most), 2 if rows > LEAST else 1)
+    most = min(CHUNK, max(least, fits // TILE * TILE))
+    count = max(-(-rows // most), 2 if rows > least else 1)
     share = -(-rows // count)
     return min(most, -(-share // TILE) * TILE)
 
@@ -29,7 +30,7 @@ def chunk_rows(rows, width, itemsize):
 def chunks(hidden):
     """Slices over the rows of hidden (rows, width)."""
     rows, width = hidden.shape
-    step = chunk_rows(rows, width, hidden.element_size())
+    step = chunk_rows(rows, width, hidden.element_size(), LEAST if hidden.is_cuda else TILE)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)] if rows else []
 
 

@@ -1,5 +1,6 @@
 """What the losses require of their arguments."""
 
+import math
 import os
 
 import torch
@@ -26,13 +27,16 @@ def check_target_if_asked(op, target, ignore_index, classes):
         check_target(op, target, ignore_index, classes)
 
 
-def check_options(op, reduction, label_smoothing, softcap):
+def check_options(op, reduction, label_smoothing, softcap, lse_square_scale, scale=1.0):
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{op}: softcap must be positive, or None for none, got {softcap}")
+    if not abs(lse_square_scale) < math.inf or not abs(scale) < math.inf:
+        name, value = ("scale", scale) if abs(lse_square_scale) < math.inf else ("lse_square_scale", lse_square_scale)
+        raise ValueError(f"{op}: {name} must be a finite number, got {value}")
 
 
 def check_classes(op, target, shape, x):

@@ -5,6 +5,7 @@ is PaLM's (arXiv 2204.02311, section 5). logsumexp is computed online, in one pa
 """
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ def forward_reference(
     n = logits.shape[-1]
     check_target("cross_entropy", target, ignore_index, n)
     z, valid = capped(logits, softcap, scale), target != ignore_index
+    if not n:  # and so no target, of no row
+        return z.sum(-1), z.sum(-1), target.new_full(target.shape if predict else (0,), -1)
     y = torch.where(valid, target, 0)
     highest = z.amax(-1).detach()
     base = torch.where(highest == -torch.inf, 0.0, highest)
@@ -72,6 +75,8 @@ def backward_reference(
     dloss, logits, target, weight, lse, totals, ignore_index, label_smoothing, softcap, lse_square_scale, scale=1.0, dtype=None
 ):
     n = logits.shape[-1]
+    if not n:
+        return torch.empty_like(logits, dtype=dtype)
     z, valid = capped(logits, softcap, scale), target != ignore_index
     y = torch.where(valid, target, 0)
     upstream = torch.where(valid, wide(dloss), 0.0)
@@ -238,7 +243,7 @@ def run(name, input, target, weight, options, reduction, dtype, stats):
     shape = list(input.shape)
     if not shape:
         raise ValueError(f"{name}: input must have shape (C,) or (N, C, ...), got ()")
-    check_options(name, reduction, *options[1:3])
+    check_options(name, reduction, *options[1:])
     dim = 0 if len(shape) == 1 else 1
     classes, shape = shape.pop(dim), tuple(shape)
     weight, dtype = check_class_weights(name, weight, classes, input), result_dtype(input, dtype)
@@ -248,7 +253,7 @@ def run(name, input, target, weight, options, reduction, dtype, stats):
         return (with_probabilities(input, target, weight, options, reduction).to(dtype),)
     target = check_classes(name, target, shape, input)
     flat = len(shape) == dim == 1
-    logits = input if flat else input.movedim(dim, -1).reshape(-1, classes)
+    logits = input if flat else input.movedim(dim, -1).reshape(math.prod(shape), classes)
     mean = None if reduction == "none" else reduction == "mean"
     arguments = logits, target if flat else target.reshape(-1), weight, options, mean, dtype, stats
     outputs = CrossEntropyFunction.apply(*arguments) if needs_grad("cross_entropy", input) else compute(*arguments)[0]

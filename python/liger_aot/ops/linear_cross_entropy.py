@@ -181,7 +181,7 @@ def compute(hidden, weight, target, bias, class_weight, options, mean, dtype, st
 
 
 def run(name, input, linear_weight, target, linear_bias, weight, options, reduction, dtype, stats):
-    check_options(name, reduction, *options[1:3])
+    check_options(name, reduction, *options[1:])
     dtype = result_dtype(input, dtype)
     if linear_weight.dim() > 2 or target.is_floating_point():
         if stats:
