@@ -1,0 +1,189 @@
+"""Programs for other machines: Inductor's own compiler, AOTInductor's packages, and graphs that hold our Triton kernels."""
+
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers import LlamaForCausalLM
+from triton.runtime.jit import JITFunction
+
+import liger_aot
+from liger_aot import _jit
+from liger_aot import export
+
+from examples import EXAMPLES
+from examples import call
+from examples import leaves
+
+OPERATORS = pytest.mark.parametrize("name", EXAMPLES)
+compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor wants a C++ compiler, and there is no g++")
+
+
+class Stand(JITFunction):
+    """A kernel that Triton would compile, for torch; it is interpreted where it runs."""
+
+    cache_key = "interpreted"
+
+    def __init__(self, kernel):
+        self.kernel, self.fn, self.variants, self.parameters = kernel, kernel.fn, kernel.variants, kernel.parameters
+        self.arg_names, self.params, self.__name__ = list(inspect.signature(kernel.fn).parameters), [], kernel.fn.__name__
+
+    def run(self, *args, grid, warmup, **options):
+        self.kernel[grid](*args, **{name: value for name, value in options.items() if name in self.arg_names})
+
+
+@pytest.fixture
+def lower(monkeypatch):
+    stands = {name: Stand(kernel) for name, kernel in _jit.load().items()}
+    monkeypatch.setattr(export, "sources", lambda: stands)
+    return export.lower
+
+
+class Call(torch.nn.Module):
+    """One operator as a module of its tensors."""
+
+    def __init__(self, name, arguments, options):
+        super().__init__()
+        self.name, self.options = name, options
+        self.others = [None if isinstance(a, torch.Tensor) else a for a in arguments]
+
+    def forward(self, *tensors):
+        rest = iter(tensors)
+        return call(self.name, [next(rest) if a is None else a for a in self.others], self.options)
+
+
+def example(name, dtype=torch.float32):
+    arguments, options = EXAMPLES[name](dtype)
+    tensors = tuple(a.detach().as_subclass(torch.Tensor) for a in arguments if isinstance(a, torch.Tensor))
+    return Call(name, arguments, options), tensors
+
+
+def kernels_of(program):
+    return [node for node in program.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+
+
+def liger_nodes(program):
+    return [node for node in program.graph.nodes if str(node.target).startswith("liger.")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@OPERATORS
+def test_lowered_graphs_hold_kernels_and_compute_the_same(lower, name, dtype):
+    module, tensors = example(name, dtype)
+    program = torch.export.export(module, tensors)
+    assert liger_nodes(program)
+    lowered = lower(program)
+    assert kernels_of(lowered)
+    assert not liger_nodes(lowered)
+    with _jit.interpreted():
+        for got, want in zip(lowered.module()(*tensors), module(*tensors), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", [n for n in EXAMPLES if not n.startswith("linear")])
+def test_lowered_graphs_keep_dynamic_sizes(lower, name):
+    module, tensors = example(name)
+    rows = torch.export.Dim("rows", min=2, max=512)
+    sizes = [{0: rows} if t.dim() > 1 or name == "cross_entropy" else None for t in tensors]
+    lowered = lower(torch.export.export(module, tensors, dynamic_shapes=(tuple(sizes),)))
+    more = tuple(t if size is None else torch.cat((t, t, t)) for t, size in zip(tensors, sizes, strict=True))
+    with _jit.interpreted():
+        for got, want in zip(lowered.module()(*more), module(*more), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", [n for n in EXAMPLES if n.startswith("linear")])
+def test_chunks_of_rows_unknown_are_refused_by_name(lower, name):
+    module, tensors = example(name)
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    program = torch.export.export(module, tensors, dynamic_shapes=(({0: rows}, None, {0: rows}),))
+    with pytest.raises(NotImplementedError, match=f"lower: {name}_fwd takes as many steps as there are chunks of rows"):
+        lower(program)
+
+
+def test_a_bound_model_lowers_whole(lower):
+    model = tiny_llama()
+    ids = torch.randint(97, (2, 7))
+    program = torch.export.export(Logits(model), (ids,))
+    lowered = lower(program)
+    assert len(kernels_of(lowered)) == len(liger_nodes(program)) == 5
+    assert not liger_nodes(lowered)
+    with _jit.interpreted():
+        # Decompositions, such as those of attention, sum in another order.
+        torch.testing.assert_close(lowered.module()(ids), Logits(model)(ids))
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(
+        ValueError, match=r"lower: program must be a torch\.export\.ExportedProgram, got Linear; export it first"
+    ):
+        export.lower(torch.nn.Linear(2, 2))
+
+
+def test_lowering_takes_the_kernels_of_the_package():
+    """In a process of its own, in which Triton compiles."""
+    script = """
+        import torch, liger_aot
+        from liger_aot import export
+        class Module(torch.nn.Module):
+            def forward(self, gate, up):
+                return liger_aot.swiglu(gate, up)
+        program = export.lower(torch.export.export(Module(), (torch.randn(2, 8), torch.randn(2, 8))))
+        nodes = [node for node in program.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+        print(len(nodes), type(export.sources()["swiglu_fwd"]).__name__, nodes[0].kwargs["tensors_to_clone"])
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[0] == "1 JITFunction ['y']"
+
+
+def tiny_llama():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, use_cache=False))
+    liger_aot.bind(model)
+    return model.eval()
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids).logits
+
+
+@compiles
+def test_aot_inductor_packages_answer_as_eager(tmp_path):
+    model, ids = Logits(tiny_llama()), torch.randint(97, (2, 7))
+    program = torch.export.export(model, (ids,))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "llama.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(ids), model(ids))
+
+
+@compiles
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inductor_compiles_every_operator_with_its_gradients(dynamic):
+    examples = {name: EXAMPLES[name](torch.float32) for name in EXAMPLES}
+    inputs = {name: leaves(arguments) for name, (arguments, _) in examples.items()}
+
+    def everything(inputs):
+        outputs = [call(name, inputs[name], options) for name, (_, options) in examples.items()]
+        return [output for found in outputs for output in found]
+
+    def gradients(function):
+        wanted = [a for arguments in inputs.values() for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+        outputs = function(inputs)
+        return [*outputs, *torch.autograd.grad([o.float().sum() for o in outputs], wanted)]
+
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(everything, fullgraph=True, dynamic=dynamic))
+    for got, want in zip(compiled, gradients(everything), strict=True):
+        torch.testing.assert_close(got, want)
