@@ -118,7 +118,7 @@ def body_of(name):
     def traced(*args, **kwargs):
         if name.startswith("linear_") and isinstance(args[0].shape[0], torch.SymInt):
             raise NotImplementedError(
-                f"lower: {name} takes as many steps as there are chunks of rows, got a dynamic number; export it with a fixed one"
+                f"lower: {name} takes as many steps as there are chunks of rows, got a dynamic number; export with a fixed one"
             )
         return functional(*args, **kwargs)
 
