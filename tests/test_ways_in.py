@@ -522,10 +522,20 @@ def test_explain_a_configuration(saved, name, capsys):
     assert {row["operator"] for row in rows if row["status"] == "bound"} == {"rms_norm", "swiglu", "linear_cross_entropy"}
 
 
-def test_explain_takes_the_class_that_has_a_head(capsys):
-    for model_type, kind in {"bert": "BertForMaskedLM", "t5": "T5ForConditionalGeneration", "vit": "ViTModel"}.items():
-        assert main(["explain", model_type]) == 0
-        assert capsys.readouterr().out.split("\n", 1)[0] in (kind, "BertLMHeadModel")
+def test_explain_takes_the_class_that_is_named_or_has_a_head(tmp_path, capsys):
+    config = build().config
+    config.architectures = ["LlamaForTokenClassification"]
+    config.save_pretrained(tmp_path)
+    kinds = {
+        "roformer": "RoFormerForCausalLM",
+        "t5": "T5ForConditionalGeneration",
+        "albert": "AlbertForMaskedLM",
+        "vit": "ViTModel",
+        "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    }
+    for model, kind in {**kinds, str(tmp_path): "LlamaForTokenClassification"}.items():
+        assert main(["explain", model]) == 0
+        assert capsys.readouterr().out.split("\n", 1)[0] == kind
 
 
 def test_explain_rejects(capsys):

@@ -68,12 +68,9 @@ def build(config):
         if kind := getattr(transformers, name, None):
             break
     else:
-        kinds = [
-            auto.AutoModelForCausalLM,
-            auto.AutoModelForImageTextToText,
-            auto.AutoModelForSeq2SeqLM,
-            auto.AutoModelForMaskedLM,
-        ]
+        # A configuration of image and text is in the mapping of causal models too, whose class takes the text's alone.
+        names = ("ImageTextToText", "CausalLM", "Seq2SeqLM", "MaskedLM")
+        kinds = [getattr(auto, f"AutoModelFor{name}") for name in names]
         kind = next((k for k in kinds if type(config) in k._model_mapping), auto.AutoModel)._model_mapping[type(config)]
     with torch.device("meta"):
         return kind(config)
