@@ -189,9 +189,7 @@ def find_norm(module):
     def compute(x, *given):
         for name, tensor in zip(("weight", "bias"), given, strict=True):
             if name in module._parameters:
-                copy._parameters[name] = (
-                    None if tensor is None else nn.Parameter(tensor)
-                )  # accelerate patches register_parameter
+                copy._parameters[name] = None if tensor is None else nn.Parameter(tensor)  # others patch register_parameter
         return copy(x)
 
     mixed = left
@@ -209,7 +207,8 @@ def find_norm(module):
     one_dtype = isinstance(mixed, dict) and (name, place) not in mixed
     found = one(name, formulas[name][1], copy, "forward", x.float())
     return found._replace(
-        args=(found.operator, place, one_dtype, *found.args), why=found.why or ("one dtype" if one_dtype else "")
+        args=(found.operator, place, one_dtype, tuple(weights), *found.args),
+        why=found.why or ("one dtype" if one_dtype else ""),
     )
 
 

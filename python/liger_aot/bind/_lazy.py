@@ -3,6 +3,7 @@
 import functools
 import math
 import operator
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,10 @@ class LazyLogits:
 
     def __init__(self, head, form, parent=None, call=None):
         self.head, self.form, self.parent, self.call = head, form, parent, call
-        self.value, self.requires_grad = None, torch.is_grad_enabled()
+        self.value, self.children, self.grad = None, [], torch.is_grad_enabled()
+        self.autocast = autocast_of(form.hidden) if parent is None else parent.autocast
+        if parent is not None and not torch.compiler.is_compiling():
+            parent.children.append(weakref.ref(self))
 
     dtype = property(lambda self: self.form.dtype)
     device = property(lambda self: self.form.hidden.device)
@@ -121,17 +125,30 @@ class LazyLogits:
     def __repr__(self):
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    @property
+    def requires_grad(self):
+        return self.grad and any(x.requires_grad for x in (self.form.hidden, *self.head.parameters()))
+
     def compute(self, why):
-        """The logits as a tensor, because of `why`; with a gradient if they had had one when they were made."""
+        """The logits as a tensor, because of `why`; as they would have been when they were made."""
+        if self.value is None and self.parent is not None:
+            self.parent.compute(why)
         if self.value is None:
-            with torch.set_grad_enabled(self.requires_grad):
-                if self.parent is None:
-                    self.head.count(why if self.head.real else f"materialised: {why}")
-                    self.value = self.head(self.form.hidden, use=type(self.head).logits)
-                else:
-                    name, args, kwargs = self.call
-                    self.value = getattr(self.parent.compute(why), name)(*args, **kwargs)
+            with torch.set_grad_enabled(self.grad):
+                self.value = self.replay(why)
+            # What was made of it, before anybody changes it in place.
+            for child in [child() for child in self.children]:
+                if child is not None:
+                    child.compute(why)
         return self.value
+
+    def replay(self, why):
+        if self.parent is not None:
+            name, args, kwargs = self.call
+            return getattr(self.parent.value, name)(*args, **kwargs)
+        self.head.count(why if self.head.real else f"materialised: {why}")
+        with torch.autocast(*self.autocast):
+            return self.head(self.form.hidden, use=type(self.head).logits)
 
     @property
     def computed(self):
@@ -176,7 +193,7 @@ class LazyLogits:
             return linear_cross_entropy(hidden, weight, target, linear_bias=bias, **options, **shape)
 
         self.head.count("fused")
-        with torch.set_grad_enabled(self.requires_grad and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()), torch.autocast(*self.autocast):
             return self.head(form.hidden, use=loss)
 
 
@@ -207,7 +224,12 @@ for name in OPERATORS:
 LazyLogits.__hash__ = object.__hash__
 
 
+def autocast_of(x):
+    """The arguments of torch.autocast as it is for x now; there is none for meta tensors."""
+    kind = "cpu" if x.is_meta else x.device.type
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+
+
 def lazy_logits(head, hidden):
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return LazyLogits(head, Form(hidden, head.out_features, dtype))
+    _, dtype, enabled = autocast_of(hidden)
+    return LazyLogits(head, Form(hidden, head.out_features, dtype if enabled else hidden.dtype))

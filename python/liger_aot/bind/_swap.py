@@ -69,12 +69,12 @@ def described(original, text):
     return extra_repr
 
 
-def norm_class(original, compile, operator, place, one_dtype, offset=0.0, casting=""):
+def norm_class(original, compile, operator, place, one_dtype, weights, offset=0.0, casting=""):
     def eps_of(self):
         return getattr(self, place) if isinstance(place, str) else place
 
     def compute(self, x):
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        weight, bias = (getattr(self, name) if name in weights else None for name in ("weight", "bias"))
         if one_dtype and x.dtype is not weight.dtype:
             return original.forward(self, x)
         if operator == "layer_norm":
@@ -82,7 +82,7 @@ def norm_class(original, compile, operator, place, one_dtype, offset=0.0, castin
         return rms_norm(x, weight, eps_of(self), offset=offset, casting=casting)
 
     def extra_repr(self):
-        shape = None if self._parameters.get("weight") is None else tuple(self.weight.shape)
+        shape = tuple(self.weight.shape) if "weight" in weights else None
         options = f", offset={offset}, casting={casting}" if casting else ""
         return f"{shape}, eps={eps_of(self)}{options}, was={original.__name__}"
 
