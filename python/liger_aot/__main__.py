@@ -10,6 +10,7 @@ COMMANDS = {
     "info": ("_info", "versions, devices and packs, and which pack serves which device"),
     "verify": ("_verify", "read all of every pack, and hold every cubin to what the launcher passes it"),
     "explain": ("_explain", "which kernels a call of an operator would launch, or what bind would do to a model, and why"),
+    "convert": ("convert._cli", "checkpoints of transformers to SwissArmyTransformer and back, and which tensor goes where"),
 }
 
 

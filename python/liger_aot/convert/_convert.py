@@ -1,0 +1,283 @@
+"""Plan everything from headers, say all that is wrong, then copy one rule at a time into files of the final size."""
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from . import _parallel
+from . import _settings
+from ._error import ConvertError
+from ._hf import INDEX
+from ._hf import HFSource
+from ._hf import HFWriter
+from ._hf import bytes_of
+from ._hf import size
+from ._job import Job
+from ._job import carried_config
+from ._job import choose
+from ._lora import without_adapters
+from ._progress import Progress
+from ._rules import Frequencies
+from ._rules import Tied
+from ._rules import Zeros
+from ._rules import frequencies
+from ._sat import SATSource
+from ._sat import SATWriter
+
+NARROW = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
+CARRIED_NAMES = ("LICENSE", "NOTICE", "MODEL_LICENSE")
+
+
+def hf_to_sat(source, target, *, family="auto", dtype=None, mp=1, allow_rope_theta=False, verify=False, progress=None):
+    """Write the Hugging Face checkpoint in `source` as a SAT one into the folder `target`, which must not exist or be empty.
+
+    `dtype` casts what is floating, `mp` is the number of ranks of model parallelism, `allow_rope_theta` lets a rotary base
+    through that SAT's class would lose in 16 bits, `verify` computes everything back and compares, `progress` is a stream to
+    show it on. A checkpoint that does not fit is a ConvertError that lists every reason, before anything is written.
+    """
+    source, target, dtype = Path(source), fresh(target), narrow(dtype)
+    if isinstance(mp, bool) or not isinstance(mp, int) or not 1 <= mp <= 99:
+        raise ConvertError(f"convert: mp must be a whole number from 1 to 99, got {mp!r}")
+    hf = HFSource(source)
+    job = Job(choose(family, "claims_hf", hf.config, hf.about_model()), source, target, dtype, allow_rope_theta)
+    plan_to_sat(job, hf, mp)
+    plan = sat_plan(job, hf)
+    job.report.tensors, job.report.bytes = len(plan), mp * sum(map(size, plan.values()))
+    with staged(target, job.report.bytes) as folder:
+        writer = SATWriter(folder, [plan] * mp)
+        bar = Progress(job.report.bytes, progress)
+        for item in job.items:
+            if item.sat:
+                write_sat(job, hf, item, writer.ranks, bar)
+        bar.end()
+        job.report.files = carry(source, folder)
+        shutil.copyfile(hf.config.path, folder / "config.json")
+        writer.close(job.args)
+        if verify:
+            compare_back(job, hf, with_layout(SATSource(folder), job))
+    return job.report
+
+
+def sat_to_hf(
+    source,
+    target,
+    *,
+    family="auto",
+    dtype=None,
+    max_shard_size="5GB",
+    allow_rope_theta=False,
+    merge_lora=False,
+    lora_alpha=None,
+    verify=False,
+    progress=None,
+):
+    """Write the SAT checkpoint in `source` as a Hugging Face one into the folder `target`, which must not exist or be empty.
+
+    `merge_lora` adds low-rank adapters to their weights, with the `lora_alpha` they were trained with, which no file records.
+    The rest is as in hf_to_sat.
+    """
+    source, target, dtype, max_bytes = Path(source), fresh(target), narrow(dtype), bytes_of(max_shard_size)
+    sat = SATSource(source)
+    job = Job(choose(family, "claims_sat", sat.config, sat.config["model_class"]), source, target, dtype, allow_rope_theta)
+    sat = without_adapters(sat, merge_lora, lora_alpha, job.report)
+    plan_to_hf(job, sat)
+    plan = hf_plan(job, sat)
+    job.config["dtype"] = job.config["torch_dtype"] = str(next(iter(plan.values()))[1]).removeprefix("torch.")
+    job.report.tensors, job.report.bytes = len(plan), sum(map(size, plan.values()))
+    with staged(target, job.report.bytes) as folder:
+        writer = HFWriter(folder, plan, max_bytes)
+        bar = Progress(job.report.bytes, progress)
+        for item in job.items:
+            write_hf(sat, item, writer.tensors, bar)
+        bar.end()
+        job.report.files = carry(source, folder)
+        writer.close(job.config)
+        if verify:
+            compare_back(job, HFSource(folder), sat)
+    return job.report
+
+
+def plan_to_sat(job, hf, ranks):
+    if hf.config.get("quantization_config"):
+        raise ConvertError(f"{hf.config.path}: has a quantization_config; save the model unquantised first")
+    job.family.check_hf(hf.config, job.problems)
+    job.problems.end()
+    args = _settings.Settings({**job.family.args(hf.config), "model_parallel_size": ranks}, hf.config.path)
+    job.plan(hf.config, args, ranks)
+    if hf.name_with(job.family.prefix, {name for item in job.items for name in item.hf}):
+        job.report.notes.append(f"names without {job.family.prefix!r} were taken for names with it")
+    job.theta_kept()
+    job.compare(hf, "hf", hf.config.path)
+    job.split_evenly()
+    job.problems.end()
+    job.hf_values(hf)
+    job.problems.end()
+
+
+def plan_to_hf(job, sat):
+    args = sat.config
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+        args.count(key)
+    job.family.check_sat(args, job.problems)
+    job.problems.end()
+    config = _settings.Settings(job.family.config(args), args.path)
+    config = carried_config(job.family, sat.folder, config)
+    if job.family.head():
+        config["tie_word_embeddings"] = False
+        job.plan(config, args, len(sat.ranks))
+        config["tie_word_embeddings"] = same(with_layout(sat, job), *job.family.head())
+    job.plan(config, args, len(sat.ranks))
+    with_layout(sat, job)
+    job.theta_found(sat)
+    job.family.check_hf(job.config, job.problems)
+    job.split_evenly()
+    job.compare(sat, "sat", args.path)
+    job.problems.end()
+    if job.ranks > 1:
+        sat.unequal([key for item in job.kept() for key in item.sat], job.problems.add)
+    job.problems.end()
+
+
+def with_layout(sat, job):
+    sat.layout = job.layouts
+    return sat
+
+
+def narrow(dtype):
+    dtype = NARROW.get(dtype, dtype)
+    if dtype is not None and dtype not in NARROW.values():
+        raise ConvertError(f"convert: dtype must be one of {', '.join(NARROW)}, got {dtype!r}")
+    return dtype
+
+
+def fresh(target):
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConvertError(f"{target}: must not exist, or be an empty folder")
+    return target
+
+
+@contextmanager
+def staged(target, needed):
+    """A folder beside the target that becomes the target when all of it is there."""
+    parent = target.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConvertError(f"{target}: needs {needed:,} bytes, and {parent} has {free:,} left")
+    folder = parent / f".{target.name}.partial-{os.getpid()}"
+    folder.mkdir()
+    try:
+        yield folder
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+
+
+def same(sat, head, embedding):
+    if not {head, embedding} <= set(sat.keys()):
+        return False
+    for key in (head, embedding):
+        if len({rank[key].shape for rank in sat.ranks}) > 1:
+            return False
+    return sat.about(head)[0] == sat.about(embedding)[0] and torch.equal(sat.get(head), sat.get(embedding))
+
+
+def sat_plan(job, hf):
+    """{name: (shape, dtype)} of each rank's file."""
+    plan = {}
+    for item in job.items:
+        for key, shape in zip(item.sat, item.sat_shapes, strict=True):
+            dtype = torch.float32 if isinstance(item.rule, Frequencies) else job.dtype or hf.about(item.hf[0])[1]
+            plan[key] = _parallel.local_shape(shape, job.layouts[key], job.ranks), dtype
+    return plan
+
+
+def hf_plan(job, sat):
+    plan = {}
+    for item in job.items:
+        rule, dtype = item.rule, None
+        if isinstance(rule, Frequencies):
+            dtype = torch.float32 if rule.write else None
+        elif isinstance(rule, Zeros):
+            dtype = job.dtype or next(iter(plan.values()))[1]
+        elif item.sat and not isinstance(rule, Tied):
+            dtype = job.dtype or sat.about(item.sat[0])[1]
+        if dtype is not None:
+            plan |= {key: (shape, dtype) for key, shape in zip(item.hf, item.hf_shapes, strict=True)}
+    return plan
+
+
+def write_sat(job, hf, item, ranks, bar):
+    if isinstance(item.rule, Frequencies):
+        results = [[frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"])]]
+    else:
+        results = item.to_sat([hf.get(key) for key in item.hf])
+    for key, pieces in zip(item.sat, results, strict=True):
+        parts = [pieces] if job.ranks == 1 else _parallel.split(together(pieces), job.layouts[key], job.ranks)
+        for rank, part in zip(ranks, parts, strict=True):
+            fill(key, rank[key], part)
+            bar.add(rank[key].nbytes, key)
+
+
+def write_hf(sat, item, tensors, bar):
+    if not item.hf or item.hf[0] not in tensors or isinstance(item.rule, Tied):
+        return
+    if isinstance(item.rule, Frequencies):
+        results = [[frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"])]] * len(item.hf)
+    elif isinstance(item.rule, Zeros):
+        results = [[torch.zeros(shape)] for shape in item.hf_shapes]
+    else:
+        results = item.to_hf([sat.get(key) for key in item.sat])
+    for key, pieces in zip(item.hf, results, strict=True):
+        fill(key, tensors[key], pieces)
+        bar.add(tensors[key].nbytes, key)
+
+
+def together(pieces):
+    return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def fill(key, target, pieces):
+    """The pieces below each other; a cast that overflows is an error."""
+    at = 0
+    for piece in pieces:
+        target[at : at + len(piece)].copy_(piece)
+        at += len(piece)
+    narrower = target.dtype is torch.float16 and any(piece.dtype is not target.dtype for piece in pieces)
+    if narrower and not bool(target.isfinite().all()) and all(bool(piece.isfinite().all()) for piece in pieces):
+        raise ConvertError(f"{key}: does not fit into float16; --dtype bfloat16 or float32 holds it")
+
+
+def carry(source, folder):
+    """Tokenizer files, generation settings, remote code, licences."""
+    ours = {"config.json", "model_config.json", INDEX}
+    found = [path for path in sorted(source.iterdir()) if path.suffix in CARRIED or path.stem in CARRIED_NAMES]
+    keep = [path for path in found if path.is_file() and path.name not in ours and not path.name.endswith(".index.json")]
+    for path in keep:
+        shutil.copyfile(path, folder / path.name)
+    return [path.name for path in keep]
+
+
+def compare_back(job, hf, sat):
+    """Compute each HF tensor from what SAT holds: with what was read, every bit must be the same."""
+    wrong, count = [], 0
+    for item in job.kept():
+        if isinstance(item.rule, Zeros):
+            continue
+        tensors = [sat.get(key) for key in item.sat]
+        back = [tensors] if isinstance(item.rule, Tied) else item.to_hf(tensors)
+        for key, pieces in zip(item.hf, back, strict=True):
+            count += 1
+            ours, theirs = together(pieces), hf.get(key)
+            dtype = job.dtype or ours.dtype
+            wrong += [f"{key} differs"] * (not torch.equal(ours.to(dtype), theirs.to(dtype)))
+            wrong += [f"{key} is not finite"] * (not bool(theirs.isfinite().all()))
+    if wrong:
+        raise ConvertError("\n  ".join([f"{job.report.target}: verification failed, nothing was written", *wrong]))
+    job.report.notes.append(f"verified: {count} tensors computed back are bit for bit what was read, all finite")

@@ -1,0 +1,110 @@
+"""What a family is beyond its rules: which configurations are its own, and how each side's is made from the other's."""
+
+from typing import ClassVar
+
+from ._rules import Frequencies
+from ._rules import Tied
+
+# What SAT takes where model_config.json says nothing, of the arguments that change what is computed.
+DEFAULTS = {
+    "layernorm_order": "pre",
+    "is_decoder": False,
+    "cross_attn_hidden_size": None,
+    "cross_num_multi_query_heads": 0,
+    "use_bias": True,
+    "use_qkv_bias": False,
+    "use_final_layernorm": True,
+    "row_parallel_linear_final_bias": True,
+    "is_gated_mlp": False,
+    "is_rotary_emb": False,
+    "num_experts": 1,
+}
+
+
+class Family:
+    """`hf_accepts` and `sat_accepts` are the values that the other side computes; anything else is refused."""
+
+    name = ""
+    title = ""
+    rules = ()
+    model_types = ()
+    model_classes = ()
+    architecture = ""
+    prefix = ""  # of the names of the whole model, which the files of its base model lack
+    hf_accepts: ClassVar[dict] = {}
+    sat_accepts: ClassVar[dict] = {}
+
+    def claims_hf(self, config):
+        return config.get("model_type") in self.model_types
+
+    def claims_sat(self, args):
+        return args.get("model_class") in self.model_classes
+
+    def check_hf(self, config, problems):
+        for key, accepted in self.hf_accepts.items():
+            if key in config and config[key] not in accepted:
+                wanted = " or ".join(map(repr, accepted))
+                problems.add(f"{config.path}: {key} is {config[key]!r}; SAT's {self.model_classes[0]} computes {wanted} alone")
+        if any(isinstance(rule, Frequencies) for rule in self.rules):
+            check_rope(config, problems)
+
+    def check_sat(self, args, problems):
+        for key, accepted in {**{key: (value,) for key, value in DEFAULTS.items()}, **self.sat_accepts}.items():
+            value = args.get(key, DEFAULTS.get(key))
+            if value not in accepted:
+                wanted = " or ".join(map(repr, accepted))
+                problems.add(f"{args.path}: {key} is {value!r}; {self.architecture} computes {wanted} alone")
+        own = args.get("hidden_size_per_attention_head")
+        if own is not None and own != args.divide("hidden_size", "num_attention_heads"):
+            problems.add(f"{args.path}: hidden_size_per_attention_head is {own}; must be hidden_size / num_attention_heads")
+
+    def rope_base(self, args):
+        """What SAT's class computes with, whatever the file says, once the model is in 16 bits."""
+        return 10000.0
+
+    def theta(self, config):
+        return rope(config)[0]
+
+    def set_theta(self, config, theta):
+        config["rope_theta"] = theta
+        config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+
+    def head(self):
+        """(SAT's head, SAT's embedding), if HF may tie the two."""
+        for rule in self.rules:
+            if isinstance(rule, Tied):
+                return rule.sat[0], next(other.sat[0] for other in self.rules if other.hf == rule.hf and other is not rule)
+        return None
+
+
+def rope(config):
+    """(theta, kind) of v4's keys or v5's."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+        return 10000.0, f"{parameters!r}"
+    theta = parameters.get("rope_theta", config.get("rope_theta"))
+    return float(10000.0 if theta is None else theta), parameters.get(
+        "rope_type", parameters.get("type", "default")
+    ) or "default"
+
+
+def check_rope(config, problems):
+    kind = rope(config)[1]
+    if kind != "default":
+        problems.add(f"{config.path}: rope_type is {kind!r}; SAT has unscaled rotary embeddings alone")
+
+
+def check_window(config, problems):
+    """A window as long as the model's longest text hides nothing."""
+    window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 0)
+    used = config.get("use_sliding_window", True) and ("sliding_attention" in config.get("layer_types", ("sliding_attention",)))
+    if window is not None and used and window < longest:
+        problems.add(
+            f"{config.path}: sliding_window is {window}, less than max_position_embeddings {longest}; SAT has none. "
+            "Texts that are shorter than the window can be served: set max_position_embeddings to it"
+        )
+
+
+def copied(entries, names, source):
+    """Those of {name: name in source} that the source has and that are not None."""
+    return entries | {name: source[other] for name, other in names.items() if source.get(other) is not None}

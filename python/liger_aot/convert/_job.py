@@ -1,0 +1,222 @@
+"""One conversion: what is known of it, and every check that needs no byte to be written."""
+
+import re
+from dataclasses import dataclass
+from dataclasses import field
+from pathlib import Path
+
+import torch
+
+from . import _parallel
+from . import _settings
+from ._error import ConvertError
+from ._error import Problems
+from ._hf import DTYPES
+from ._rules import Alias
+from ._rules import Drop
+from ._rules import Frequencies
+from ._rules import Tied
+from ._rules import Zeros
+from ._rules import base_of
+from ._rules import expand
+from ._rules import spelled
+from .families import FAMILIES
+
+HINTS = {
+    r"\.(matrix_A|matrix_B|original)\.|lora_[AB]": "; LoRA, which must be merged first",
+    r"scale|zeros|qweight|quant_state|absmax|SCB": "; of a quantised model, which must be saved in 16 bits first",
+    r"^mixins\.ptuning": "; prompt tuning, which has no place in HF",
+    r"^mixins\.\d+\.": "; mixins were numbered before SAT 0.1; load and save it with a newer SAT first",
+}
+
+
+@dataclass
+class Report:
+    """What was converted, and what to know about it."""
+
+    family: str
+    source: Path
+    target: Path
+    tensors: int = 0
+    bytes: int = 0
+    files: list = field(default_factory=list)
+    notes: list = field(default_factory=list)
+
+    def __str__(self):
+        lines = [f"{self.source} -> {self.target}: {self.family}, {self.tensors} tensors, {self.bytes / 1e6:,.1f} MB"]
+        lines += [f"carried through: {', '.join(self.files)}"] * bool(self.files)
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])
+
+
+class Job:
+    """`config` is HF's configuration and `args` SAT's: one was read, the other made from it."""
+
+    def __init__(self, family, source, target, dtype, allow_rope_theta):
+        self.family, self.dtype, self.allow = family, dtype, allow_rope_theta
+        self.problems = Problems(f"{source}, as {family.name}")
+        self.report = Report(family.name, source, target)
+
+    def plan(self, config, args, ranks):
+        """`sizes["rope_theta"]` is what the configuration says, until the file's frequencies say something else."""
+        self.config, self.args, self.ranks = config, args, ranks
+        self.sizes = self.family.sizes(config, args) | {"rope_theta": self.family.theta(config)}
+        self.items = expand(self.family.rules, self.sizes)
+        self.layouts = {key: _parallel.layout(item, k) for item in self.items for k, key in enumerate(item.sat)}
+
+    def kept(self):
+        """Items whose tensors must be on both sides."""
+        return [item for item in self.items if not isinstance(item.rule, Alias | Drop | Frequencies)]
+
+    def compare(self, source, side, path):
+        """Every name and shape of one side with what the configuration says."""
+        wanted = described(self.kept(), side)
+        computed = described(self.rules(Frequencies), side)
+        free = computed.keys() | {key for item in self.items for key in may_be(item, side)}
+        have = set(source.keys())
+        for key in sorted(wanted.keys() - have):
+            shape, text = wanted[key]
+            self.problems.add(f"missing: {key} of shape {list(shape)}, {text}")
+        for key in sorted(have - wanted.keys() - free):
+            self.problems.add(f"unknown: {key} of shape {list(source.about(key)[0])} in {source.place(key).name}{hint(key)}")
+        for key, (shape, text) in (wanted | computed).items():
+            if key in have:
+                self.compare_one(key, source, shape, f"{path.name} says {list(shape)}: {text}")
+
+    def compare_one(self, key, source, shape, says):
+        (got, dtype), file = source.about(key), source.place(key).name
+        if got != shape:
+            self.problems.add(f"mis-shaped: {key} is {list(got)} in {file}; {says}")
+        if dtype not in DTYPES.values():
+            kind = str(dtype).removeprefix("torch.")
+            self.problems.add(f"{key} holds {kind} in {file}; a quantised model must be saved in 16 bits first")
+
+    def split_evenly(self):
+        if self.ranks == 1:
+            return
+        by = f"cannot be divided by {self.ranks}, the number of ranks"
+        for name in ("heads", "kv_heads"):
+            if self.sizes.get(name, self.ranks) % self.ranks:
+                self.problems.add(f"model parallelism: {name} {self.sizes[name]} {by}")
+        for item in self.items:
+            for key, shape in zip(item.sat, item.sat_shapes, strict=True):
+                for part in _parallel.uneven(shape, self.layouts[key], self.ranks):
+                    self.problems.add(f"model parallelism: {key}: {part} {by}")
+
+    def rules(self, kind):
+        return [item for item in self.items if isinstance(item.rule, kind)]
+
+    def theta_kept(self):
+        """SAT's class has a rotary base of its own; another one lives in the file alone, as long as the model is in fp32."""
+        theta = self.sizes["rope_theta"]
+        if not self.rules(Frequencies) or theta == self.family.rope_base(self.args):
+            return
+        if self.allow:
+            self.args["rope_theta"] = theta
+            repair = f"liger_aot.convert.set_rope_theta(model, {theta:g})"
+            self.report.notes.append(f"{self.lost(theta)}; after loading, {repair} repairs it")
+        else:
+            remedy = "--allow-rope-theta converts all the same and records it in model_config.json"
+            self.problems.add(f"rope_theta: {self.lost(theta)}; {remedy}")
+
+    def lost(self, theta):
+        own, name = self.family.rope_base(self.args), self.args["model_class"]
+        return f"the rotary base is {theta:g}, {name} computes with {own:g} once the model is cast to 16 bits"
+
+    def theta_found(self, sat):
+        """The base that the frequencies in the file have."""
+        if not self.rules(Frequencies):
+            return
+        item = self.rules(Frequencies)[0]
+        key, own, recorded = item.sat[0], self.family.rope_base(self.args), self.args.get("rope_theta")
+        theta = recorded or own
+        if key in sat.keys():  # noqa: SIM118 (not a dict)
+            values = sat.get(key)
+            theta = base_of(values, self.sizes["rope_dim"], [theta, own])
+            if theta is None:
+                shown = f"{list(values.shape)} {values.flatten()[:3].tolist()} …"
+                self.problems.add(
+                    f"{key}: {shown} are no frequencies of a rotary embedding of {self.sizes['rope_dim']} dimensions"
+                )
+                return
+        else:
+            origin = "model_config.json" if recorded else self.args["model_class"]
+            self.report.notes.append(f"{key} is missing; rope_theta {theta:g} is taken from {origin}")
+        if theta not in (own, recorded) and not self.allow:
+            self.problems.add(f"{key}: {self.lost(theta)}; --allow-rope-theta takes the file's")
+        self.sizes["rope_theta"] = theta
+        self.family.set_theta(self.config, theta)
+
+    def hf_values(self, hf):
+        """What must be equal, zero or computable, of what SAT does not store."""
+        have = set(hf.keys())
+        for item in self.items:
+            rule = item.rule
+            if isinstance(rule, Alias | Tied) and rule.alias in have:
+                self.same_twice(hf, rule.alias, item.hf[0])
+            if isinstance(rule, Zeros) and bool(hf.get(item.hf[0]).any()):
+                self.problems.add(f"{item.hf[0]} is not zero, and SAT's class has no place for it; {rule.remedy}")
+            if isinstance(rule, Frequencies):
+                for key in sorted(have.intersection(item.hf)):
+                    self.same_theta(key, hf.get(key))
+            if isinstance(rule, Drop) and rule.why:
+                self.report.notes += [f"left out: {key}; {rule.why}" for key in item.hf if key in have]
+
+    def same_twice(self, hf, alias, name):
+        if not torch.equal(hf.get(alias), hf.get(name)):
+            why = f"tie_word_embeddings is true; set it to false in {self.config.path}"
+            self.problems.add(f"{alias} differs from {name}, while {why}")
+
+    def same_theta(self, key, values):
+        theta = self.sizes["rope_theta"]
+        if base_of(values, self.sizes["rope_dim"], [theta]) != theta:
+            self.problems.add(f"{key}: not the frequencies of rope_theta {theta:g}, which {self.config.path.name} says")
+
+
+def described(items, side):
+    """{name: (shape, the shape with where it comes from)}"""
+    found = {}
+    for item in items:
+        names, shapes, dims = (item.hf, item.hf_shapes, item.rule.hf_dims) if side == "hf" else sat_side(item)
+        dims = dims * len(names) if isinstance(item.rule, Frequencies) else dims
+        found |= {name: (shape, spelled(dim, item.sizes)) for name, shape, dim in zip(names, shapes, dims, strict=True)}
+    return found
+
+
+def sat_side(item):
+    return item.sat, item.sat_shapes, item.rule.sat_dims
+
+
+def may_be(item, side):
+    """Names that may be there and need not."""
+    if side == "hf" and isinstance(item.rule, Drop):
+        return item.hf
+    return (item.rule.alias,) if side == "hf" and isinstance(item.rule, Alias | Tied) else ()
+
+
+def hint(key):
+    return next((text for pattern, text in HINTS.items() if re.search(pattern, key)), "")
+
+
+def choose(name, claims, config, about):
+    if name != "auto":
+        if name not in FAMILIES:
+            raise ConvertError(f"convert: family must be auto or one of {', '.join(FAMILIES)}, got {name!r}")
+        return FAMILIES[name]
+    found = [family for family in FAMILIES.values() if getattr(family, claims)(config)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        which = " or ".join(family.name for family in found)
+        raise ConvertError(f"{config.path}: {about!r} may be one of several, say which: --family {which}")
+    raise ConvertError(f"{config.path}: no family for {about!r}; there are {', '.join(FAMILIES)}")
+
+
+def carried_config(family, source, config):
+    """HF's own config.json, where it came through with the weights: what SAT's arguments say wins over it."""
+    if not (source / "config.json").is_file():
+        return config
+    carried = _settings.read(source / "config.json")
+    if not family.claims_hf(carried):
+        return config
+    own = {key: carried[key] for key in ("model_type", "architectures") if key in carried}
+    return _settings.Settings({**carried, **config, **own}, config.path)

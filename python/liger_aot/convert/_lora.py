@@ -1,0 +1,84 @@
+"""Low-rank adapters of SAT's LoRA mixin: W + B A alpha / r, for each of the parts that a fused weight has."""
+
+import re
+
+import torch
+
+from ._error import ConvertError
+
+ADAPTED = re.compile(r"^(.*)\.(?:matrix_[AB]\.\d+|original\.\w+)$")
+
+
+def adapters(keys):
+    """The modules that have adapters."""
+    return sorted({match[1] for key in keys if (match := ADAPTED.match(key))})
+
+
+def without_adapters(sat, merge, alpha, report):
+    """The source itself, or one whose adapters are merged."""
+    found = adapters(sat.keys())
+    if not found:
+        return sat
+    if not merge:
+        raise ConvertError(
+            f"{sat.folder}: holds LoRA adapters that are not merged, of {len(found)} weights, the first {found[0]}; "
+            "--merge-lora --lora-alpha A merges them, with the alpha they were trained with (CogVLM's default is 1)"
+        )
+    merged = Merged(sat, found, alpha)
+    report.notes.append(f"LoRA adapters of {len(found)} weights were merged, alpha {alpha:g}")
+    return merged
+
+
+class Merged:
+    """A SAT source whose adapters are part of the weights."""
+
+    def __init__(self, sat, found, alpha):
+        if alpha is None:
+            raise ConvertError("convert: --merge-lora needs --lora-alpha A, what it was trained with; no file records it")
+        if len(sat.ranks) > 1:
+            raise ConvertError(f"{sat.folder}: LoRA adapters in {len(sat.ranks)} model-parallel files; merge them in SAT first")
+        self.sat, self.folder, self.config, self.alpha, rank = sat, sat.folder, sat.config, alpha, sat.ranks[0]
+        self.parts = {f"{name}.weight": self.parts_of(name, rank) for name in found}
+        plain = {
+            f"{name}.{p}": f"{name}.original.{p}"
+            for name in found
+            for p in ("weight", "bias")
+            if f"{name}.original.{p}" in rank
+        }
+        self.names = {key: key for key in rank if not ADAPTED.match(key)} | plain
+        self.ranks = [{key: rank[stored] for key, stored in self.names.items()}]
+        self.layout = {}
+
+    def parts_of(self, name, rank):
+        """(A, B) of each part, checked against the weight."""
+        weight = rank.get(f"{name}.original.weight")
+        if weight is None or not weight.dtype.is_floating_point or weight.dim() != 2:
+            raise ConvertError(f"{self.folder}: {name}.original.weight must be there, in floating point, to merge LoRA into")
+        count = sum(key.startswith(f"{name}.matrix_A.") for key in rank)
+        pairs = [(rank.get(f"{name}.matrix_A.{k}"), rank.get(f"{name}.matrix_B.{k}")) for k in range(count)]
+        if not pairs or any(a is None or b is None or a.dim() != 2 or b.dim() != 2 for a, b in pairs):
+            raise ConvertError(f"{self.folder}: {name}: matrix_A.k and matrix_B.k must come in pairs")
+        rows, columns = sum(len(b) for _, b in pairs), {a.shape[1] for a, _ in pairs}
+        if (rows, columns) != (weight.shape[0], {weight.shape[1]}) or any(b.shape[1] != len(a) for a, b in pairs):
+            shapes = [(list(b.shape), list(a.shape)) for a, b in pairs]
+            raise ConvertError(
+                f"{self.folder}: {name}: B A of shapes {shapes} do not make up the weight's {list(weight.shape)}"
+            )
+        return pairs
+
+    def keys(self):
+        return list(self.names)
+
+    def about(self, key):
+        tensor = self.ranks[0][key]
+        return tuple(tensor.shape), tensor.dtype
+
+    def place(self, key):
+        return self.sat.place(key)
+
+    def get(self, key):
+        tensor = self.ranks[0][key]
+        if key not in self.parts:
+            return tensor
+        delta = torch.cat([b.float() @ a.float() * (self.alpha / len(a)) for a, b in self.parts[key]])
+        return (tensor.float() + delta).to(tensor.dtype)

@@ -1,0 +1,52 @@
+"""config.json and model_config.json, whose missing and impossible entries are errors that name the file."""
+
+import json
+from pathlib import Path
+
+from ._error import ConvertError
+
+
+class Settings(dict):
+    def __init__(self, entries, path):
+        super().__init__(entries)
+        self.path = path
+
+    def __missing__(self, key):
+        raise ConvertError(f"{self.path}: {key!r} is missing")
+
+    def count(self, key, default=None):
+        """A whole number above zero."""
+        value = self[key] if default is None else self.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConvertError(f"{self.path}: {key!r} must be a whole number above zero, got {value!r}")
+        return value
+
+    def number(self, key, default=None):
+        value = self.get(key, default) if default is not None else self[key]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConvertError(f"{self.path}: {key!r} must be a number, got {value!r}")
+        return value
+
+    def divide(self, key, by):
+        whole, parts = self.count(key), self.count(by)
+        if whole % parts:
+            raise ConvertError(f"{self.path}: {key!r} {whole} must be divisible by {by!r} {parts}")
+        return whole // parts
+
+
+def read(path):
+    path = Path(path)
+    if not path.is_file():
+        raise ConvertError(f"{path.parent}: there is no {path.name}")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # what json and the decoder raise
+        raise ConvertError(f"{path}: not JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise ConvertError(f"{path}: must hold an object, got a {type(entries).__name__}")
+    return Settings(entries, path)
+
+
+def write(path, entries):
+    path.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

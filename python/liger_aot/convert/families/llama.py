@@ -1,0 +1,162 @@
+"""Llama 1 to 3, Vicuna, Mistral without a window, Qwen2: HF's LlamaForCausalLM and SAT's LLaMAModel."""
+
+from typing import ClassVar
+
+from .._family import Family
+from .._family import check_window
+from .._family import copied
+from .._rules import Copy
+from .._rules import Frequencies
+from .._rules import Stack
+from .._rules import Tied
+
+HF, SAT = "model.layers.{i}.", "transformer.layers.{i}."
+TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id"}
+
+
+def attention(hf, sat, p, when=""):
+    q_k_v = [f"{hf}self_attn.{x}_proj.{p}" for x in "qkv"]
+    width = " hidden" if p == "weight" else ""
+    dims = ["q" + width, "kv" + width, "kv" + width]
+    return Stack(q_k_v, f"{sat}attention.query_key_value.{p}", dims, "column", when)
+
+
+def decoder(rope, rope_when=""):
+    """What Llama and its relatives share, up to the MLP."""
+    return (
+        Copy("model.embed_tokens.weight", "transformer.word_embeddings.weight", "vocab hidden", "vocab"),
+        Copy(HF + "input_layernorm.weight", SAT + "input_layernorm.weight", "hidden"),
+        attention(HF, SAT, "weight"),
+        attention(HF, SAT, "bias", "qkv_bias"),
+        Copy(HF + "self_attn.o_proj.weight", SAT + "attention.dense.weight", "hidden q", "row"),
+        Copy(HF + "post_attention_layernorm.weight", SAT + "post_attention_layernorm.weight", "hidden"),
+        Copy("model.norm.weight", "transformer.final_layernorm.weight", "hidden"),
+        Copy("lm_head.weight", "mixins.lm.lm_head.weight", "vocab hidden", "column", "not tied"),
+        Tied("model.embed_tokens.weight", "mixins.lm.lm_head.weight", "vocab hidden", "lm_head.weight", "column", "tied"),
+        Frequencies(HF + "self_attn.rotary_emb.inv_freq", rope, when=rope_when),
+    )
+
+
+class Llama(Family):
+    name = "llama"
+    title = "Llama 1 to 3, Vicuna, Mistral without a window, Qwen2"
+    model_types = ("llama", "mistral", "qwen2")
+    model_classes = ("LLaMAModel",)
+    architecture = "LlamaForCausalLM"
+    prefix = "model."
+    hf_accepts: ClassVar[dict] = {
+        "hidden_act": ("silu",),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "partial_rotary_factor": (1, None),
+    }
+    sat_accepts: ClassVar[dict] = {
+        "use_bias": (False,),
+        "use_qkv_bias": (False, True),
+        "is_gated_mlp": (False, True),
+        "is_rotary_emb": (False, True),
+    }
+    rules = (
+        *decoder("transformer.position_embeddings.inv_freq", "is_rotary_emb"),
+        Frequencies("", "mixins.rotary.rotary_emb.inv_freq", when="not is_rotary_emb"),
+        Copy(HF + "mlp.gate_proj.weight", SAT + "mlp.dense_h_to_4h_gate.weight", "inner hidden", "column", "is_gated_mlp"),
+        Copy(HF + "mlp.gate_proj.weight", "mixins.mlp.gate_proj.{i}.weight", "inner hidden", "column", "not is_gated_mlp"),
+        Copy(HF + "mlp.up_proj.weight", SAT + "mlp.dense_h_to_4h.weight", "inner hidden", "column"),
+        Copy(HF + "mlp.down_proj.weight", SAT + "mlp.dense_4h_to_h.weight", "hidden inner", "row"),
+    )
+
+    def check_hf(self, config, problems):
+        super().check_hf(config, problems)
+        check_window(config, problems)
+        check_head_dim(config, problems)
+
+    def sizes(self, config, args):
+        return decoder_sizes(config) | {
+            "qkv_bias": args.get("use_qkv_bias", False),
+            "is_rotary_emb": args.get("is_rotary_emb", False),
+            "is_gated_mlp": args.get("is_gated_mlp", False),
+        }
+
+    def args(self, config):
+        args = decoder_args(config) | {"model_class": "LLaMAModel", "is_gated_mlp": True, "is_rotary_emb": True}
+        return args | {"use_qkv_bias": True} if config.get("model_type") == "qwen2" else args
+
+    def config(self, args):
+        bias = args.get("use_qkv_bias", False)
+        kind = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+        kind = (
+            kind
+            if bias
+            else {"model_type": "llama", "architectures": [self.architecture], "attention_bias": False, "mlp_bias": False}
+        )
+        return kind | decoder_config(args)
+
+
+def check_head_dim(config, problems):
+    dim, heads, hidden = config.get("head_dim"), config.count("num_attention_heads"), config.count("hidden_size")
+    if dim is not None and dim * heads != hidden:
+        problems.add(
+            f"{config.path}: head_dim {dim} times num_attention_heads {heads} must be hidden_size {hidden}: "
+            "SAT's rotary embedding is as wide as hidden_size / num_attention_heads"
+        )
+
+
+def decoder_sizes(config):
+    dim = config.divide("hidden_size", "num_attention_heads")
+    heads = config["num_attention_heads"]
+    kv_heads = config.count("num_key_value_heads", heads)
+    return {
+        "vocab": config.count("vocab_size"),
+        "hidden": config["hidden_size"],
+        "inner": config.count("intermediate_size"),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "q": heads * dim,
+        "kv": kv_heads * dim,
+        "rope_dim": dim,
+        "rope_half": dim // 2,
+        "i": range(config.count("num_hidden_layers")),
+        "tied": bool(config.get("tie_word_embeddings", False)),
+    }
+
+
+def decoder_args(config):
+    args = {
+        "model_class": "",
+        "tokenizer_type": config.get("_name_or_path") or "fake",
+        "num_layers": config.count("num_hidden_layers"),
+        "hidden_size": config.count("hidden_size"),
+        "num_attention_heads": config.count("num_attention_heads"),
+        "vocab_size": config.count("vocab_size"),
+        "layernorm_order": "pre",
+        "model_parallel_size": 1,
+        "max_sequence_length": config.count("max_position_embeddings"),
+        "use_bias": False,
+        "inner_hidden_size": config.count("intermediate_size"),
+        "layernorm_epsilon": config.number("rms_norm_eps"),
+    }
+    kv_heads = config.count("num_key_value_heads", args["num_attention_heads"])
+    if kv_heads != args["num_attention_heads"]:
+        args["num_multi_query_heads"] = kv_heads
+    return copied(args, TOKENS, config)
+
+
+def decoder_config(args):
+    config = {
+        "num_hidden_layers": args.count("num_layers"),
+        "hidden_size": args.count("hidden_size"),
+        "intermediate_size": args.count("inner_hidden_size", 4 * args.count("hidden_size")),
+        "num_attention_heads": args.count("num_attention_heads"),
+        "num_key_value_heads": args.get("num_multi_query_heads") or args["num_attention_heads"],
+        "vocab_size": args.count("vocab_size"),
+        "max_position_embeddings": args.count("max_sequence_length"),
+        "rms_norm_eps": args.number("layernorm_epsilon", 1e-5),
+        "hidden_act": "silu",
+    }
+    config = copied(config, TOKENS, args)
+    if config.get("pad_token_id") == -1:  # SAT's word for none
+        del config["pad_token_id"]
+    return config
+
+
+FAMILIES = (Llama(),)
