@@ -4,30 +4,33 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip
 RUN := $(VENV)/bin/python
-# What `wheel` and `bench` build, and what the quicker `demo`, `test` and `mutate` do with.
-LIGER_AOT_ARCHS ?= 80,90,100f,120f
+# What the quicker `demo`, `test` and `mutate` do with; `wheel` and `bench` build what is shipped, or LIGER_AOT_ARCHS.
 TEST_ARCHS := 80,90
+# The flavour of `wheel` and `pack`: 12.6, 12.9 or 13.0; none for the wheel without a suffix. tools/flavour.py has the pins.
+CUDA ?=
 
-.PHONY: demo test wheel bench mutate sweep clean
+.PHONY: demo test wheel sdist index pack bench mutate sweep clean
 
-# torch is installed first and pinned here: the newest build of a registry would bring gigabytes, also as somebody's dependency.
-$(VENV)/ready: pyproject.toml Makefile
+$(PIP):
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade "pip>=25.1"
+
+# torch is installed first and pinned here: the newest build of a registry would bring gigabytes, also as somebody's dependency.
+$(VENV)/ready: pyproject.toml Makefile | $(PIP)
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --group test
 	touch $@
 
 # install,ARCHS: build the wheel with what the environment holds, so that only what changed is compiled, and install it.
 define install
-	rm -rf dist
-	LIGER_AOT_ARCHS=$(1) $(PIP) wheel --verbose --no-build-isolation --no-deps --wheel-dir dist .
-	$(PIP) install --quiet --force-reinstall --no-deps dist/*.whl
+	rm -rf build/wheel
+	LIGER_AOT_CUDA= LIGER_AOT_ARCHS=$(1) $(PIP) wheel --verbose --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(PIP) install --quiet --force-reinstall --no-deps build/wheel/*.whl
 endef
 
 demo: $(VENV)/ready
 	$(call install,90)
-	cd dist && ../$(RUN) -m liger_aot demo --out ../out
+	cd build/wheel && ../../$(RUN) -m liger_aot demo --out ../../out
 
 test: $(VENV)/ready
 	$(call install,$(TEST_ARCHS))
@@ -35,13 +38,31 @@ test: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
-wheel: $(VENV)/ready
-	$(call install,$(LIGER_AOT_ARCHS))
+# In isolation, with the pinned requirements alone; a folder for each flavour, so that only what changed is compiled.
+wheel: $(PIP)
+	LIGER_AOT_CUDA=$(CUDA) $(PIP) wheel --verbose --no-deps -C build-dir=build/cuda$(CUDA) --wheel-dir dist .
 	ls -l dist
+
+sdist: $(PIP)
+	$(PIP) install --quiet "build>=1.2"
+	$(RUN) -m build --sdist --outdir dist .
+
+index:
+	$(PYTHON) tools/index.py dist
+
+ifeq ($(MAKECMDGOALS)-$(ARCH),pack-)
+$(error make pack: which architecture? make pack ARCH=75, or ARCH=110f CUDA=13.0)
+endif
+pack: $(PIP)
+	LIGER_AOT_CUDA=$(CUDA) LIGER_AOT_ARCHS=$(ARCH) \
+		$(PIP) wheel --verbose --no-deps -C build-dir=build/cuda$(CUDA) --wheel-dir build/pack .
+	mkdir -p dist/packs
+	cp build/cuda$(CUDA)/packs/sm_$(ARCH).zip dist/packs
+	@echo "It is found where this is set: export LIGER_AOT_PACKS=$(CURDIR)/dist/packs"
 
 bench: $(VENV)/ready
 	$(call install,$(LIGER_AOT_ARCHS))
-	$(RUN) benchmarks/run.py --out out/bench.json
+	$(RUN) benchmarks/run.py --wheel build/wheel/*.whl --out out/bench.json
 
 mutate: $(VENV)/ready
 	$(call install,$(TEST_ARCHS))

@@ -17,11 +17,12 @@ from liger_aot import _runtime
 from liger_aot import _verify
 
 from stub import machinery
+from test_wheels import ROOT
+from test_wheels import tool
 
-ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = pathlib.Path(liger_aot.__file__).parent / "_triton"
 ARCHS = pytest.mark.parametrize("arch", _runtime.pack_paths())
-aot, gate = machinery("_aot"), machinery("_gate")
+aot, gate, flavour = machinery("_aot"), machinery("_gate"), tool("flavour")
 
 
 def pack_of(arch):
@@ -219,27 +220,35 @@ class Build:
     """The project's CMakeLists.txt with two kernel files and a compiler that only pretends."""
 
     def __init__(self, folder):
-        self.source, self.folder, self.archs = folder / "source", folder / "build", "80,100f"
-        (self.source / "csrc_triton").mkdir(parents=True)
-        shutil.copy(ROOT / "CMakeLists.txt", self.source)
+        self.source, self.folder, self.archs, self.cuda = folder / "source", folder / "build", "80,100f", ""
+        for name in ("csrc_triton", "tools"):
+            (self.source / name).mkdir(parents=True)
+        for name in ("CMakeLists.txt", "tools/flavour.py"):
+            shutil.copy(ROOT / name, self.source / name)
         for name in ("a.py", "b.py", "_gate.py", "_math.py"):
             self.write(name)
         (self.source / "csrc_triton/_aot.py").write_text(PRETEND)
-        self.write("version.txt", "1")
+        self.write("version.txt", "Triton 1, ptxas 12.9.86")
 
     def write(self, name, text=""):
         (self.source / "csrc_triton" / name).write_text(text)
 
-    def run(self, *command):
+    def start(self, *command):
         path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
-        environment = os.environ | {"PATH": path, "LIGER_AOT_ARCHS": self.archs}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=self.source)
+        environment = os.environ | {"PATH": path, "LIGER_AOT_ARCHS": self.archs, "LIGER_AOT_CUDA": self.cuda}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=self.source)
+
+    def run(self, *command):
+        done = self.start(*command)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def configure(self):
+    def configuration(self):
         definitions = ["-DSKBUILD_PROJECT_VERSION_FULL=1.2", f"-DPython_EXECUTABLE={sys.executable}"]
-        self.run("cmake", "-G", "Ninja", "-S", self.source, "-B", self.folder, *definitions)
+        return "cmake", "-G", "Ninja", "-S", self.source, "-B", self.folder, *definitions
+
+    def configure(self):
+        self.run(*self.configuration())
 
     def made(self):
         """What was out of date."""
@@ -265,7 +274,7 @@ def test_what_changed_is_made_again(tmp_path):
     assert build.made() == everything + packs
     build.configure()
     assert build.made() == [], "to configure again changes nothing"
-    build.write("version.txt", "2")
+    build.write("version.txt", "Triton 2, ptxas 12.9.86")
     build.configure()
     assert build.made() == everything + packs, "another compiler makes everything again"
     build.archs = "80"
@@ -276,10 +285,21 @@ def test_what_changed_is_made_again(tmp_path):
     assert build.made() == ["Compiling a for sm_80", "Packing sm_80"]
 
 
+def test_a_flavour_brings_its_architectures_and_takes_its_assembler_alone(tmp_path):
+    build = Build(tmp_path)
+    build.archs, build.cuda = "", "12.6"
+    refused = build.start(*build.configuration())
+    assert refused.returncode
+    assert "assembled by ptxas 12.6.85, found is 12.9.86; install nvidia-cuda-nvcc-cu12==12.6.85" in refused.stderr
+    build.write("version.txt", "Triton 1, ptxas 12.6.85")
+    build.configure()
+    assert [line for line in build.made() if line.startswith("Packing")] == ["Packing sm_80", "Packing sm_90"]
+
+
 def test_pins():
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    required = set(project["build-system"]["requires"])
+    required = {*project["build-system"]["requires"], flavour.FLAVOURS[flavour.PLAIN].requirement}
     assert all("==" in r for r in required), "what compiles is pinned"
     names = {re.split(r"[=<>~ ]", r)[0] for r in required}
     assert not names & {"torch", "numpy", "liger-kernel"}

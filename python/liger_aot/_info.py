@@ -1,6 +1,9 @@
 """Versions, devices and packs, and which pack serves which device."""
 
+import importlib.metadata
 import json
+import os
+import pathlib
 import platform
 import sys
 
@@ -8,16 +11,28 @@ import torch
 
 from . import _build
 from ._driver import driver
+from ._explain import Target
 from ._explain import fit
+from ._runtime import FOLDER
 from ._runtime import Device
 from ._runtime import open_pack
 from ._runtime import pack_paths
 from ._runtime import version_text
 
+BESIDE = "cuda-bindings", "triton", "transformers"  # what changes what we do, where it is installed
+MANIFEST = "variants", "version", "triton", "ptxas", "min_driver", "kernels"
+
 
 def packs():
-    """{architecture: what is in its pack, or what is wrong with it}."""
-    return {f"sm_{arch}": describe(path) for arch, path in pack_paths().items()}
+    """{architecture: what is in its pack, or what is wrong with it}; and with a folder of packs that is none."""
+    return {f"sm_{arch}": describe(path) for arch, path in pack_paths().items()} | wrong_folder()
+
+
+def wrong_folder():
+    folder = os.environ.get("LIGER_AOT_PACKS")
+    if not folder or pathlib.Path(folder).is_dir():
+        return {}
+    return {"LIGER_AOT_PACKS": {"path": folder, "error": f"must be a folder of packs, got {folder}, which is none; unset it"}}
 
 
 def describe(path):
@@ -25,9 +40,9 @@ def describe(path):
         manifest = open_pack(path).manifest
     except RuntimeError as error:
         return {"path": str(path), "error": str(error)}
-    return {"path": str(path), "bytes": path.stat().st_size} | {
-        name: manifest[name] for name in ("variants", "version", "triton", "ptxas", "min_driver", "kernels")
-    }
+    about = {"path": str(path), "bytes": path.stat().st_size} | {name: manifest[name] for name in MANIFEST}
+    own = FOLDER / path.name
+    return about | ({"instead of": str(own)} if path != own and own.exists() else {})
 
 
 def devices():
@@ -37,7 +52,8 @@ def devices():
         about = {"back end": found.backend.name, "serves CUDA": version_text(found.version)}
     except RuntimeError as error:
         return {"none": str(error)}, []
-    return about, [about_device(found, index) for index in range(torch.cuda.device_count())]
+    indices = range(torch.cuda.device_count())
+    return about, [about_device(found, n) | {"fits": fits(found.capability(n))} for n in indices]
 
 
 def about_device(found, index):
@@ -49,7 +65,31 @@ def about_device(found, index):
         return about | {"pack": None, "error": str(error)}
 
 
-def collect():
+def about_arch(arch):
+    """As about_device, of a device that need not be there."""
+    about = {"name": f"as if it were {arch}"}
+    try:
+        target = Target(arch)
+    except RuntimeError as error:
+        return about | {"pack": None, "error": str(error)}
+    chosen, capability = target.pack.arch, target.capability
+    about |= {"capability": "{}.{}".format(*capability), "pack": f"sm_{chosen}", "fit": fit(chosen, capability)}
+    return about | {"fits": fits(capability)}
+
+
+def fits(capability):
+    """{architecture: how its pack fits a device, or why it does not}."""
+    return {f"sm_{arch}": fit(arch, capability) for arch in pack_paths()}
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def collect(arch=None):
     about, found = devices()
     versions = {
         "liger_aot": _build.VERSION,
@@ -58,31 +98,56 @@ def collect():
         "torch CUDA": torch.version.cuda,
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
-    }
-    return {"versions": versions, "driver": about, "devices": found, "packs": packs()}
+    } | {package: version(package) for package in BESIDE}
+    known = {"versions": versions, "driver": about, "devices": found, "packs": packs()}
+    return known | ({"asked": about_arch(arch)} if arch else {})
+
+
+def served(about):
+    """Which pack a device gets and why; the other packs, and why not."""
+    if "error" in about:
+        return about["error"]
+    rest = "".join(f"; not {arch}: {why}" for arch, why in about["fits"].items() if arch != about["pack"])
+    return f"{about['pack']} ({about['fit']}){rest}"
+
+
+def show(known):
+    def line(name, value):
+        print(f"{name:14} {value}")
+
+    for name, value in known["versions"].items():
+        line(name, "none" if value is None else value)
+    for name, value in known["driver"].items():
+        line("driver", value if name == "none" else f"{name} {value}")
+    for index, about in enumerate(known["devices"]):
+        line(f"cuda:{index}", f"{about['name']}, compute capability {about['capability']}: {served(about)}")
+    if not known["devices"]:
+        line("devices", "none: operators on CPU tensors run the CPU kernels")
+    if "asked" in known:
+        line(known["asked"]["name"].removeprefix("as if it were "), served(known["asked"]))
+    if not known["packs"]:
+        line("packs", "none: installed without kernels, only CPU tensors are served")
+    for arch, about in known["packs"].items():
+        what = about.get("error") or (
+            f"{about['variants']} variants of {len(about['kernels'])} kernels, {about['bytes'] / 1e6:.1f} MB, "
+            f"Triton {about['triton']}, ptxas {about['ptxas']}, needs a driver for CUDA {version_text(about['min_driver'])}"
+        )
+        line(arch, what)
+        line("", about["path"])
+        if "instead of" in about:
+            line("", f"instead of {about['instead of']}")
 
 
 def add_arguments(parser):
+    parser.add_argument("--arch", help="also which pack a device of this architecture would get, like 90 or 8.6")
     parser.add_argument("--json", action="store_true")
 
 
 def main(args):
-    known = collect()
+    known = collect(args.arch)
     if args.json:
         print(json.dumps(known, indent=1))
     else:
-        for part in ("versions", "driver"):
-            print("".join(f"{name:12} {value}\n" for name, value in known[part].items()), end="")
-        for index, about in enumerate(known["devices"]):
-            served = about.get("error") or f"{about['pack']} ({about['fit']})"
-            print(f"cuda:{index:<7} {about['name']}, compute capability {about['capability']}: {served}")
-        if not known["devices"]:
-            print("devices      none: operators on CPU tensors run the CPU kernels")
-        for arch, about in known["packs"].items():
-            what = about.get("error") or (
-                f"{about['variants']} variants of {len(about['kernels'])} kernels, {about['bytes'] / 1e6:.1f} MB, "
-                f"Triton {about['triton']}, ptxas {about['ptxas']}, needs a driver for CUDA {version_text(about['min_driver'])}"
-            )
-            print(f"{arch:12} {what}\n{'':12} {about['path']}")
-    bad = [p for p in (*known["devices"], *known["packs"].values()) if "error" in p]
+        show(known)
+    bad = [p for p in (*known["devices"], *known["packs"].values(), known.get("asked", {})) if "error" in p]
     return 1 if bad or not known["packs"] else 0

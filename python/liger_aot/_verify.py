@@ -1,14 +1,20 @@
-"""Read all of every pack, and hold every cubin to what the launcher passes it."""
+"""Read all of every pack, and hold it to what was installed, and every cubin to what the launcher passes it."""
 
+import base64
+import functools
 import hashlib
+import importlib.metadata
 import json
+import pathlib
 import struct
 
+from ._info import wrong_folder
 from ._runtime import CODES
 from ._runtime import open_pack
 from ._runtime import pack_paths
 
 PARAMETER = 0x17  # EIATTR_KPARAM_INFO, an attribute in a cubin's .nv.info section
+GOOD = "good: contract, hashes, CRCs, and every cubin's parameter table"
 LONG_FORM = 4  # an attribute whose value has a length of its own; every other form holds two bytes
 
 
@@ -43,8 +49,27 @@ def passed(types):
     return [(struct.calcsize("".join(codes[:n]) + "0" + code), struct.calcsize(code)) for n, code in enumerate(codes)]
 
 
+@functools.cache
+def recorded():
+    """{path: SHA-256} of the packs that were installed, as the wheel's RECORD has them; none where it was not by a wheel."""
+    try:
+        files = importlib.metadata.files("liger-aot") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    packs = [f for f in files if f.parent.name == "cubins" and f.hash and f.hash.mode == "sha256"]
+    return {pathlib.Path(f.locate()).resolve(): base64.urlsafe_b64decode(f.hash.value + "=") for f in packs}
+
+
 def problems(path):
     """What is wrong with a pack: sentences."""
+    found = inside(path)
+    expected = recorded().get(path.resolve())
+    if expected and path.is_file() and hashlib.sha256(path.read_bytes()).digest() != expected:
+        found.append(f"{path}: is not the file that was installed; install liger-aot again")
+    return found
+
+
+def inside(path):
     try:
         pack = open_pack(path)
     except RuntimeError as error:
@@ -74,11 +99,12 @@ def add_arguments(parser):
 def main(args):
     paths = pack_paths()
     results = {f"sm_{arch}": problems(path) for arch, path in paths.items()}
+    results |= {name: [about["error"]] for name, about in wrong_folder().items()}
     if args.json:
         print(json.dumps(results, indent=1))
     elif not results:
         print("no packs: liger-aot was installed without kernels; only CPU tensors are served")
     else:
         for arch, found in results.items():
-            print(f"{arch}: {'bad' if found else 'good, every variant as it was built'}", *found, sep="\n  ")
+            print(f"{arch}: {'bad' if found else GOOD}", *found, sep="\n  ")
     return 0 if results and not any(results.values()) else 1

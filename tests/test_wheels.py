@@ -1,0 +1,529 @@
+"""Wheels: their flavours, the index that offers them, what they are in a clean environment, and that they can be made again.
+
+The slow ones build wheels of two kernel files, through the same steps as all of them.
+"""
+
+import base64
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+from liger_aot import _runtime
+from liger_aot import _verify
+from liger_aot.__main__ import main
+
+from stub import copy_pack
+from stub import machinery
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def tool(name):
+    """A module of tools/, which the build runs and the wheel does not have."""
+    if str(ROOT / "tools") not in sys.path:
+        sys.path.append(str(ROOT / "tools"))
+    return importlib.import_module(name)
+
+
+aot, flavour, index = machinery("_aot"), tool("flavour"), tool("index")
+EVERY = pytest.mark.parametrize("cuda", flavour.FLAVOURS)
+
+
+@pytest.fixture(autouse=True)
+def no_flavour(monkeypatch):
+    for name in ("LIGER_AOT_CUDA", "LIGER_AOT_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def asked(state="wheel"):
+    """(version, requirements) as scikit-build-core is told."""
+    provider = flavour.Provider()
+    provider.build_state(state)
+    return provider.dynamic_metadata({"version": "1.2"}, {})["version"], provider.get_requires_for_dynamic_metadata({})
+
+
+def test_the_plain_flavour(monkeypatch):
+    monkeypatch.setenv("LIGER_AOT_CUDA", "")
+    assert asked() == ("1.2", ["nvidia-cuda-nvcc-cu12==12.9.86"])
+    assert flavour.architectures("Triton 1, ptxas 12.9.86\n") == ["80", "90", "100f", "120f"]
+
+
+FLAVOURS = {
+    "12.6": ("1.2+cu126", "nvidia-cuda-nvcc-cu12==12.6.85", "80 90", 12000),
+    "12.9": ("1.2+cu129", "nvidia-cuda-nvcc-cu12==12.9.86", "80 90 100f 120f", 12090),
+    "13.0": ("1.2+cu130", "nvidia-cuda-nvcc==13.0.88", "80 90 100f 110f 120f", 13000),
+}
+
+
+@EVERY
+def test_flavours(monkeypatch, cuda):
+    version, requirement, archs, driver = FLAVOURS[cuda]
+    ptxas = requirement.partition("==")[2]
+    monkeypatch.setenv("LIGER_AOT_CUDA", cuda)
+    assert asked() == (version, [requirement])
+    assert asked("sdist") == ("1.2", [requirement]), "one source distribution serves all"
+    assert flavour.architectures(f"Triton 1, ptxas {ptxas}") == archs.split()
+    monkeypatch.setattr(aot, "ptxas_version", lambda: ptxas)
+    assert max(aot.min_driver(arch) for arch in archs.split()) == driver
+
+
+def test_other_architectures(monkeypatch):
+    monkeypatch.setenv("LIGER_AOT_ARCHS", "75, 86;86")
+    assert flavour.architectures("ptxas 12.9.86") == ["75", "86"]
+    for arch, remedy in {"110f": r"LIGER_AOT_CUDA=13\.0 knows it \(make: CUDA=13\.0\)", "70": "no flavour knows it"}.items():
+        monkeypatch.setenv("LIGER_AOT_ARCHS", arch)
+        with pytest.raises(SystemExit, match=f"LIGER_AOT_ARCHS: ptxas 12.9.86 knows 75 80 .* 121f, got '{arch}'; {remedy}"):
+            flavour.architectures("ptxas 12.9.86")
+
+
+def test_no_such_flavour(monkeypatch):
+    monkeypatch.setenv("LIGER_AOT_CUDA", "12.8")
+    with pytest.raises(SystemExit, match=r"LIGER_AOT_CUDA must be one of 12\.6, 12\.9, 13\.0, or unset .*, got '12\.8'"):
+        asked()
+
+
+def test_what_the_assembler_knows():
+    text = subprocess.run([aot.ptxas(), "--help"], check=True, capture_output=True, text=True).stdout
+    known = set(re.findall(r"'sm_(\w+)'", text))
+    (ours,) = [f for f in flavour.FLAVOURS.values() if f.ptxas == aot.ptxas_version()]
+    families = {n for n in known if int(n.rstrip("af")) // 10 in (7, 8, 9, 10, 12) and int(n.rstrip("af")) >= 75}
+    assert families - set(ours.knows.split()) == {"101", "101a", "101f"}, "which CUDA 13 calls 110, and Triton too"
+    assert set(ours.knows.split()) <= known
+    for other in flavour.FLAVOURS.values():
+        assert set(other.ships.split()) <= set(other.knows.split())
+
+
+def pretend(folder, version="1.2", archs="80 90 100f 120f", named=None):
+    """A wheel as far as an index and pip look at it."""
+    path = folder / f"liger_aot-{named or version}-py3-none-any.whl"
+    info = f"liger_aot-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        for arch in archs.split():
+            wheel.writestr(f"liger_aot/cubins/sm_{arch}.zip", os.urandom(64))
+        metadata = f"Metadata-Version: 2.2\nName: liger-aot\nVersion: {version}\nRequires-Python: >=3.10\n"
+        wheel.writestr(f"{info}/METADATA", metadata)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "".join(f"{n},,\n" for n in wheel.namelist()))
+    return path
+
+
+def pip(*args, python=sys.executable, **environment):
+    command = [python, "-m", "pip", *args]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, cwd=ROOT.parent)
+
+
+def test_the_index_offers_each_flavour_and_pip_installs_from_it(tmp_path):
+    dist = tmp_path / "a folder" / "dist"
+    dist.mkdir(parents=True)
+    (dist / "whl").mkdir()
+    (dist / "whl/cu999").mkdir()
+    for version, archs in {"1.2": "80 90 100f 120f", "1.2+cu126": "80 90", "1.1+cu126": "80 90"}.items():
+        pretend(dist, version, archs)
+    index.write(dist)
+    pages = sorted(str(p.relative_to(dist)) for p in dist.rglob("*.html"))
+    assert pages == [f"whl/{f}/{p}index.html" for f in ("cu126", "plain") for p in ("", "liger-aot/")]
+    assert not (dist / "whl/cu999").exists(), "what has no wheels any more"
+    first = {page: (dist / page).read_bytes() for page in pages}
+    index.write(dist)
+    assert {page: (dist / page).read_bytes() for page in pages} == first
+
+    wheel = dist / "liger_aot-1.2+cu126-py3-none-any.whl"
+    text = (dist / "whl/cu126/liger-aot/index.html").read_text()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    address = f"../../../liger_aot-1.2%2Bcu126-py3-none-any.whl#sha256={digest}"
+    assert f'<a href="{address}" data-requires-python="&gt;=3.10">{wheel.name}</a>' in text
+
+    where = (dist / "whl/cu126").as_uri()
+    command = "install", "--no-deps", "--isolated", "--no-cache-dir", "--index-url", where, "--target", tmp_path / "site"
+    done = pip(*command, "liger-aot")
+    assert "Successfully installed liger-aot-1.2+cu126" in done.stdout, done.stderr
+    pretend(dist, "1.2+cu126", "80 90")
+    refused = pip(*command, "--upgrade", "liger-aot")
+    assert refused.returncode == 1
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in refused.stderr, "a wheel that changed after the index was written"
+
+
+BAD_WHEELS = {
+    "two architectures": ({"archs": "80 90"}, r"holds \['80', '90'\], its flavour ships 80 90 100f 120f; build it without"),
+    "suffix": ({"version": "1.2+cu118"}, r"must end with nothing or one of cu126, cu129, cu130, plain, got \+cu118"),
+    "name": ({"named": "1.3"}, r"is version 1\.2; build it again, its name says 1\.3"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_WHEELS)
+def test_the_index_refuses(tmp_path, fault):
+    pretend(tmp_path, "0.9+cu126", "80 90")
+    change, text = BAD_WHEELS[fault]
+    pretend(tmp_path, **change)
+    with pytest.raises(SystemExit, match=text):
+        index.write(tmp_path)
+    assert not (tmp_path / "whl").exists(), "nothing half-done"
+
+
+def test_the_index_refuses_damaged_wheels_and_no_wheels(tmp_path):
+    with pytest.raises(SystemExit, match=r"has no wheels of liger-aot; make some: make wheel CUDA=13\.0"):
+        index.write(tmp_path)
+    path = pretend(tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(SystemExit, match=r"1\.2-py3-none-any\.whl is damaged \(.*\); build it again"):
+        index.write(tmp_path)
+    path.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    with pytest.raises(SystemExit, match=r"is damaged: liger_aot/cubins/sm_80\.zip; build it again"):
+        index.write(tmp_path)
+
+
+# --- what is installed, and packs beside it
+
+
+@pytest.fixture
+def packs(tmp_path, monkeypatch):
+    """Use a folder of packs of one's own, or what is there instead of one."""
+
+    def use(folder):
+        monkeypatch.setenv("LIGER_AOT_PACKS", str(folder))
+        _runtime.pack_paths.cache_clear()
+        _runtime.open_pack.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    _runtime.pack_paths.cache_clear()
+    _runtime.open_pack.cache_clear()
+
+
+def test_a_pack_of_ones_own_is_found(tmp_path, packs, capsys):
+    """As make pack would leave it: an architecture that is not shipped, and one instead of the package's own."""
+
+    def as_86(manifest, entries):
+        manifest["arch"] = "86"
+
+    packs(tmp_path)
+    copy_pack(tmp_path, as_86).rename(tmp_path / "sm_86.zip")
+    copy_pack(tmp_path)
+    assert main(["info", "--arch", "8.9"]) == 0
+    text = capsys.readouterr().out
+    assert "8.9            sm_86 (same major); not sm_80: same major; not sm_90: runs on 9.x\n" in text
+    assert f"{tmp_path / 'sm_90.zip'}\n{'':15}instead of {_runtime.FOLDER / 'sm_90.zip'}\n" in text
+    assert main(["info", "--arch", "8.9", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["asked"]["pack"] == "sm_86"
+    assert known["asked"]["fits"]["sm_90"] == "runs on 9.x"
+    assert known["packs"]["sm_86"]["path"] == str(tmp_path / "sm_86.zip")
+    assert main(["verify"]) == 0
+    assert "sm_86: good: contract, hashes, CRCs, and every cubin's parameter table\n" in capsys.readouterr().out
+
+
+def test_a_device_that_no_pack_serves(packs, tmp_path, capsys):
+    assert main(["info", "--arch", "7.5"]) == 1
+    text = capsys.readouterr().out
+    assert "7.5            liger_aot: no kernels for compute capability 7.5. Packs:\n  sm_80: runs on 8.x\n" in text
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_a_folder_of_packs_that_is_none_is_named(packs, tmp_path, command, capsys):
+    packs(tmp_path / "nothing")
+    assert main([command]) == 1
+    said = capsys.readouterr().out
+    assert f"must be a folder of packs, got {tmp_path / 'nothing'}, which is none; unset it" in said
+    assert main([command, "--json"]) == 1
+    assert "LIGER_AOT_PACKS" in json.dumps(json.loads(capsys.readouterr().out))
+
+
+def test_verify_holds_packs_to_what_was_installed(tmp_path, packs, monkeypatch):
+    class Installed(importlib.metadata.PackagePath):
+        def locate(self):
+            return tmp_path / self.name
+
+    path = copy_pack(tmp_path)
+    value = base64.urlsafe_b64encode(hashlib.sha256(path.read_bytes()).digest()).decode().rstrip("=")
+    installed = Installed("liger_aot/cubins/sm_90.zip")
+    installed.hash = importlib.metadata.FileHash(f"sha256={value}")
+    monkeypatch.setattr(importlib.metadata, "files", lambda name: [installed] if name == "liger-aot" else None)
+    _verify.recorded.cache_clear()
+    try:
+        assert _verify.problems(path) == []
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.comment = b"harmless"
+        _runtime.open_pack.cache_clear()
+        assert _verify.problems(path) == [f"{path}: is not the file that was installed; install liger-aot again"]
+    finally:
+        _verify.recorded.cache_clear()
+
+
+QUIET = """
+import os, sys
+written = []
+def watch(event, args):
+    if event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        written.append(str(args[0]))
+    elif event in ("os.mkdir", "os.rename", "os.remove", "tempfile.mkstemp", "tempfile.mkdtemp"):
+        written.append(event)
+import torch
+sys.dont_write_bytecode = True
+sys.addaudithook(watch)
+import liger_aot
+from liger_aot.__main__ import main
+x = torch.ones(2, 8, requires_grad=True)
+torch.ops.liger.rms_norm(x).sum().backward()
+status = main(["info"]) + main(["verify"])
+print("written:", written, "status:", status)
+"""
+
+
+def test_nothing_is_written():
+    """So that a read-only or shared file system serves, and processes that start at once are not in each other's way."""
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True)
+    assert done.stdout.endswith("written: [] status: 0\n"), done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_eight_processes_at_once():
+    command = [sys.executable, "-m", "liger_aot", "verify", "--json"]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)]
+    ended = [(*process.communicate(), process.returncode) for process in started]
+    assert ended == [ended[0]] * 8
+    assert json.loads(ended[0][0]) == {f"sm_{arch}": [] for arch in _runtime.pack_paths()}
+
+
+# --- wheels that are built
+
+
+KEPT = "column_sum.py", "swiglu.py"
+
+
+def copy(folder):
+    """The tree without its history and with few kernels; its contract is another one therefore."""
+    left = shutil.ignore_patterns(".*", "build", "dist", "out", "__pycache__", "benchmarks")
+    shutil.copytree(ROOT, folder, ignore=left, dirs_exist_ok=True)
+    shutil.copy(ROOT / ".gitignore", folder)
+    for kernel in (folder / "csrc_triton").glob("[a-z]*.py"):
+        if kernel.name not in KEPT:
+            kernel.unlink()
+    return folder
+
+
+def build(source, out, *options, **environment):
+    done = pip("wheel", "--no-deps", "--wheel-dir", out, *options, source, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
+def manifest(wheel, arch):
+    with zipfile.ZipFile(wheel) as archive, archive.open(f"liger_aot/cubins/sm_{arch}.zip") as pack:
+        return json.loads(zipfile.ZipFile(pack).read("manifest.json"))
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    return copy(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="session")
+def wheel(source, tmp_path_factory):
+    return build(source, tmp_path_factory.mktemp("dist"), "--no-build-isolation", LIGER_AOT_ARCHS="100f")
+
+
+@pytest.mark.slow
+def test_the_same_wheel_again(wheel, source, tmp_path):
+    """From another folder, under another umask, at another time; and from the source distribution, where no git is."""
+    code = "import sys; from scikit_build_core.build import build_sdist; print(build_sdist(sys.argv[1]))"
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-c", code, tmp_path / name], check=True, capture_output=True, cwd=source)
+    archives = [tmp_path / name / "liger_aot-0.1.0.tar.gz" for name in ("one", "two")]
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+    with tarfile.open(archives[0]) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    before = os.umask(0o077)
+    try:
+        other = copy(tmp_path / "a longer name" / "source")
+        for folder in (other, unpacked):
+            again = build(folder, tmp_path / f"from {folder.name}", "--no-build-isolation", LIGER_AOT_ARCHS="100f")
+            assert (again.name, again.read_bytes()) == (wheel.name, wheel.read_bytes())
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cuda", [*flavour.FLAVOURS])
+def test_wheels_of_each_flavour(source, tmp_path, cuda):
+    """In isolation, as `make wheel CUDA=` builds."""
+    version, requirement, archs, _ = FLAVOURS[cuda]
+    last = archs.split()[-1]
+    found = build(source, tmp_path, "-C", f"build-dir={tmp_path / 'build'}", LIGER_AOT_CUDA=cuda, LIGER_AOT_ARCHS=last)
+    suffix = version.removeprefix("1.2")
+    assert re.fullmatch(rf"liger_aot-\d+\.\d+\.\d+{re.escape(suffix)}-py3-none-any\.whl", found.name)
+    packed = manifest(found, last)
+    assert (packed["ptxas"], packed["arch"]) == (requirement.partition("==")[2], last)
+    assert packed["version"].endswith(suffix)
+    assert packed["min_driver"] == {"12.6": 12000, "12.9": 12090, "13.0": 13000}[cuda]
+
+
+def pythons():
+    """Every Python of this machine that could be asked: {version: path}."""
+    places = [*map(pathlib.Path, os.environ["PATH"].split(os.pathsep)), *pathlib.Path.home().glob(".pyenv/versions/*/bin")]
+    names = {n: f"python3.{n}" for n in range(OLDEST - 1, 20)}
+    found = {n: place / name for n, name in names.items() for place in places if (place / name).exists() and runs(place / name)}
+    return {f"3.{n}": path for n, path in found.items()}
+
+
+def runs(python):
+    """pyenv leaves names in PATH that run nothing, and distributions a Python that makes no environments."""
+    return subprocess.run([python, "-c", "import ensurepip"], capture_output=True).returncode == 0
+
+
+OLDEST = 10
+FILES = """
+import compileall, importlib.metadata
+found = importlib.metadata.distribution("liger-aot")
+compiled = compileall.compile_dir(found.locate_file("liger_aot"), quiet=1)
+print(bool(compiled), found.version, all(f.locate().exists() for f in found.files))
+"""
+
+
+@pytest.mark.slow
+def test_every_python_installs_it(wheel, tmp_path):
+    """Without torch, which this machine need not have for each: installed, compiled to bytecode without a warning, removed."""
+    version, tried = wheel.name.split("-")[1], pythons()
+    assert f"3.{sys.version_info.minor}" in tried
+    for name, found in tried.items():
+        subprocess.run([found, "-m", "venv", tmp_path / name], check=True, capture_output=True)
+        python = tmp_path / name / "bin/python"
+        done = pip("install", "--no-deps", "--no-compile", wheel, python=python)
+        if name == f"3.{OLDEST - 1}":
+            assert "requires a different Python" in done.stderr
+            continue
+        assert done.returncode == 0, done.stderr
+        done = subprocess.run([python, "-W", "error", "-c", FILES], capture_output=True, text=True)
+        assert done.stdout == f"True {version} True\n", done.stderr
+        assert pip("uninstall", "--yes", "liger-aot", python=python).returncode == 0
+        shutil.rmtree(tmp_path / name)
+
+
+def needs(name, found):
+    """What a package needs, and what that needs, as it is installed here; no Triton and nothing of CUDA."""
+    found.add(name)
+    for text in importlib.metadata.requires(name) or []:
+        other = re.match(r"[\w.-]+", text)[0].lower()
+        if other not in found and "extra ==" not in text and not re.match("triton|nvidia|cuda", other) and is_here(other):
+            needs(other, found)
+    return found
+
+
+def is_here(name):
+    return any(importlib.metadata.distributions(name=name))
+
+
+@pytest.fixture(scope="session")
+def clean(wheel, tmp_path_factory):
+    """What runs a program in an environment of torch and the wheel alone, with no other program in PATH."""
+    folder = tmp_path_factory.mktemp("clean")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python3*/site-packages")
+    for name in needs("torch", set()):
+        distribution = importlib.metadata.distribution(name)
+        for top in {f.parts[0] for f in distribution.files} - {"..", "__pycache__"}:
+            (site / top).symlink_to(distribution.locate_file(top))
+    done = pip("--python", folder / "bin/python", "install", "--no-deps", wheel)
+    assert done.returncode == 0, done.stderr
+
+    def run(*command, **environment):
+        command = [folder / "bin/python", *command]
+        environment = {"PATH": str(folder / "bin"), "HOME": str(folder)} | environment
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
+
+    return run
+
+
+ALONE = """
+import importlib.util, shutil
+import torch, liger_aot
+assert not [n for n in ("triton", "numpy", "elftools", "transformers", "cuda") if importlib.util.find_spec(n)]
+assert not [n for n in ("cc", "gcc", "c++", "clang", "nvcc", "ptxas") if shutil.which(n)]
+gate, up = torch.randn(3, 64, requires_grad=True), torch.randn(3, 64)
+y = torch.ops.liger.swiglu(gate, up)
+torch.testing.assert_close(y, torch.nn.functional.silu(gate) * up)
+y.sum().backward()
+print(gate.grad.shape, liger_aot.__file__)
+"""
+
+
+@pytest.mark.slow
+def test_torch_is_all_that_it_needs(clean):
+    done = clean("-c", ALONE)
+    assert done.returncode == 0, done.stderr
+    done = clean("-m", "liger_aot", "verify")
+    assert done.stdout == f"sm_100f: {_verify.GOOD}\n", done.stderr
+    done = clean("-m", "liger_aot", "info", "--arch", "10.3", "--json")
+    assert done.returncode == 0, done.stderr
+    known = json.loads(done.stdout)
+    assert known["asked"]["pack"] == "sm_100f"
+    assert known["versions"]["triton"] is None
+
+
+@pytest.mark.slow
+def test_a_wheel_that_lost_its_end(wheel, tmp_path):
+    """A download that broke off: refused as a whole by pip."""
+    half = tmp_path / wheel.name
+    half.write_bytes(wheel.read_bytes()[:-1000])
+    done = pip("install", "--no-deps", "--target", tmp_path / "site", half)
+    assert done.returncode == 1
+    assert "is invalid" in done.stderr
+    assert not (tmp_path / "site").exists()
+
+
+@pytest.mark.slow
+def test_what_is_installed_and_then_changes(clean):
+    """verify notices what selection must not read on every import."""
+    where = clean("-c", "import importlib.util as u; print(u.find_spec('liger_aot').submodule_search_locations[0])").stdout
+    pack = pathlib.Path(where.strip(), "cubins/sm_100f.zip")
+    data = pack.read_bytes()
+    try:
+        pack.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if data[-1] else data + b"\0")
+        done = clean("-m", "liger_aot", "verify", "--json")
+    finally:
+        pack.write_bytes(data)
+    assert done.returncode == 1
+    assert f"{pack}: is not the file that was installed; install liger-aot again" in json.loads(done.stdout)["sm_100f"]
+
+
+@pytest.mark.slow
+def test_make_pack(source, clean, tmp_path):
+    """A pack for an architecture that is not shipped: found where LIGER_AOT_PACKS says, by the package of its sources alone."""
+    folder = copy(tmp_path / "source")
+    done = subprocess.run(["make", "pack", "ARCH=75", f"PYTHON={sys.executable}"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    packs = folder / "dist/packs"
+    assert f"export LIGER_AOT_PACKS={packs}\n" in done.stdout
+    assert [p.name for p in packs.iterdir()] == ["sm_75.zip"]
+
+    refused = clean("-m", "liger_aot", "info", "--arch", "7.5")
+    assert refused.returncode == 1
+    assert "no kernels for compute capability 7.5" in refused.stdout
+    served = clean("-m", "liger_aot", "info", "--arch", "7.5", LIGER_AOT_PACKS=str(packs))
+    assert served.returncode == 0, served.stdout
+    assert "7.5            sm_75 (exact); not sm_100f: runs on 10.x\n" in served.stdout
+    assert f"sm_75: {_verify.GOOD}\n" in clean("-m", "liger_aot", "verify", LIGER_AOT_PACKS=str(packs)).stdout
+    # This process has the package of all kernels.
+    (found,) = _verify.problems(packs / "sm_75.zip")
+    assert re.search(
+        r"was built for liger-aot .* \(contract \w+\), this is .*; install liger-aot again, or build the pack", found
+    )
+
+
+def test_make_pack_wants_an_architecture():
+    done = subprocess.run(["make", "pack"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "make pack: which architecture? make pack ARCH=75, or ARCH=110f CUDA=13.0" in done.stderr
