@@ -283,6 +283,7 @@ def test_instance_by_its_type():
             r"call apply_liger_kernel_to_llama\(model=model\) or liger_aot.bind",
         ),
         (lambda: _apply_liger_kernel("qwen2_vl_text"), RuntimeError, r"call apply_liger_kernel_to_qwen2_vl\(model=model\)"),
+        (lambda: _apply_liger_kernel_to_instance(3), ValueError, "model must be a torch.nn.Module, got int"),
         (lambda: _apply_liger_kernel("gpt2"), RuntimeError, r"call _apply_liger_kernel_to_instance\(model=model\)"),
     ],
 )
