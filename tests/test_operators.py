@@ -206,7 +206,7 @@ def test_a_tensor_on_another_device_reaches_no_kernel(name):
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     for place in [n for n, a in enumerate(args) if n and torch.is_tensor(a)]:
         apart = [a.to("meta") if n == place else a for n, a in enumerate(args)]
-        text = f"^{name}_fwd: tensors must be on one device, got one on cpu and another elsewhere; move it with .to\\(\\)$"
+        text = f"^{name}_fwd: tensors must be on one device, got one on cpu and one on meta; move it with .to\\(\\)$"
         with pytest.raises(ValueError, match=text):
             fwd.redispatch(cuda, *apart)
 

@@ -56,6 +56,22 @@ def contiguous(function):
     return body
 
 
+def on_one_device(name, body):
+    """What the dispatcher calls: public functions, which call the body itself, have looked at the devices of their tensors."""
+
+    @functools.wraps(body)
+    def together(first, *others):
+        for other in others:
+            if isinstance(other, torch.Tensor) and other.device != first.device:
+                raise ValueError(
+                    f"{name}: tensors must be on one device, got one on {first.device} and one on {other.device}; "
+                    "move it with .to()"
+                )
+        return body(first, *others)
+
+    return together
+
+
 def op(cpu, fake=None, strided=False):
     """Register a function that measures, allocates and launches as torch.ops.liger.<its name>.
 
@@ -68,7 +84,7 @@ def op(cpu, fake=None, strided=False):
     def register(function):
         name, body = function.__name__, quiet(function) if fake else function
         overload = _define(function)
-        LIBRARY.impl(name, on_one_device(function, body), "CUDA")
+        LIBRARY.impl(name, on_one_device(name, body), "CUDA")
         LIBRARY.impl(name, body if cpu is None else quiet(cpu if strided else contiguous(cpu)), "CPU")
         torch.library.register_fake(f"liger::{name}", fake or function, lib=LIBRARY)
         BODIES[name] = body
@@ -94,38 +110,19 @@ def {name}({parameters}):
         return overload_({passed})
     return body_({passed})
 """
-# What the dispatcher calls: public functions, which call bodies directly, have looked at their tensors' devices.
-CUDA_CALL = """\
-def {name}({parameters}):
-    device_ = {first}.device
-    if {apart}:
-        raise ValueError(
-            f"{name}: tensors must be on one device, got one on {{device_}} and another elsewhere; move it with .to()"
-        )
-    return body_({passed})
-"""
 
 
 def direct(function, body, overload):
     """A call of body where all tensors are plain and nobody traces or transforms, else of overload."""
-    plain = [f"{given}type({name}) in TENSORS_ and not {name}.is_neg()" for name, given in tensors(function, "{} is None or ")]
-    return spell_out(CALL, function, body, overload, plain=" and ".join(f"({p})" for p in plain))
-
-
-def on_one_device(function, body):
-    apart = [f"{given}{name}.device != device_" for name, given in tensors(function, "{} is not None and ")]
-    return spell_out(CUDA_CALL, function, body, None, apart=" or ".join(apart))
-
-
-def tensors(function, optional):
-    """(name, what to say first of an optional one) of each tensor among a function's parameters."""
+    plain = []
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.annotation is torch.Tensor:
-            yield name, ""
+            plain.append(f"type({name}) in TENSORS_ and not {name}.is_neg()")
         elif parameter.annotation == torch.Tensor | None:
-            yield name, optional.format(name)
+            plain.append(f"({name} is None or type({name}) in TENSORS_ and not {name}.is_neg())")
         elif "Tensor" in str(parameter.annotation):
             raise TypeError(f"{function.__name__}: {name} must be a tensor, optional or not, got {parameter.annotation}")
+    return spell_out(CALL, function, body, overload, plain=" and ".join(plain))
 
 
 def spell_out(text, function, body, overload, **words):
@@ -179,7 +176,7 @@ def on_cpu():
 
 
 class Function(torch.autograd.Function):
-    """An autograd.Function whose gradient is computed by a kernel, once. `name` is the operator's."""
+    """An autograd.Function whose gradient is computed by a kernel, once."""
 
     def __init_subclass__(cls):
         # torch's own apply, without its Python preamble (2 us), which sees to transforms: needs_grad does.
