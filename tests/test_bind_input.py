@@ -598,6 +598,37 @@ def test_modules_that_cannot_run_alone_are_left(model):
     assert "LookupError" in found.why
 
 
+BROKEN = {
+    "rms_norm_fwd": "model.norm",
+    "rms_norm_bwd": "model.norm",
+    "swiglu_fwd": "model.layers.0.mlp",
+    "swiglu_bwd": "model.layers.0.mlp",
+    "rope": "model.layers.0.self_attn",
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # masked lanes of the interpreter
+@pytest.mark.parametrize("fault", ["writes nothing", "raises"])
+@pytest.mark.parametrize(("kernel", "path"), BROKEN.items(), ids=str)
+def test_an_operator_that_fails_on_this_device_is_not_bound(interpreted, monkeypatch, kernel, path, fault):
+    launch = interpreted.launch
+
+    def broken(name, *args, **constants):
+        if name != kernel:
+            return launch(name, *args, **constants)
+        if fault == "raises":
+            raise NotImplementedError(f"{name}: no variant for this device")
+        return None
+
+    monkeypatch.setattr(interpreted, "launch", broken)
+    report = liger_aot.bind(build(num_hidden_layers=1))
+    found = row(report, path)
+    assert found.status == "left"
+    assert ("no variant for this device" in found.why) is (fault == "raises")
+    others = {"model.norm", "model.layers.0.mlp", "model.layers.0.self_attn"} - {path}
+    assert {row(report, other).status for other in others} == {"bound"}
+
+
 # --- The caller's world
 
 

@@ -32,6 +32,7 @@ from tiny import operators
 from tiny import recorder
 from tiny import step
 from torch.nn.utils import parametrize
+from torch.nn.utils import prune
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
@@ -538,20 +539,29 @@ class Doubled(torch.nn.Module):
         return 2 * weight
 
 
-@pytest.mark.parametrize("path", ["lm_head", "model.layers.0.mlp.up_proj", "model.norm"])
-@pytest.mark.parametrize("first", ["parametrize", "bind"])
-def test_parametrized_weights(first, path):
-    def parametrize_it(model):
-        parametrize.register_parametrization(model.get_submodule(path), "weight", Doubled())
+def parametrized(module):
+    parametrize.register_parametrization(module, "weight", Doubled())
 
+
+def pruned(module):
+    prune.custom_from_mask(module, "weight", torch.arange(module.weight.numel()).view(module.weight.shape) % 3 > 0)
+
+
+@pytest.mark.parametrize("path", ["lm_head", "model.layers.0.mlp.up_proj", "model.norm"])
+@pytest.mark.parametrize("change", [parametrized, pruned])
+@pytest.mark.parametrize("first", ["change", "bind"])
+def test_parametrized_and_pruned_weights(change, first, path):
     def run(*acts):
         model = build()
         for act in acts:
             act(model)
         return step(model, **batch()), model
 
-    plain, other = run(parametrize_it)
-    got, model = run(*((parametrize_it, liger_aot.bind) if first == "parametrize" else (liger_aot.bind, parametrize_it)))
+    def change_it(model):
+        change(model.get_submodule(path))
+
+    plain, other = run(change_it)
+    got, model = run(*((change_it, liger_aot.bind) if first == "change" else (liger_aot.bind, change_it)))
     check_equal(got, plain)
     liger_aot.unbind(model)
     check_identical(step(model, **batch()), plain)
