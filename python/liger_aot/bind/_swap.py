@@ -131,6 +131,8 @@ def rotation(function, compile, batched, count, one_dtype):
 
     @functools.wraps(function)
     def rotate(*args, **kwargs):
+        if len(args) < count + 2:
+            return function(*args, **kwargs)
         q, k, cos, sin = args[0], *args[count - 1 : count + 2]
         dim = {**dict(zip(rest, args[count + 2 :], strict=False)), **kwargs}.get("unsqueeze_dim", default)
         angles = cos.dtype is q.dtype or (cos.dtype is torch.float32 and not one_dtype)
