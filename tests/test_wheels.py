@@ -18,11 +18,15 @@ import tarfile
 import zipfile
 
 import pytest
+import torch
 
+from liger_aot import _info
 from liger_aot import _runtime
 from liger_aot import _verify
 from liger_aot.__main__ import main
 
+from stub import Stub
+from stub import StubDriver
 from stub import copy_pack
 from stub import machinery
 
@@ -118,9 +122,14 @@ def pretend(folder, version="1.2", archs="80 90 100f 120f", named=None):
     return path
 
 
+def outside():
+    """The environment outside the tests, in which Triton compiles."""
+    return {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
+
+
 def pip(*args, python=sys.executable, **environment):
     command = [python, "-m", "pip", *args]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, cwd=ROOT.parent)
+    return subprocess.run(command, env=outside() | environment, capture_output=True, text=True, cwd=ROOT.parent)
 
 
 def test_the_index_offers_each_flavour_and_pip_installs_from_it(tmp_path):
@@ -228,6 +237,40 @@ def test_a_device_that_no_pack_serves(packs, tmp_path, capsys):
     assert main(["info", "--arch", "7.5"]) == 1
     text = capsys.readouterr().out
     assert "7.5            liger_aot: no kernels for compute capability 7.5. Packs:\n  sm_80: runs on 8.x\n" in text
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "status", "text"),
+    [
+        ((8, 6), 12020, 0, "cuda:0         a GPU, compute capability 8.6: sm_80 (same major); not sm_90: runs on 9.x\n"),
+        (
+            (9, 0),
+            11080,
+            1,
+            "9.0: liger_aot: the NVIDIA driver serves CUDA 11.8, the sm_90 kernels need 12.0",
+        ),
+        (
+            (7, 5),
+            12020,
+            1,
+            "7.5: liger_aot: no kernels for compute capability 7.5. Packs:\n  sm_80: runs on 8.x\n",
+        ),
+    ],
+    ids=["served", "an old driver", "no pack"],
+)
+def test_which_pack_a_device_gets_and_why(monkeypatch, capsys, capability, version, status, text):
+    monkeypatch.setattr(_info, "driver", lambda: StubDriver(Stub(capability, version=version)))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(_info, "pack_paths", lambda: {arch: _runtime.FOLDER / f"sm_{arch}.zip" for arch in ("80", "90")})
+    assert main(["info"]) == status
+    said = capsys.readouterr().out
+    assert text in said
+    assert f"driver         serves CUDA {_runtime.version_text(version)}\n" in said
+    assert main(["info", "--json"]) == status
+    (about,) = json.loads(capsys.readouterr().out)["devices"]
+    assert about["fits"].keys() == {"sm_80", "sm_90"}
+    assert ("error" in about) == bool(status)
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])
@@ -503,7 +546,8 @@ def test_what_is_installed_and_then_changes(clean):
 def test_make_pack(source, clean, tmp_path):
     """A pack for an architecture that is not shipped: found where LIGER_AOT_PACKS says, by the package of its sources alone."""
     folder = copy(tmp_path / "source")
-    done = subprocess.run(["make", "pack", "ARCH=75", f"PYTHON={sys.executable}"], cwd=folder, capture_output=True, text=True)
+    command = ["make", "pack", "ARCH=75", f"PYTHON={sys.executable}"]
+    done = subprocess.run(command, env=outside(), cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     packs = folder / "dist/packs"
     assert f"export LIGER_AOT_PACKS={packs}\n" in done.stdout
