@@ -370,22 +370,41 @@ def unit(x, eps):
     return x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
 
 
+def llama(m, x, of=None, weight=None):
+    """Llama's norm but for one thing."""
+    y = unit(x, m.variance_epsilon) if of is None else of.float()
+    return (m.weight if weight is None else weight) * y.to(x.dtype)
+
+
+def scale(x, eps, dim=-1):
+    return x.float() * torch.rsqrt(x.float().square().mean(dim, keepdim=True) + eps)
+
+
 IMPOSTORS = {
     "offset 2": lambda m, x: ((2.0 + m.weight.float()) * unit(x, m.variance_epsilon)).to(x.dtype),
-    "no eps": lambda m, x: m.weight * unit(x, 0.0).to(x.dtype),
-    "eps outside the root": lambda m, x: m.weight * (x / (x.square().mean(-1, keepdim=True).sqrt() + m.variance_epsilon)),
-    "eps ten times": lambda m, x: m.weight * unit(x, 10 * m.variance_epsilon).to(x.dtype),
-    "sum, not mean": lambda m, x: m.weight * x * torch.rsqrt(x.square().sum(-1, keepdim=True) + m.variance_epsilon),
-    "of the wrong dimension": lambda m, x: m.weight * x * torch.rsqrt(x.square().mean(-2, keepdim=True) + m.variance_epsilon),
-    "half the features": lambda m, x: m.weight * torch.cat([unit(x[..., :16], 1e-6), x[..., 16:]], -1),
-    "centred": lambda m, x: m.weight * unit(x - x.mean(-1, keepdim=True), m.variance_epsilon),
-    "one part in a thousand": lambda m, x: 1.001 * m.weight * unit(x, m.variance_epsilon),
-    "clamped": lambda m, x: m.weight * unit(x, m.variance_epsilon).clamp(-2.5, 2.5),
-    "in training otherwise": lambda m, x: m.weight * unit(x, m.variance_epsilon) * (2 if m.training else 1),
-    "dropout": lambda m, x: nn.functional.dropout(m.weight * unit(x, m.variance_epsilon), 0.0001, m.training),
-    "weight unused": lambda m, x: unit(x, m.variance_epsilon) + 0 * m.weight,
-    "square of the weight": lambda m, x: m.weight**2 * unit(x, m.variance_epsilon),
+    "no eps": lambda m, x: llama(m, x, unit(x, 0.0)),
+    "eps outside the root": lambda m, x: llama(
+        m, x, x / (x.float().square().mean(-1, keepdim=True).sqrt() + m.variance_epsilon)
+    ),
+    "eps ten times": lambda m, x: llama(m, x, unit(x, 10 * m.variance_epsilon)),
+    "sum, not mean": lambda m, x: llama(m, x, unit(x, m.variance_epsilon) / x.shape[-1] ** 0.5),
+    "of the wrong dimension": lambda m, x: llama(m, x, scale(x, m.variance_epsilon, dim=-2)),
+    "half the features": lambda m, x: llama(m, x, torch.cat([unit(x[..., :16], 1e-6), x[..., 16:]], -1)),
+    "centred": lambda m, x: llama(m, x, unit(x.float() - x.float().mean(-1, keepdim=True), m.variance_epsilon)),
+    "one part in a thousand": lambda m, x: llama(m, x, 1.001 * unit(x, m.variance_epsilon)),
+    "clamped": lambda m, x: llama(m, x, unit(x, m.variance_epsilon).clamp(-2.5, 2.5)),
+    "in training otherwise": lambda m, x: llama(m, x, unit(x, m.variance_epsilon) * (2 if m.training else 1)),
+    "in evaluation otherwise": lambda m, x: llama(m, x, unit(x, m.variance_epsilon) * (1 if m.training else 2)),
+    "dropout": lambda m, x: llama(m, x, nn.functional.dropout(unit(x, m.variance_epsilon), 0.05, m.training)),
+    "weight unused": lambda m, x: llama(m, x, weight=1 + 0 * m.weight),
+    "square of the weight": lambda m, x: llama(m, x, weight=m.weight**2),
+    "another rounding": lambda m, x: m.weight * x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype),
 }
+
+
+def test_without_the_difference_an_impostor_is_bound():
+    model = with_norm(norm_named("LlamaRMSNorm", llama))()
+    assert row(liger_aot.bind(model), "model.norm").status == "bound"
 
 
 @pytest.mark.parametrize("compute", [pytest.param(f, id=name) for name, f in IMPOSTORS.items()])
@@ -418,7 +437,7 @@ def test_a_norm_with_an_optional_second_argument_is_left():
     def forward(self, hidden_states, gate=None):
         if gate is not None:
             hidden_states = hidden_states * nn.functional.silu(gate)
-        return self.weight * unit(hidden_states, self.variance_epsilon)
+        return llama(self, hidden_states)
 
     kind = type("LlamaRMSNorm", (nn.Module,), {"__init__": init, "forward": forward})
     check_left(with_norm(kind), "model.norm")
@@ -436,15 +455,15 @@ def test_gated_norms_of_mamba_are_left(extra):
         check_equal(step(model, **batch()), step(build(family, **options), **batch()))
 
 
-class Noisy(nn.Module):
-    """Two scalars of one class: the formula is another for each instance."""
+class ScaledNorm(nn.Module):
+    """The formula is another for each instance."""
 
     def __init__(self, multiplier):
         super().__init__()
         self.weight, self.variance_epsilon, self.multiplier = nn.Parameter(torch.ones(WIDTH)), 1e-6, multiplier
 
     def forward(self, hidden_states):
-        return self.multiplier * self.weight * unit(hidden_states, self.variance_epsilon)
+        return llama(self, hidden_states, self.multiplier * unit(hidden_states, self.variance_epsilon))
 
 
 class ScaledMLP(LlamaMLP):
@@ -462,13 +481,24 @@ class ListedMLP(ScaledMLP):
     def __init__(self, config, multipliers):
         super().__init__(config, multipliers)
         self.multipliers = list(multipliers)
+
+    first = property(lambda self: self.multipliers[0], lambda self, value: None)
+    second = property(lambda self: self.multipliers[1], lambda self, value: None)
+
+
+class LayeredMLP(ScaledMLP):
+    """The multipliers are a matter of the layer's number."""
+
+    def __init__(self, config, multipliers):
+        super().__init__(config, multipliers)
+        self.layer_idx = int(multipliers != (1.0, 1.0))
         del self.first, self.second
 
-    first = property(lambda self: self.multipliers[0], lambda self, value: None, lambda self: None)
-    second = property(lambda self: self.multipliers[1], lambda self, value: None, lambda self: None)
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * (1.5 if self.layer_idx else 1.0)
 
 
-@pytest.mark.parametrize("kind", [ScaledMLP, ListedMLP])
+@pytest.mark.parametrize("kind", [ScaledMLP, ListedMLP, LayeredMLP])
 @pytest.mark.parametrize("order", [1, -1])
 def test_multipliers_that_differ_per_instance(kind, order):
     def made():
@@ -477,15 +507,17 @@ def test_multipliers_that_differ_per_instance(kind, order):
             mlp = kind(model.config, multipliers)
             mlp.load_state_dict(layer.mlp.state_dict())
             layer.mlp = mlp
-        model.model.layers[1].input_layernorm = Noisy(1.0 if order == 1 else 0.5)
-        model.model.layers[0].input_layernorm = Noisy(0.5 if order == 1 else 1.0)
+        model.model.layers[1].input_layernorm = ScaledNorm(1.0 if order == 1 else 0.5)
+        model.model.layers[0].input_layernorm = ScaledNorm(0.5 if order == 1 else 1.0)
         return model.train()
 
     model = made()
     report = liger_aot.bind(model)
     plain, scaled = (0, 1)[::order]
     assert row(report, f"model.layers.{plain}.mlp").status == "bound"
-    assert row(report, f"model.layers.{scaled}.input_layernorm").status == "left"
+    assert row(report, f"model.layers.{scaled}.mlp").status == "left"
+    assert row(report, "model.layers.0.input_layernorm").status == ("left" if order == 1 else "bound")
+    assert row(report, "model.layers.1.input_layernorm").status == ("bound" if order == 1 else "left")
     assert row(report, f"model.layers.{plain}.mlp").operator == "swiglu"
     check_equal(step(model, **batch()), step(made(), **batch()))
 
@@ -652,7 +684,7 @@ def check_same_world(before):
 
 @pytest.mark.parametrize("family", ["llama", "t5", "mixtral", "falcon_h1"])
 def test_random_states_are_untouched(family):
-    model = build(family)
+    model = build(family, **({"dropout_rate": 0.5} if family == "t5" else {}))
     torch.manual_seed(11), random.seed(11), np.random.seed(11)
     before = world()
     liger_aot.bind(model)
