@@ -20,6 +20,8 @@ from ._job import carried_config
 from ._job import choose
 from ._lora import without_adapters
 from ._progress import Progress
+from ._rules import Alias
+from ._rules import Drop
 from ._rules import Frequencies
 from ._rules import Tied
 from ._rules import Zeros
@@ -106,7 +108,9 @@ def plan_to_sat(job, hf, ranks):
         raise ConvertError(f"{hf.config.path}: has a quantization_config; save the model unquantised first")
     job.family.check_hf(hf.config, job.problems)
     job.problems.end()
-    args = _settings.Settings({**job.family.args(hf.config), "model_parallel_size": ranks}, hf.config.path)
+    args = _settings.Settings(job.family.args(hf.config), hf.config.path)
+    for part in (args, *(value for value in args.values() if isinstance(value, dict))):
+        part["model_parallel_size"] = ranks
     job.plan(hf.config, args, ranks)
     if hf.name_with(job.family.prefix, {name for item in job.items for name in item.hf}):
         job.report.notes.append(f"names without {job.family.prefix!r} were taken for names with it")
@@ -226,7 +230,7 @@ def write_sat(job, hf, item, ranks, bar):
 
 
 def write_hf(sat, item, tensors, bar):
-    if not item.hf or item.hf[0] not in tensors or isinstance(item.rule, Tied):
+    if not item.hf or item.hf[0] not in tensors or isinstance(item.rule, Alias | Drop | Tied):
         return
     if isinstance(item.rule, Frequencies):
         results = [[frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"])]] * len(item.hf)

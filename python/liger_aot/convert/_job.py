@@ -94,7 +94,7 @@ class Job:
         if self.ranks == 1:
             return
         by = f"cannot be divided by {self.ranks}, the number of ranks"
-        for name in ("heads", "kv_heads"):
+        for name in ("heads", "kv_heads", "seen_heads"):
             if self.sizes.get(name, self.ranks) % self.ranks:
                 self.problems.add(f"model parallelism: {name} {self.sizes[name]} {by}")
         for item in self.items:

@@ -6,7 +6,6 @@ each other, views wherever possible, so that a tensor is never held twice.
 """
 
 import itertools
-import math
 import re
 from dataclasses import dataclass
 
@@ -238,16 +237,22 @@ def frequencies(dim, theta):
 
 def base_of(values, dim, candidates):
     """The rope_theta whose frequencies `values` are, or None; a candidate if one is, so that it comes out to the last digit."""
-    loose = values.dtype != torch.float32
-    values = values.float()
-    if values.shape != (dim // 2,) or not bool(values.isfinite().all()) or bool((values <= 0).any()):
+    exact, values = values.dtype is torch.float32, values.float()
+    if values.shape != (dim // 2,) or not bool(values.isfinite().all()) or bool((values <= 0).any()) or values[0] != 1:
         return None
-    estimate = float(values[-1]) ** (-dim / (dim - 2)) if dim > 2 else 1.0
-    rounded = float(f"{estimate:.4g}") if math.isfinite(estimate) else 1.0
-    for theta in [*candidates, rounded, estimate]:
-        if torch.allclose(values, frequencies(dim, theta), rtol=1e-2 if loose else 1e-5, atol=0):
+    at = int((values > 1e-4).sum()) - 1  # below, 16 bits hold few digits
+    estimate = float(values[at]) ** (-dim / (2 * at)) if at else 1.0
+    for theta in [*candidates, float(f"{estimate:.2g}"), float(f"{estimate:.4g}"), estimate]:
+        if are_frequencies(values, frequencies(dim, theta), exact):
             return float(theta)
     return None
+
+
+def are_frequencies(values, wanted, exact):
+    """Models that were in 16 bits once leave them rounded, whatever their dtype is now."""
+    if torch.allclose(values, wanted, rtol=1e-5 if exact else 1e-2, atol=0 if exact else 1e-7):
+        return True
+    return any(torch.equal(values, wanted.to(dtype).float()) for dtype in (torch.bfloat16, torch.float16))
 
 
 def linear(hf, sat, dims, mp="", when=""):

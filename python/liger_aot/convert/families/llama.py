@@ -21,13 +21,13 @@ def attention(hf, sat, p, when=""):
     return Stack(q_k_v, f"{sat}attention.query_key_value.{p}", dims, "column", when)
 
 
-def decoder(rope, rope_when=""):
+def decoder(rope, rope_when="", bias=True):
     """What Llama and its relatives share, up to the MLP."""
     return (
         Copy("model.embed_tokens.weight", "transformer.word_embeddings.weight", "vocab hidden", "vocab"),
         Copy(HF + "input_layernorm.weight", SAT + "input_layernorm.weight", "hidden"),
         attention(HF, SAT, "weight"),
-        attention(HF, SAT, "bias", "qkv_bias"),
+        *([attention(HF, SAT, "bias", "qkv_bias")] if bias else []),
         Copy(HF + "self_attn.o_proj.weight", SAT + "attention.dense.weight", "hidden q", "row"),
         Copy(HF + "post_attention_layernorm.weight", SAT + "post_attention_layernorm.weight", "hidden"),
         Copy("model.norm.weight", "transformer.final_layernorm.weight", "hidden"),

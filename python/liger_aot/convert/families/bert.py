@@ -1,0 +1,159 @@
+"""BERT and RoBERTa: HF's BertForMaskedLM and RobertaForMaskedLM, SAT's BertModel and RobertaModel.
+
+Both normalise behind each block. SAT counts a layer from the norm that ends the one before: HF's last norm of layer i is SAT's
+first of layer i + 1.
+"""
+
+from typing import ClassVar
+
+from .._family import Family
+from .._rules import Alias
+from .._rules import Copy
+from .._rules import Drop
+from .._rules import Stack
+from .._rules import Tied
+from .._rules import Zeros
+from .._rules import linear
+from .._rules import norm
+
+SAT, HEAD = "transformer.layers.{i}.", "mixins.bert-final.lm_head."
+NO_POOLER = "SAT's class has no pooler"
+NO_NEXT = "SAT's class does not predict the next sentence"
+
+
+def encoder(root):
+    hf = root + "encoder.layer.{i}."
+    own = [f"{hf}attention.self.{x}." for x in ("query", "key", "value")]
+    return (
+        Copy(root + "embeddings.word_embeddings.weight", "transformer.word_embeddings.weight", "vocab hidden", "vocab"),
+        Copy(root + "embeddings.position_embeddings.weight", "transformer.position_embeddings.weight", "positions hidden"),
+        *norm(root + "embeddings.LayerNorm", "transformer.layers.0.input_layernorm"),
+        Stack([x + "weight" for x in own], SAT + "attention.query_key_value.weight", ["hidden hidden"] * 3, "column"),
+        Stack([x + "bias" for x in own], SAT + "attention.query_key_value.bias", ["hidden"] * 3, "column"),
+        *linear(hf + "attention.output.dense", SAT + "attention.dense", "hidden hidden", "row"),
+        *norm(hf + "attention.output.LayerNorm", SAT + "post_attention_layernorm"),
+        *linear(hf + "intermediate.dense", SAT + "mlp.dense_h_to_4h", "inner hidden", "column"),
+        *linear(hf + "output.dense", SAT + "mlp.dense_4h_to_h", "hidden inner", "row"),
+        *norm(root + "encoder.layer.{before}.output.LayerNorm", "transformer.layers.{before+1}.input_layernorm"),
+        *norm(root + "encoder.layer.{last}.output.LayerNorm", "transformer.final_layernorm"),
+        Drop(root + "embeddings.position_ids"),
+    )
+
+
+def head(dense, layer_norm, bias, weight, root):
+    """The masked language model's; its last matrix is the embedding."""
+    words = root + "embeddings.word_embeddings.weight"
+    return (
+        *linear(dense, HEAD + "dense", "hidden hidden"),
+        *norm(layer_norm, HEAD + "layer_norm"),
+        Copy(bias, HEAD + "decoder.bias", "vocab"),
+        Alias(weight.removesuffix("weight") + "bias", bias, "vocab"),
+        Copy(weight, HEAD + "decoder.weight", "vocab hidden", when="not tied"),
+        Tied(words, HEAD + "decoder.weight", "vocab hidden", weight, when="tied"),
+    )
+
+
+class Bert(Family):
+    name = "bert"
+    title = "BERT"
+    model_types = ("bert",)
+    model_classes = ("BertModel",)
+    architecture = "BertForMaskedLM"
+    prefix = "bert."
+    hf_accepts: ClassVar[dict] = {
+        "hidden_act": ("gelu",),
+        "position_embedding_type": ("absolute", None),
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+    }
+    sat_accepts: ClassVar[dict] = {"layernorm_order": ("post",)}
+    rules = (
+        *encoder("bert."),
+        Copy("bert.embeddings.token_type_embeddings.weight", "mixins.bert-type.type_embeddings.weight", "types hidden"),
+        *head(
+            "cls.predictions.transform.dense",
+            "cls.predictions.transform.LayerNorm",
+            "cls.predictions.bias",
+            "cls.predictions.decoder.weight",
+            "bert.",
+        ),
+        *(Drop(f"bert.pooler.dense.{p}", NO_POOLER) for p in ("weight", "bias")),
+        *(Drop(f"cls.seq_relationship.{p}", NO_NEXT) for p in ("weight", "bias")),
+    )
+
+    def sizes(self, config, args):
+        config.divide("hidden_size", "num_attention_heads")
+        layers = config.count("num_hidden_layers")
+        return {
+            "vocab": config.count("vocab_size"),
+            "hidden": config["hidden_size"],
+            "inner": config.count("intermediate_size"),
+            "positions": config.count("max_position_embeddings"),
+            "types": config.count("type_vocab_size"),
+            "heads": config["num_attention_heads"],
+            "i": range(layers),
+            "before": range(layers - 1),
+            "last": [layers - 1],
+            "tied": bool(config.get("tie_word_embeddings", True)),
+        }
+
+    def args(self, config):
+        args = {
+            "model_class": self.model_classes[0],
+            "tokenizer_type": config.get("_name_or_path") or "fake",
+            "num_layers": config.count("num_hidden_layers"),
+            "hidden_size": config.count("hidden_size"),
+            "num_attention_heads": config.count("num_attention_heads"),
+            "vocab_size": config.count("vocab_size"),
+            "layernorm_order": "post",
+            "model_parallel_size": 1,
+            "max_sequence_length": config.count("max_position_embeddings"),
+            "inner_hidden_size": config.count("intermediate_size"),
+            "layernorm_epsilon": config.number("layer_norm_eps", 1e-12),
+        }
+        return args | {"num_types": config.count("type_vocab_size")}
+
+    def config(self, args):
+        return {
+            "model_type": self.model_types[0],
+            "architectures": [self.architecture],
+            "num_hidden_layers": args.count("num_layers"),
+            "hidden_size": args.count("hidden_size"),
+            "intermediate_size": args.count("inner_hidden_size", 4 * args["hidden_size"]),
+            "num_attention_heads": args.count("num_attention_heads"),
+            "vocab_size": args.count("vocab_size"),
+            "max_position_embeddings": args.count("max_sequence_length"),
+            "type_vocab_size": args.count("num_types", 2),
+            "layer_norm_eps": args.number("layernorm_epsilon", 1e-5),
+            "hidden_act": "gelu",
+        }
+
+
+class Roberta(Bert):
+    name = "roberta"
+    title = "RoBERTa"
+    model_types = ("roberta",)
+    model_classes = ("RobertaModel",)
+    architecture = "RobertaForMaskedLM"
+    prefix = "roberta."
+    rules = (
+        *encoder("roberta."),
+        Zeros(
+            "roberta.embeddings.token_type_embeddings.weight",
+            "types hidden",
+            "add it to every row of roberta.embeddings.position_embeddings.weight and set it to zero, which computes the same",
+        ),
+        *head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder.weight", "roberta."),
+        *(Drop(f"roberta.pooler.dense.{p}", NO_POOLER) for p in ("weight", "bias")),
+    )
+
+    def check_hf(self, config, problems):
+        super().check_hf(config, problems)
+        if config.count("type_vocab_size") != 1:
+            problems.add(f"{config.path}: type_vocab_size is {config['type_vocab_size']}; SAT's RobertaModel has 1 alone")
+
+    def config(self, args):
+        return super().config(args) | {"type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+
+
+FAMILIES = (Bert(), Roberta())

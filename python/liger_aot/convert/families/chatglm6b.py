@@ -1,0 +1,90 @@
+"""ChatGLM-6B: the names of the code that comes with its weights, and SAT's ChatGLMModel.
+
+HF keeps q, k and v of each head together. SAT did as well until July 2023; its own transform_param.py still copies the weight
+as it is, which is wrong since.
+"""
+
+from typing import ClassVar
+
+from .._family import Family
+from .._family import copied
+from .._rules import Copy
+from .._rules import Frequencies
+from .._rules import Heads
+from .._rules import linear
+from .._rules import norm
+
+HF, SAT = "transformer.layers.{i}.", "transformer.layers.{i}."
+SAME = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length", "inner_hidden_size")
+TOKENS = {f"{name}_token_id": f"{name}_token_id" for name in ("bos", "eos", "mask", "gmask", "pad")}
+
+
+class ChatGLM6B(Family):
+    name = "chatglm-6b"
+    title = "ChatGLM-6B"
+    model_types = ("chatglm",)
+    model_classes = ("ChatGLMModel",)
+    architecture = "ChatGLMForConditionalGeneration"
+    prefix = "transformer."
+    hf_accepts: ClassVar[dict] = {"position_encoding_2d": (True,), "pre_seq_len": (None,), "quantization_bit": (0, None)}
+    sat_accepts: ClassVar[dict] = {"layernorm_order": ("post",)}
+    rules = (
+        Copy("transformer.word_embeddings.weight", "transformer.word_embeddings.weight", "vocab hidden", "vocab"),
+        *norm(HF + "input_layernorm", SAT + "input_layernorm"),
+        Heads(
+            HF + "attention.query_key_value.weight",
+            SAT + "attention.query_key_value.weight",
+            "hidden+hidden+hidden hidden",
+            "column",
+        ),
+        Heads(HF + "attention.query_key_value.bias", SAT + "attention.query_key_value.bias", "hidden+hidden+hidden", "column"),
+        *linear(HF + "attention.dense", SAT + "attention.dense", "hidden hidden", "row"),
+        *norm(HF + "post_attention_layernorm", SAT + "post_attention_layernorm"),
+        *linear(HF + "mlp.dense_h_to_4h", SAT + "mlp.dense_h_to_4h", "inner hidden", "column"),
+        *linear(HF + "mlp.dense_4h_to_h", SAT + "mlp.dense_4h_to_h", "hidden inner", "row"),
+        *norm("transformer.final_layernorm", "transformer.final_layernorm"),
+        Copy("lm_head.weight", "mixins.chatglm-final.lm_head.weight", "vocab hidden", "column"),
+        Frequencies(HF + "attention.rotary_emb.inv_freq", "mixins.chatglm-attn.rotary_emb.inv_freq", write=True),
+    )
+
+    def claims_hf(self, config):
+        return super().claims_hf(config) and "inner_hidden_size" in config
+
+    def theta(self, config):
+        return 10000.0
+
+    def set_theta(self, config, theta):
+        """Both sides compute with 10000, whatever the files say."""
+
+    def sizes(self, config, args):
+        dim = config.divide("hidden_size", "num_attention_heads")
+        return {
+            "vocab": config.count("vocab_size"),
+            "hidden": config["hidden_size"],
+            "inner": config.count("inner_hidden_size"),
+            "heads": config["num_attention_heads"],
+            "head_dim": dim,
+            "rope_dim": dim // 2,
+            "rope_half": dim // 4,
+            "i": range(config.count("num_layers")),
+        }
+
+    def args(self, config):
+        args = {
+            "model_class": "ChatGLMModel",
+            "tokenizer_type": config.get("_name_or_path") or "fake",
+            "layernorm_order": "post",
+            "model_parallel_size": 1,
+            "layernorm_epsilon": config.number("layernorm_epsilon", 1e-5),
+        }
+        return copied(args | {name: config.count(name) for name in SAME}, TOKENS, config)
+
+    def config(self, args):
+        config = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "position_encoding_2d": True}
+        config |= {name: args.count(name) for name in SAME if name != "inner_hidden_size"}
+        config["inner_hidden_size"] = args.count("inner_hidden_size", 4 * args["hidden_size"])
+        config["layernorm_epsilon"] = args.number("layernorm_epsilon", 1e-5)
+        return copied(config, TOKENS, args)
+
+
+FAMILIES = (ChatGLM6B(),)

@@ -1,0 +1,249 @@
+"""CogVLM and CogVLM2: the names of the code that comes with the weights, and of CogVLM's SAT models.
+
+A language model in which tokens of the image have an attention and an MLP of their own, behind an EVA2-CLIP tower. Nothing is
+reshaped; SAT's names are where each part was mixed in.
+"""
+
+from typing import ClassVar
+
+from .._family import Family
+from .._family import copied
+from .._rules import Copy
+from .._rules import Frequencies
+from .._rules import linear
+from .._rules import norm
+
+HF, SAT = "model.layers.{i}.", "transformer.layers.{i}."
+# The layers with experts for the image.
+HF_EXPERT = "model.layers.{k}."
+TOWER, SAT_TOWER = "model.vision.transformer.layers.{j}.", "mixins.eva.vit_model.transformer.layers.{j}."
+TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id"}
+QKV, SEEN = "q+kv+kv hidden", "seen+seen+seen seen"
+
+
+def language():
+    return (
+        Copy("model.embed_tokens.weight", "transformer.word_embeddings.weight", "vocab hidden", "vocab"),
+        Copy(HF + "input_layernorm.weight", SAT + "input_layernorm.weight", "hidden"),
+        Copy(HF + "self_attn.language_expert_query_key_value.weight", SAT + "attention.query_key_value.weight", QKV, "column"),
+        Copy(HF + "self_attn.language_expert_dense.weight", SAT + "attention.dense.weight", "hidden q", "row"),
+        Copy(HF + "post_attention_layernorm.weight", SAT + "post_attention_layernorm.weight", "hidden"),
+        Copy(HF + "mlp.language_mlp.gate_proj.weight", "mixins.mlp.gate_proj.{i}.weight", "inner hidden", "column"),
+        Copy(HF + "mlp.language_mlp.up_proj.weight", SAT + "mlp.dense_h_to_4h.weight", "inner hidden", "column"),
+        Copy(HF + "mlp.language_mlp.down_proj.weight", SAT + "mlp.dense_4h_to_h.weight", "hidden inner", "row"),
+        Copy("model.norm.weight", "transformer.final_layernorm.weight", "hidden"),
+        Copy("lm_head.weight", "mixins.lm.lm_head.weight", "vocab hidden", "column"),
+        Frequencies(HF + "self_attn.rotary_emb.inv_freq", "mixins.rotary.rotary_emb.inv_freq", write=True),
+    )
+
+
+def experts():
+    hf, rotary, mlp = HF_EXPERT, "mixins.rotary.vision_", "mixins.mlp.vision_"
+    return (
+        Copy(hf + "self_attn.vision_expert_query_key_value.weight", rotary + "query_key_value_list.{k}.weight", QKV, "column"),
+        Copy(hf + "self_attn.vision_expert_dense.weight", rotary + "dense_list.{k}.weight", "hidden q", "row"),
+        Copy(hf + "mlp.vision_mlp.gate_proj.weight", mlp + "gate_proj.{k}.weight", "inner hidden", "column"),
+        Copy(hf + "mlp.vision_mlp.up_proj.weight", mlp + "dense_h_to_4h_list.{k}.weight", "inner hidden", "column"),
+        Copy(hf + "mlp.vision_mlp.down_proj.weight", mlp + "dense_4h_to_h_list.{k}.weight", "hidden inner", "row"),
+    )
+
+
+def tower():
+    hf, sat = "model.vision.", "mixins.eva."
+    patch = hf + "patch_embedding."
+    return (
+        Copy(patch + "cls_embedding", sat + "vit_model.transformer.word_embeddings.weight", "1 seen"),
+        Copy(patch + "position_embedding.weight", sat + "vit_model.transformer.position_embeddings.weight", "places seen"),
+        Copy(patch + "proj.weight", sat + "vit_model.mixins.patch_embedding.proj.weight", "seen channels patch patch"),
+        Copy(patch + "proj.bias", sat + "vit_model.mixins.patch_embedding.proj.bias", "seen"),
+        *linear(TOWER + "attention.query_key_value", SAT_TOWER + "attention.query_key_value", SEEN, "column"),
+        *linear(TOWER + "attention.dense", SAT_TOWER + "attention.dense", "seen seen", "row"),
+        *norm(TOWER + "input_layernorm", SAT_TOWER + "input_layernorm", "seen"),
+        *linear(TOWER + "mlp.fc1", SAT_TOWER + "mlp.dense_h_to_4h", "seen_inner seen", "column"),
+        *linear(TOWER + "mlp.fc2", SAT_TOWER + "mlp.dense_4h_to_h", "seen seen_inner", "row"),
+        *norm(TOWER + "post_attention_layernorm", SAT_TOWER + "post_attention_layernorm", "seen"),
+        Copy(hf + "linear_proj.linear_proj.weight", sat + "linear_proj.linear_proj.weight", "hidden seen"),
+        *norm(hf + "linear_proj.norm1", sat + "linear_proj.norm1"),
+        Copy(hf + "linear_proj.gate_proj.weight", sat + "linear_proj.gate_proj.weight", "inner hidden"),
+        Copy(hf + "linear_proj.dense_h_to_4h.weight", sat + "linear_proj.dense_h_to_4h.weight", "inner hidden"),
+        Copy(hf + "linear_proj.dense_4h_to_h.weight", sat + "linear_proj.dense_4h_to_h.weight", "hidden inner"),
+        Copy(hf + "boi", sat + "boi", "1 1 hidden"),
+        Copy(hf + "eoi", sat + "eoi", "1 1 hidden"),
+    )
+
+
+class CogVLM(Family):
+    name = "cogvlm"
+    title = "CogVLM"
+    model_classes = ("CogVLMModel",)
+    architecture = "CogVLMForCausalLM"
+    hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",), "tie_word_embeddings": (False,)}
+    sat_accepts: ClassVar[dict] = {"use_bias": (False,), "num_multi_query_heads": (0, None)}
+    rules = (*language(), *experts(), *tower())
+    base = 10000.0
+    per_place = 1  # patches that become one place of the text
+
+    def claims_hf(self, config):
+        return self.architecture in (config.get("architectures") or ()) and "num_multi_query_heads" not in config
+
+    def claims_sat(self, args):
+        """Training gives the class a name that ends with its own."""
+        name = str(args.get("model_class"))
+        return name in self.model_classes or (name.startswith("FineTune") and name.endswith(self.model_classes[0]))
+
+    def theta(self, config):
+        return self.base
+
+    def rope_base(self, args):
+        return self.base
+
+    def set_theta(self, config, theta):
+        """Both sides have the base in their code; the frequencies are in the files."""
+
+    def vision(self, config):
+        return type(config)(config["vision_config"], f"{config.path}, vision_config")
+
+    def experts(self, config):
+        """SAT's CogVLMModel has experts for the image in its first 32 layers."""
+        return range(min(config.count("num_hidden_layers"), 32))
+
+    def groups(self, config):
+        return config["num_attention_heads"]
+
+    def sizes(self, config, args):
+        seen, dim = self.vision(config), config.divide("hidden_size", "num_attention_heads")
+        seen.divide("hidden_size", "num_heads")
+        groups = self.groups(config)
+        return {
+            "vocab": config.count("vocab_size"),
+            "hidden": config["hidden_size"],
+            "inner": config.count("intermediate_size"),
+            "heads": config["num_attention_heads"],
+            "kv_heads": groups,
+            "q": config["num_attention_heads"] * dim,
+            "kv": groups * dim,
+            "rope_dim": dim,
+            "rope_half": dim // 2,
+            "i": range(config.count("num_hidden_layers")),
+            "k": self.experts(config),
+            "j": range(seen.count("num_hidden_layers")),
+            "seen": seen["hidden_size"],
+            "seen_inner": seen.count("intermediate_size"),
+            "seen_heads": seen["num_heads"],
+            "places": seen.count("num_positions"),
+            "channels": seen.count("in_channels"),
+            "patch": seen.count("patch_size"),
+        }
+
+    def args(self, config):
+        seen = self.vision(config)
+        image = seen.count("image_size", round((seen.count("num_positions") - 1) ** 0.5) * seen.count("patch_size"))
+        args = {
+            "model_class": self.model_classes[0],
+            "tokenizer_type": config.get("_name_or_path") or "vicuna-7b-v1.5",
+            "num_layers": config.count("num_hidden_layers"),
+            "hidden_size": config.count("hidden_size"),
+            "num_attention_heads": config.count("num_attention_heads"),
+            "vocab_size": config.count("vocab_size"),
+            "layernorm_order": "pre",
+            "model_parallel_size": 1,
+            "max_sequence_length": config.count("max_position_embeddings"),
+            "use_bias": False,
+            "inner_hidden_size": config.count("intermediate_size"),
+            "layernorm_epsilon": config.number("rms_norm_eps"),
+            "image_length": (seen["num_positions"] - 1) // self.per_place,
+            "eva_args": {
+                "model_class": "EVA2CLIPModel",
+                "num_layers": seen.count("num_hidden_layers"),
+                "hidden_size": seen.count("hidden_size"),
+                "num_attention_heads": seen.count("num_heads"),
+                "vocab_size": 1,
+                "layernorm_order": "post",
+                "model_parallel_size": 1,
+                "max_sequence_length": seen["num_positions"],
+                "inner_hidden_size": seen.count("intermediate_size"),
+                "use_final_layernorm": False,
+                "layernorm_epsilon": seen.number("layer_norm_eps", 1e-6),
+                "row_parallel_linear_final_bias": False,
+                "image_size": [image, image],
+                "pre_len": 1,
+                "post_len": 0,
+                "in_channels": seen.count("in_channels"),
+                "patch_size": seen["patch_size"],
+            },
+        }
+        version = {"text_processor_version": "template_version"}
+        return copied(copied(args, TOKENS, config), version, config)
+
+    def config(self, args):
+        eva = type(args)(args["eva_args"], f"{args.path}, eva_args")
+        width, height = eva["image_size"]
+        patches = (width // eva.count("patch_size")) * (height // eva["patch_size"])
+        config = {
+            "architectures": [self.architecture],
+            "auto_map": {
+                "AutoConfig": "configuration_cogvlm.CogVLMConfig",
+                "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
+            },
+            "num_hidden_layers": args.count("num_layers"),
+            "hidden_size": args.count("hidden_size"),
+            "intermediate_size": args.count("inner_hidden_size", 4 * args["hidden_size"]),
+            "num_attention_heads": args.count("num_attention_heads"),
+            "vocab_size": args.count("vocab_size"),
+            "max_position_embeddings": args.count("max_sequence_length"),
+            "rms_norm_eps": args.number("layernorm_epsilon", 1e-5),
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "vision_config": {
+                "num_hidden_layers": eva.count("num_layers"),
+                "hidden_size": eva.count("hidden_size"),
+                "intermediate_size": eva.count("inner_hidden_size", 4 * eva["hidden_size"]),
+                "num_heads": eva.count("num_attention_heads"),
+                "num_positions": patches + eva.count("pre_len", 1),
+                "in_channels": eva.count("in_channels", 3),
+                "patch_size": eva["patch_size"],
+                "image_size": width,
+                "layer_norm_eps": eva.number("layernorm_epsilon", 1e-5),
+                "hidden_act": "gelu",
+                "dropout_prob": 0.0,
+            },
+        }
+        return copied(copied(config, TOKENS, args), {"template_version": "text_processor_version"}, args)
+
+
+class CogVLM2(CogVLM):
+    name = "cogvlm2"
+    title = "CogVLM2"
+    model_classes = ("CogVLM2Model",)
+    sat_accepts: ClassVar[dict] = {"use_bias": (False,)}
+    rules = (
+        *CogVLM.rules,
+        Copy(
+            HF_EXPERT + "self_attn.vision_expert_query_key_value.bias",
+            "mixins.rotary.vision_query_key_value_list.{k}.bias",
+            "q+kv+kv",
+            "column",
+        ),
+        Copy("model.vision.conv.weight", "mixins.eva.conv.weight", "seen seen 2 2"),
+        Copy("model.vision.conv.bias", "mixins.eva.conv.bias", "seen"),
+    )
+    base = 500000.0
+    per_place = 4
+
+    def claims_hf(self, config):
+        return self.architecture in (config.get("architectures") or ()) and "num_multi_query_heads" in config
+
+    def experts(self, config):
+        return range(config.count("num_hidden_layers"))
+
+    def groups(self, config):
+        return config.count("num_multi_query_heads")
+
+    def args(self, config):
+        return super().args(config) | {"num_multi_query_heads": self.groups(config)}
+
+    def config(self, args):
+        return super().config(args) | {"num_multi_query_heads": args.count("num_multi_query_heads")}
+
+
+FAMILIES = (CogVLM(), CogVLM2())

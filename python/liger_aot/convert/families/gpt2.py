@@ -1,0 +1,98 @@
+"""GPT-2: HF's GPT2LMHeadModel and SAT's GPT2Model. HF's Conv1D holds its weights the other way round."""
+
+from typing import ClassVar
+
+from .._family import Family
+from .._family import copied
+from .._rules import Copy
+from .._rules import Drop
+from .._rules import Tied
+from .._rules import Transpose
+from .._rules import norm
+
+HF, SAT = "transformer.h.{i}.", "transformer.layers.{i}."
+TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id"}
+
+
+def conv(hf, sat, dims, mp):
+    return (
+        Transpose(f"{HF}{hf}.weight", f"{SAT}{sat}.weight", dims, mp),
+        Copy(f"{HF}{hf}.bias", f"{SAT}{sat}.bias", dims.split()[0], "" if mp == "row" else mp),
+    )
+
+
+class GPT2(Family):
+    name = "gpt2"
+    title = "GPT-2"
+    model_types = ("gpt2",)
+    model_classes = ("GPT2Model",)
+    architecture = "GPT2LMHeadModel"
+    prefix = "transformer."
+    hf_accepts: ClassVar[dict] = {
+        "activation_function": ("gelu_new",),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+    }
+    rules = (
+        Copy("transformer.wte.weight", "transformer.word_embeddings.weight", "vocab hidden", "vocab"),
+        Copy("transformer.wpe.weight", "transformer.position_embeddings.weight", "positions hidden"),
+        *norm(HF + "ln_1", SAT + "input_layernorm"),
+        *conv("attn.c_attn", "attention.query_key_value", "hidden+hidden+hidden hidden", "column"),
+        *conv("attn.c_proj", "attention.dense", "hidden hidden", "row"),
+        *norm(HF + "ln_2", SAT + "post_attention_layernorm"),
+        *conv("mlp.c_fc", "mlp.dense_h_to_4h", "inner hidden", "column"),
+        *conv("mlp.c_proj", "mlp.dense_4h_to_h", "hidden inner", "row"),
+        *norm("transformer.ln_f", "transformer.final_layernorm"),
+        Copy("lm_head.weight", "mixins.gpt2-final.lm_head.weight", "vocab hidden", when="not tied"),
+        Tied("transformer.wte.weight", "mixins.gpt2-final.lm_head.weight", "vocab hidden", "lm_head.weight", when="tied"),
+        Drop(HF + "attn.bias"),
+        Drop(HF + "attn.masked_bias"),
+    )
+
+    def sizes(self, config, args):
+        config.divide("n_embd", "n_head")
+        return {
+            "vocab": config.count("vocab_size"),
+            "hidden": config["n_embd"],
+            "inner": config.count("n_inner", 4 * config["n_embd"]),
+            "positions": config.count("n_positions"),
+            "heads": config["n_head"],
+            "i": range(config.count("n_layer")),
+            "tied": bool(config.get("tie_word_embeddings", True)),
+        }
+
+    def args(self, config):
+        args = {
+            "model_class": "GPT2Model",
+            "tokenizer_type": config.get("_name_or_path") or "fake",
+            "num_layers": config.count("n_layer"),
+            "hidden_size": config.count("n_embd"),
+            "num_attention_heads": config.count("n_head"),
+            "vocab_size": config.count("vocab_size"),
+            "layernorm_order": "pre",
+            "model_parallel_size": 1,
+            "max_sequence_length": config.count("n_positions"),
+            "inner_hidden_size": config.count("n_inner", 4 * config["n_embd"]),
+            "layernorm_epsilon": config.number("layer_norm_epsilon", 1e-5),
+        }
+        return copied(args, TOKENS, config)
+
+    def config(self, args):
+        inner = args.count("inner_hidden_size", 4 * args.count("hidden_size"))
+        config = {
+            "model_type": "gpt2",
+            "architectures": [self.architecture],
+            "n_layer": args.count("num_layers"),
+            "n_embd": args.count("hidden_size"),
+            "n_head": args.count("num_attention_heads"),
+            "n_inner": None if inner == 4 * args["hidden_size"] else inner,
+            "vocab_size": args.count("vocab_size"),
+            "n_positions": args.count("max_sequence_length"),
+            "layer_norm_epsilon": args.number("layernorm_epsilon", 1e-5),
+            "activation_function": "gelu_new",
+        }
+        return copied(config, TOKENS, args)
+
+
+FAMILIES = (GPT2(),)

@@ -1,0 +1,72 @@
+"""Mixtral: HF's MixtralForCausalLM and SAT's MixtralModel, whose first expert is the layer's own MLP."""
+
+from typing import ClassVar
+
+from .._rules import Copy
+from .llama import HF
+from .llama import SAT
+from .llama import Llama
+from .llama import decoder
+from .llama import decoder_args
+from .llama import decoder_config
+from .llama import decoder_sizes
+
+EXPERT = HF + "block_sparse_moe.experts."
+
+
+def expert(hf, sat):
+    """gate, up and down of one expert, whose number ends SAT's names."""
+    return (
+        Copy(f"{EXPERT}{hf}.w1.weight", f"{SAT}mlp.dense_h_to_4h_gate{sat}.weight", "inner hidden", "column"),
+        Copy(f"{EXPERT}{hf}.w3.weight", f"{SAT}mlp.dense_h_to_4h{sat}.weight", "inner hidden", "column"),
+        Copy(f"{EXPERT}{hf}.w2.weight", f"{SAT}mlp.dense_4h_to_h{sat}.weight", "hidden inner", "row"),
+    )
+
+
+class Mixtral(Llama):
+    name = "mixtral"
+    title = "Mixtral without a window"
+    model_types = ("mixtral",)
+    model_classes = ("MixtralModel",)
+    architecture = "MixtralForCausalLM"
+    hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",)}
+    sat_accepts: ClassVar[dict] = {"use_bias": (False,), "is_gated_mlp": (True,), "num_experts": range(1, 1000)}
+    rules = (
+        *decoder("mixins.rotary.rotary_emb.inv_freq", bias=False),
+        Copy(HF + "block_sparse_moe.gate.weight", "mixins.mlp.gates.{i}.weight", "experts hidden"),
+        *expert("0", ""),
+        *expert("{e}", "_{e}"),
+    )
+
+    def check_sat(self, args, problems):
+        experts = args.count("num_experts")
+        super().check_sat(args, problems)
+        if args.count("num_experts_per_tok", 2) > experts:
+            problems.add(f"{args.path}: num_experts_per_tok is {args['num_experts_per_tok']}, of {experts} experts")
+
+    def rope_base(self, args):
+        return 1e6
+
+    def sizes(self, config, args):
+        experts = config.count("num_local_experts")
+        return decoder_sizes(config) | {"experts": experts, "e": range(1, experts)}
+
+    def args(self, config):
+        return decoder_args(config) | {
+            "model_class": "MixtralModel",
+            "is_gated_mlp": True,
+            "num_experts": config.count("num_local_experts"),
+            "num_experts_per_tok": config.count("num_experts_per_tok"),
+        }
+
+    def config(self, args):
+        return decoder_config(args) | {
+            "model_type": "mixtral",
+            "architectures": [self.architecture],
+            "num_local_experts": args.count("num_experts"),
+            "num_experts_per_tok": args.count("num_experts_per_tok", 2),
+            "sliding_window": None,
+        }
+
+
+FAMILIES = (Mixtral(),)

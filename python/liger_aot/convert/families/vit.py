@@ -1,0 +1,112 @@
+"""ViT: HF's ViTForImageClassification and SAT's ViTModel, whose class token is its vocabulary."""
+
+from typing import ClassVar
+
+from .._family import Family
+from .._rules import Stack
+from .._rules import View
+from .._rules import linear
+from .._rules import norm
+
+HF, SAT = "vit.encoder.layer.{i}.", "transformer.layers.{i}."
+OWN = [HF + f"attention.attention.{x}." for x in ("query", "key", "value")]
+
+
+class ViT(Family):
+    name = "vit"
+    title = "ViT for image classification"
+    model_types = ("vit",)
+    model_classes = ("ViTModel",)
+    architecture = "ViTForImageClassification"
+    prefix = "vit."
+    hf_accepts: ClassVar[dict] = {"hidden_act": ("gelu",), "qkv_bias": (True,)}
+    rules = (
+        View("vit.embeddings.cls_token", "transformer.word_embeddings.weight", "1 1 hidden", "1 hidden"),
+        View(
+            "vit.embeddings.position_embeddings", "transformer.position_embeddings.weight", "1 places hidden", "places hidden"
+        ),
+        *(
+            View(f"vit.embeddings.patch_embeddings.projection.{p}", f"mixins.patch_embedding.proj.{p}", dims, dims)
+            for p, dims in (("weight", "hidden channels patch patch"), ("bias", "hidden"))
+        ),
+        *norm(HF + "layernorm_before", SAT + "input_layernorm"),
+        Stack([x + "weight" for x in OWN], SAT + "attention.query_key_value.weight", ["hidden hidden"] * 3, "column"),
+        Stack([x + "bias" for x in OWN], SAT + "attention.query_key_value.bias", ["hidden"] * 3, "column"),
+        *linear(HF + "attention.output.dense", SAT + "attention.dense", "hidden hidden", "row"),
+        *norm(HF + "layernorm_after", SAT + "post_attention_layernorm"),
+        *linear(HF + "intermediate.dense", SAT + "mlp.dense_h_to_4h", "inner hidden", "column"),
+        *linear(HF + "output.dense", SAT + "mlp.dense_4h_to_h", "hidden inner", "row"),
+        *norm("vit.layernorm", "transformer.final_layernorm"),
+        *linear("classifier", "mixins.cls.classifier", "classes hidden"),
+    )
+
+    def sizes(self, config, args):
+        config.divide("hidden_size", "num_attention_heads")
+        return {
+            "hidden": config["hidden_size"],
+            "inner": config.count("intermediate_size"),
+            "heads": config["num_attention_heads"],
+            "channels": config.count("num_channels", 3),
+            "patch": config.count("patch_size"),
+            "places": (config.count("image_size") // config["patch_size"]) ** 2 + 1,
+            "classes": classes(config),
+            "i": range(config.count("num_hidden_layers")),
+        }
+
+    def args(self, config):
+        return {
+            "model_class": "ViTModel",
+            "tokenizer_type": "fake",
+            "num_layers": config.count("num_hidden_layers"),
+            "hidden_size": config.count("hidden_size"),
+            "num_attention_heads": config.count("num_attention_heads"),
+            "vocab_size": 1,
+            "layernorm_order": "pre",
+            "model_parallel_size": 1,
+            "max_sequence_length": (config.count("image_size") // config.count("patch_size")) ** 2 + 1,
+            "inner_hidden_size": config.count("intermediate_size"),
+            "layernorm_epsilon": config.number("layer_norm_eps", 1e-12),
+            "image_size": [config["image_size"]] * 2,
+            "patch_size": config["patch_size"],
+            "pre_len": 1,
+            "post_len": 0,
+            "in_channels": config.count("num_channels", 3),
+            "num_classes": classes(config),
+        }
+
+    def check_sat(self, args, problems):
+        super().check_sat(args, problems)
+        size, own = args["image_size"], (args.get("pre_len", 1), args.get("post_len", 0), args["vocab_size"])
+        if own != (1, 0, 1):
+            problems.add(
+                f"{args.path}: pre_len, post_len and vocab_size are {own}; HF's ViT has (1, 0, 1), a class token alone"
+            )
+        if not isinstance(size, list) or len(size) != 2 or size[0] != size[1]:
+            problems.add(f"{args.path}: image_size is {size}; must be two equal numbers")
+
+    def config(self, args):
+        names = {str(k): f"LABEL_{k}" for k in range(args.count("num_classes"))}
+        return {
+            "model_type": "vit",
+            "architectures": [self.architecture],
+            "num_hidden_layers": args.count("num_layers"),
+            "hidden_size": args.count("hidden_size"),
+            "intermediate_size": args.count("inner_hidden_size", 4 * args["hidden_size"]),
+            "num_attention_heads": args.count("num_attention_heads"),
+            "layer_norm_eps": args.number("layernorm_epsilon", 1e-5),
+            "image_size": args["image_size"][0],
+            "patch_size": args.count("patch_size"),
+            "num_channels": args.count("in_channels", 3),
+            "hidden_act": "gelu",
+            "qkv_bias": True,
+            "id2label": names,
+            "label2id": {name: int(k) for k, name in names.items()},
+        }
+
+
+def classes(config):
+    """transformers writes names, or nothing where there are two."""
+    return len(config["id2label"]) if config.get("id2label") else config.count("num_labels", 2)
+
+
+FAMILIES = (ViT(),)
