@@ -381,12 +381,13 @@ def wheel(source, tmp_path_factory):
 @pytest.mark.slow
 def test_the_same_wheel_again(wheel, source, tmp_path):
     """From another folder, under another umask, at another time; and from the source distribution, where no git is."""
-    code = "import sys; from scikit_build_core.build import build_sdist; print(build_sdist(sys.argv[1]))"
-    for name in ("one", "two"):
-        subprocess.run([sys.executable, "-c", code, tmp_path / name], check=True, capture_output=True, cwd=source)
-    archives = [tmp_path / name / "liger_aot-0.1.0.tar.gz" for name in ("one", "two")]
-    assert archives[0].read_bytes() == archives[1].read_bytes()
-    with tarfile.open(archives[0]) as archive:
+    code = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    for name, cuda in {"one": "", "two": "13.0"}.items():
+        command = [sys.executable, "-c", code, tmp_path / name]
+        subprocess.run(command, check=True, capture_output=True, cwd=source, env=outside() | {"LIGER_AOT_CUDA": cuda})
+    first, second = (path for name in ("one", "two") for path in (tmp_path / name).iterdir())
+    assert (first.name, first.read_bytes()) == (second.name, second.read_bytes()), "one for all flavours"
+    with tarfile.open(first) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
     before = os.umask(0o077)
