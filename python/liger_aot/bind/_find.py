@@ -1,10 +1,12 @@
 """What a module computes, found by running it on random numbers and not by its name.
 
 A probe is a shell of the module: its class and attributes with small weights of the probe's own, without hooks and without a
-forward of the instance. It runs over dtypes and sizes of input in which the formulas differ, in training, so that a dropout
-shows. What equals a formula that an operator of ours computes can be bound; another known one is named where it is left.
+forward of the instance. It runs over dtypes and sizes of input in which the formulas differ, and in training as in evaluation,
+so that a dropout shows. What equals a formula that an operator of ours computes can be bound; another known one is named where
+it is left.
 """
 
+import functools
 import inspect
 import itertools
 import types
@@ -44,7 +46,7 @@ def weights_of(module):
 def identity(module):
     """What tells modules of one class apart: attributes, buffers, the parameters' dtypes, and the same of the children."""
     plain, nested, machinery = (bool, int, float, str, torch.dtype, types.NoneType), (list, tuple, dict, set), vars(nn.Module())
-    own = {k: v for k, v in vars(module).items() if k not in machinery and k != "layer_idx"} | module._buffers
+    own = {k: v for k, v in vars(module).items() if k not in machinery} | module._buffers
     attributes = [
         (k, v if isinstance(v, plain) else repr(v) if isinstance(v, nested) else id(v)) for k, v in sorted(own.items())
     ]
@@ -53,7 +55,7 @@ def identity(module):
 
 
 def shell(module, sizes=None, **children):
-    """A module in training of the same class and attributes without hooks, a forward of its own, or weights.
+    """A module of the same class and attributes without hooks, a forward of its own, or weights.
 
     Integers that are keys of `sizes`, and the children given, take the place of its own.
     """
@@ -65,7 +67,7 @@ def shell(module, sizes=None, **children):
             vars(copy)[name] = sizes.get(value, value) if sizes and type(value) is int else value
     for name, child in module.named_children():
         copy.register_module(name, children[name] if name in children else shell(child))
-    return copy.train()
+    return copy
 
 
 def normal(generator, *shape, dtype=FP32, scale=1.0, shift=0.0):
@@ -79,6 +81,12 @@ def run(function, *args):
             return function(*args)
     except Exception as error:
         return error
+
+
+def steady(module, x):
+    """What a module computes, if that is the same in training and in evaluation; a dropout is not."""
+    trained, evaluated = module.train()(x.clone()), module.eval()(x)
+    return trained if same(trained, evaluated) else None
 
 
 def alike(a, b):
@@ -96,11 +104,13 @@ def same(a, b):
     return bool(near) and (a.dtype is FP32 or (a != b).float().mean().item() < 0.004)
 
 
-def close(a, b):
-    """Whether a and b, taken together, differ by no more than a few roundings of their dtype, or of long sums in fp32."""
+def close(a, b, truth=None):
+    """Whether a errs no more than b does, or than a few roundings of their dtype and long sums in fp32 make, all in all."""
     if not alike(a, b):
         return False
-    return bool((a.double() - b.double()).norm() <= max(4 * torch.finfo(a.dtype).eps, 1e-5) * b.double().norm())
+    exact = (b if truth is None else truth).double()
+    allowed = max(4 * torch.finfo(a.dtype).eps, 1e-5) * exact.norm()
+    return bool((a.double() - exact).norm() <= torch.maximum((b.double() - exact).norm(), allowed))
 
 
 def survivors(compute, formulas, *inputs, equal=same):
@@ -190,7 +200,7 @@ def find_norm(module):
         for name, tensor in zip(("weight", "bias"), given, strict=True):
             if name in module._parameters:
                 copy._parameters[name] = None if tensor is None else nn.Parameter(tensor)  # others patch register_parameter
-        return copy(x)
+        return steady(copy, x)
 
     mixed = left
     for x_dtype, w_dtype, scale in NORM_INPUTS:
@@ -208,7 +218,7 @@ def find_norm(module):
     found = one(name, formulas[name][1], copy, "forward", x.float())
     return found._replace(
         args=(found.operator, place, one_dtype, tuple(weights), *found.args),
-        why=found.why or ("one dtype" if one_dtype else ""),
+        why=found.why or ("where x has the weight's dtype" if one_dtype else ""),
     )
 
 
@@ -275,7 +285,7 @@ def find_glu(module):
         left = {key: f for key, f in formulas.items() if made[key[2][0]].in_features == n}
         for dtype, scale, equal in GLU_INPUTS:
             x = normal(generator, 3, 5, n, dtype=dtype, scale=scale)
-            left = survivors(copy.to(dtype), left, x, equal=equal)
+            left = survivors(functools.partial(steady, copy.to(dtype)), left, x, equal=equal)
             if not left or isinstance(left, Exception):
                 break
         else:
