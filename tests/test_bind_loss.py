@@ -393,7 +393,7 @@ UNKNOWN = {
     "logsumexp": lambda z, y: torch.logsumexp(z, -1).square().mean() + z.logsumexp(-1).mean(),
     "kl_div": lambda z, y: F.kl_div(z.log_softmax(-1), z.detach().roll(1, 1).softmax(-1), reduction="batchmean"),
     "linear": lambda z, y: F.linear(z, MIX.T).square().mean(),
-    "number": lambda z, y: z.mean() * float(z.sum()),
+    "number": lambda z, y: z.mean() * float(z.detach().sum()),
     "numpy": lambda z, y: z.mean() * float(z.detach().numpy().sum()),
     "formatted": lambda z, y: z.mean() * float(f"{z.std():.3f}"),
     "targets of probabilities": lambda z, y: F.cross_entropy(z.view(-1, VOCABULARY), MIX[:, 1].softmax(0).expand(22, -1)),
@@ -700,8 +700,8 @@ def test_a_cross_entropy_module_within_the_model_compiles_whole(family):
     assert report.counts["fused"] == 1
 
 
-@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
-def test_compiled_softcap_and_scale_stay_fused(family):
+@pytest.mark.parametrize("family", ["cohere", "granite"])
+def test_a_compiled_scale_stays_fused(family):
     model, _ = bound(family, num_hidden_layers=1)
     torch._dynamo.reset()
     graphs = []
