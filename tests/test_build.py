@@ -220,7 +220,8 @@ class Build:
     """The project's CMakeLists.txt with two kernel files and a compiler that only pretends."""
 
     def __init__(self, folder):
-        self.source, self.folder, self.archs, self.cuda = folder / "source", folder / "build", "80,100f", ""
+        self.source, self.folder = folder / "source", folder / "build"
+        self.archs, self.cuda, self.interpret = "80,100f", "", "0"
         for name in ("csrc_triton", "tools"):
             (self.source / name).mkdir(parents=True)
         for name in ("CMakeLists.txt", "tools/flavour.py"):
@@ -236,6 +237,7 @@ class Build:
     def start(self, *command):
         path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
         environment = os.environ | {"PATH": path, "LIGER_AOT_ARCHS": self.archs, "LIGER_AOT_CUDA": self.cuda}
+        environment["TRITON_INTERPRET"] = self.interpret
         return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=self.source)
 
     def run(self, *command):
@@ -287,7 +289,9 @@ def test_what_changed_is_made_again(tmp_path):
 
 def test_a_flavour_brings_its_architectures_and_takes_its_assembler_alone(tmp_path):
     build = Build(tmp_path)
-    build.archs, build.cuda = "", "12.6"
+    build.archs, build.cuda, build.interpret = "", "12.6", "1"
+    assert "unset it to build" in build.start(*build.configuration()).stderr
+    build.interpret = "0"
     refused = build.start(*build.configuration())
     assert refused.returncode
     assert "assembled by ptxas 12.6.85, found is 12.9.86; install nvidia-cuda-nvcc-cu12==12.6.85" in refused.stderr

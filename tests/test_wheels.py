@@ -222,7 +222,7 @@ def test_a_pack_of_ones_own_is_found(tmp_path, packs, capsys):
     copy_pack(tmp_path)
     assert main(["info", "--arch", "8.9"]) == 0
     text = capsys.readouterr().out
-    assert "8.9            sm_86 (same major); not sm_80: same major; not sm_90: runs on 9.x\n" in text
+    assert "8.9            sm_86 (same major); not sm_80: same major; not sm_90: runs on 9.x" in text
     assert f"{tmp_path / 'sm_90.zip'}\n{'':15}instead of {_runtime.FOLDER / 'sm_90.zip'}\n" in text
     assert main(["info", "--arch", "8.9", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
