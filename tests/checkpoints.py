@@ -12,6 +12,8 @@ from references import Frequencies
 from references import HubChatGLM
 from references import HubCogVLM
 
+from liger_aot.convert._verify import apply_rotary
+
 TOKENS, BATCH = 19, 2
 NORM = re.compile(r"(norm|ln_\w|LayerNorm)\d?\.weight$")
 SMALL = {
@@ -214,25 +216,13 @@ def same_bits(a, b):
     return a.dtype is b.dtype and a.shape == b.shape and torch.equal(*raw)
 
 
-def rotary(x, cos, sin, position_ids, interleaved=False, inplace=False, **unused):
-    """What SAT's Triton kernel computes, of x [batch, heads, length, dim] in place of it: the kernel asks for a GPU."""
-    width = cos.shape[1] * 2
-    c, s = cos[position_ids][:, None], sin[position_ids][:, None]
-    first, second = (x[..., 0:width:2], x[..., 1:width:2]) if interleaved else x[..., :width].chunk(2, -1)
-    turned = first * c - second * s, first * s + second * c
-    joined = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
-    out = x if inplace else x.clone()
-    out[..., :width] = joined
-    return out
-
-
 def load_sat(folder):
     """SAT's own loader, from the configuration we wrote."""
     os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
     name = "sat.model.position_embedding.triton_rotary"
     if name not in sys.modules:
         sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].apply_rotary = rotary
+        sys.modules[name].apply_rotary = apply_rotary
     import sat.model
 
     model, _ = sat.model.AutoModel.from_pretrained(str(folder))

@@ -631,6 +631,7 @@ def test_adapters_are_refused_or_merged(sat, llama, tmp_path):
     refused(sat_to_hf, sat, "needs --lora-alpha", merge_lora=True)
     report = sat_to_hf(sat, tmp_path / "hf", merge_lora=True, lora_alpha=8.0, verify=True)
     assert "LoRA adapters of 2 weights were merged, alpha 8" in str(report)
+    assert "SAT would need the adapters' own model" in str(report)
     ours, before = tensors(tmp_path / "hf"), tensors(llama / "hf")
     fused = torch.cat([ours[f"model.layers.1.self_attn.{x}_proj.weight"] for x in "qkv"])
     torch.testing.assert_close(fused, merged["transformer.layers.1.attention.query_key_value.weight"], rtol=0, atol=1e-5)
@@ -695,8 +696,8 @@ def test_neither_sat_nor_transformers_is_imported(llama, tmp_path):
     script = f"""
 import sys
 from liger_aot.convert import hf_to_sat, sat_to_hf
-hf_to_sat({str(llama / "hf")!r}, {str(tmp_path / "sat")!r}, verify=True)
-sat_to_hf({str(tmp_path / "sat")!r}, {str(tmp_path / "hf")!r}, verify=True)
+hf_to_sat({str(llama / "hf")!r}, {str(tmp_path / "sat")!r})
+sat_to_hf({str(tmp_path / "sat")!r}, {str(tmp_path / "hf")!r})
 assert not sys.modules.keys() & {{"sat", "transformers"}}, sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -714,3 +715,24 @@ def test_the_base_is_found_in_the_frequencies(theta, dtype):
     assert found == pytest.approx(theta, rel=0.02 if dtype is not torch.float32 else 1e-4)
     values[5] *= 1.1
     assert base_of(values, 128, [1e4, theta]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "why"),
+    [
+        ("llama", {}, "sat is not installed"),
+        ("llama", {"mp": 2}, "one process cannot run model-parallel files"),
+        ("cogvlm", {}, "the code of CogVLM comes with its weights"),
+        ("chatglm-6b", {}, "the code of ChatGLM comes with its weights"),
+    ],
+)
+def test_verification_says_what_it_could_not_check(name, options, why, tmp_path, monkeypatch):
+    from importlib import util
+
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == "sat" else find(name))
+    save(tmp_path / "hf", name)
+    report = str(hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, **options))
+    assert "not verified by running: " in report
+    assert why in report
+    assert "bit for bit" in report

@@ -23,7 +23,11 @@ def add_arguments(parser):
         one.add_argument(
             "--allow-rope-theta", action="store_true", help="convert a rotary base that SAT's class loses in 16 bits"
         )
-        one.add_argument("--verify", action="store_true", help="compute everything back from what was written, and compare")
+        one.add_argument(
+            "--verify", action="store_true", help="compute everything back and compare, and run both frameworks if installed"
+        )
+        one.add_argument("--text", metavar="FILE", help="what --verify reads; by default random tokens")
+        one.add_argument("--image", metavar="FILE", help="what --verify sees; by default a random picture")
         if way == "hf2sat":
             one.add_argument("--mp", type=int, default=1, help="ranks of model parallelism")
         else:

@@ -18,6 +18,7 @@ from ._hf import size
 from ._job import Job
 from ._job import carried_config
 from ._job import choose
+from ._lora import Merged
 from ._lora import without_adapters
 from ._progress import Progress
 from ._rules import Alias
@@ -28,18 +29,34 @@ from ._rules import Zeros
 from ._rules import frequencies
 from ._sat import SATSource
 from ._sat import SATWriter
+from ._verify import compare_back
+from ._verify import compare_logits
+from ._verify import parts
 
 NARROW = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
 CARRIED_NAMES = ("LICENSE", "NOTICE", "MODEL_LICENSE")
 
 
-def hf_to_sat(source, target, *, family="auto", dtype=None, mp=1, allow_rope_theta=False, verify=False, progress=None):
+def hf_to_sat(
+    source,
+    target,
+    *,
+    family="auto",
+    dtype=None,
+    mp=1,
+    allow_rope_theta=False,
+    verify=False,
+    text=None,
+    image=None,
+    progress=None,
+):
     """Write the Hugging Face checkpoint in `source` as a SAT one into the folder `target`, which must not exist or be empty.
 
     `dtype` casts what is floating, `mp` is the number of ranks of model parallelism, `allow_rope_theta` lets a rotary base
-    through that SAT's class would lose in 16 bits, `verify` computes everything back and compares, `progress` is a stream to
-    show it on. A checkpoint that does not fit is a ConvertError that lists every reason, before anything is written.
+    through that SAT's class would lose in 16 bits. `verify` computes everything back and compares, and runs both frameworks
+    where they are installed, on the file `text` or `image` if given. `progress` is a stream to show it on. A checkpoint that
+    does not fit is a ConvertError that lists every reason, before anything is written.
     """
     source, target, dtype = Path(source), fresh(target), narrow(dtype)
     if isinstance(mp, bool) or not isinstance(mp, int) or not 1 <= mp <= 99:
@@ -61,6 +78,7 @@ def hf_to_sat(source, target, *, family="auto", dtype=None, mp=1, allow_rope_the
         writer.close(job.args)
         if verify:
             compare_back(job, hf, with_layout(SATSource(folder), job))
+            compare_logits(job, source, folder, text and Path(text), image)
     return job.report
 
 
@@ -75,6 +93,8 @@ def sat_to_hf(
     merge_lora=False,
     lora_alpha=None,
     verify=False,
+    text=None,
+    image=None,
     progress=None,
 ):
     """Write the SAT checkpoint in `source` as a Hugging Face one into the folder `target`, which must not exist or be empty.
@@ -100,6 +120,7 @@ def sat_to_hf(
         writer.close(job.config)
         if verify:
             compare_back(job, HFSource(folder), sat)
+            compare_logits(job, folder, source, text and Path(text), image, isinstance(sat, Merged))
     return job.report
 
 
@@ -254,8 +275,12 @@ def fill(key, target, pieces):
         target[at : at + len(piece)].copy_(piece)
         at += len(piece)
     narrower = target.dtype is torch.float16 and any(piece.dtype is not target.dtype for piece in pieces)
-    if narrower and not bool(target.isfinite().all()) and all(bool(piece.isfinite().all()) for piece in pieces):
+    if narrower and not finite(target) and all(map(finite, pieces)):
         raise ConvertError(f"{key}: does not fit into float16; --dtype bfloat16 or float32 holds it")
+
+
+def finite(tensor):
+    return all(bool(part.isfinite().all()) for part in parts(tensor))
 
 
 def carry(source, folder):
@@ -266,22 +291,3 @@ def carry(source, folder):
     for path in keep:
         shutil.copyfile(path, folder / path.name)
     return [path.name for path in keep]
-
-
-def compare_back(job, hf, sat):
-    """Compute each HF tensor from what SAT holds: with what was read, every bit must be the same."""
-    wrong, count = [], 0
-    for item in job.kept():
-        if isinstance(item.rule, Zeros):
-            continue
-        tensors = [sat.get(key) for key in item.sat]
-        back = [tensors] if isinstance(item.rule, Tied) else item.to_hf(tensors)
-        for key, pieces in zip(item.hf, back, strict=True):
-            count += 1
-            ours, theirs = together(pieces), hf.get(key)
-            dtype = job.dtype or ours.dtype
-            wrong += [f"{key} differs"] * (not torch.equal(ours.to(dtype), theirs.to(dtype)))
-            wrong += [f"{key} is not finite"] * (not bool(theirs.isfinite().all()))
-    if wrong:
-        raise ConvertError("\n  ".join([f"{job.report.target}: verification failed, nothing was written", *wrong]))
-    job.report.notes.append(f"verified: {count} tensors computed back are bit for bit what was read, all finite")

@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+import torch
+
 from ._rules import Frequencies
 from ._rules import Tied
 
@@ -30,6 +32,9 @@ class Family:
     model_types = ()
     model_classes = ()
     architecture = ""
+    foreign = ""  # why transformers cannot run it
+    causal = True
+    sees = False
     prefix = ""  # of the names of the whole model, which the files of its base model lack
     hf_accepts: ClassVar[dict] = {}
     sat_accepts: ClassVar[dict] = {}
@@ -68,6 +73,16 @@ class Family:
     def set_theta(self, config, theta):
         config["rope_theta"] = theta
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+
+    def prepare_sat(self, model, args):
+        """What SAT's class computes with and cannot be told by its arguments."""
+
+    def sat_inputs(self, inputs):
+        """What SAT's model is called with where HF's is called with `inputs`."""
+        ids = inputs["input_ids"]
+        mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], device=ids.device)
+        places = torch.arange(ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
+        return (ids, places, mask.tril() if self.causal else mask), {}
 
     def head(self):
         """(SAT's head, SAT's embedding), if HF may tie the two."""

@@ -199,8 +199,8 @@ class Alias(Rule):
 class Drop(Rule):
     """An HF tensor that SAT's class has no place for; `why` goes into the report, where it is more than a buffer."""
 
-    def __init__(self, hf, why=""):
-        super().__init__((hf,), (), ("",), ())
+    def __init__(self, hf, why="", when=""):
+        super().__init__((hf,), (), ("",), (), "", when)
         self.why = why
 
 

@@ -6,6 +6,8 @@ first of layer i + 1.
 
 from typing import ClassVar
 
+import torch
+
 from .._family import Family
 from .._rules import Alias
 from .._rules import Copy
@@ -41,13 +43,15 @@ def encoder(root):
 
 
 def head(dense, layer_norm, bias, weight, root):
-    """The masked language model's; its last matrix is the embedding."""
-    words = root + "embeddings.word_embeddings.weight"
+    """The masked language model's; its last matrix is the embedding. transformers ties its bias together with it."""
+    words, own = root + "embeddings.word_embeddings.weight", weight.removesuffix("weight") + "bias"
     return (
         *linear(dense, HEAD + "dense", "hidden hidden"),
         *norm(layer_norm, HEAD + "layer_norm"),
-        Copy(bias, HEAD + "decoder.bias", "vocab"),
-        Alias(weight.removesuffix("weight") + "bias", bias, "vocab"),
+        Copy(bias, HEAD + "decoder.bias", "vocab", when="tied"),
+        Alias(own, bias, "vocab", when="tied"),
+        Copy(own, HEAD + "decoder.bias", "vocab", when="not tied"),
+        Drop(bias, "transformers computes with the decoder's, where the two are not tied", when="not tied"),
         Copy(weight, HEAD + "decoder.weight", "vocab hidden", when="not tied"),
         Tied(words, HEAD + "decoder.weight", "vocab hidden", weight, when="tied"),
     )
@@ -55,6 +59,7 @@ def head(dense, layer_norm, bias, weight, root):
 
 class Bert(Family):
     name = "bert"
+    causal = False
     title = "BERT"
     model_types = ("bert",)
     model_classes = ("BertModel",)
@@ -80,6 +85,13 @@ class Bert(Family):
         *(Drop(f"bert.pooler.dense.{p}", NO_POOLER) for p in ("weight", "bias")),
         *(Drop(f"cls.seq_relationship.{p}", NO_NEXT) for p in ("weight", "bias")),
     )
+
+    def prepare_sat(self, model, args):
+        """SAT's head has an epsilon of its own, 1e-5."""
+        model.mixins["bert-final"].lm_head.layer_norm.eps = args.number("layernorm_epsilon", 1e-5)
+
+    def sat_inputs(self, inputs):
+        return super().sat_inputs(inputs)[0], {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
 
     def sizes(self, config, args):
         config.divide("hidden_size", "num_attention_heads")
@@ -151,6 +163,11 @@ class Roberta(Bert):
         super().check_hf(config, problems)
         if config.count("type_vocab_size") != 1:
             problems.add(f"{config.path}: type_vocab_size is {config['type_vocab_size']}; SAT's RobertaModel has 1 alone")
+
+    def sat_inputs(self, inputs):
+        """Positions are counted from behind that of padding, 1."""
+        ids, places, mask = super().sat_inputs(inputs)[0]
+        return (ids, places + 2, mask), {}
 
     def config(self, args):
         return super().config(args) | {"type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}

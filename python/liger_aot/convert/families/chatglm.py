@@ -63,6 +63,7 @@ class ChatGLM(Family):
 
     model_types = ("chatglm",)
     architecture = "ChatGLMForConditionalGeneration"
+    foreign = "the code of ChatGLM comes with its weights, and code that comes with weights is not run here"
     prefix = "transformer."
     hf_accepts: ClassVar[dict] = {
         "original_rope": (True,),

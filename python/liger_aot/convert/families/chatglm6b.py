@@ -25,6 +25,7 @@ class ChatGLM6B(Family):
     model_types = ("chatglm",)
     model_classes = ("ChatGLMModel",)
     architecture = "ChatGLMForConditionalGeneration"
+    foreign = "the code of ChatGLM comes with its weights, and code that comes with weights is not run here"
     prefix = "transformer."
     hf_accepts: ClassVar[dict] = {"position_encoding_2d": (True,), "pre_seq_len": (None,), "quantization_bit": (0, None)}
     sat_accepts: ClassVar[dict] = {"layernorm_order": ("post",)}

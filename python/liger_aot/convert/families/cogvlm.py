@@ -77,6 +77,7 @@ class CogVLM(Family):
     title = "CogVLM"
     model_classes = ("CogVLMModel",)
     architecture = "CogVLMForCausalLM"
+    foreign = "the code of CogVLM comes with its weights, and code that comes with weights is not run here"
     hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",), "tie_word_embeddings": (False,)}
     sat_accepts: ClassVar[dict] = {"use_bias": (False,), "num_multi_query_heads": (0, None)}
     rules = (*language(), *experts(), *tower())

@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+import torch
+
 from .._family import Family
 from .._rules import Stack
 from .._rules import View
@@ -14,6 +16,8 @@ OWN = [HF + f"attention.attention.{x}." for x in ("query", "key", "value")]
 
 class ViT(Family):
     name = "vit"
+    causal = False
+    sees = True
     title = "ViT for image classification"
     model_types = ("vit",)
     model_classes = ("ViTModel",)
@@ -39,6 +43,12 @@ class ViT(Family):
         *norm("vit.layernorm", "transformer.final_layernorm"),
         *linear("classifier", "mixins.cls.classifier", "classes hidden"),
     )
+
+    def sat_inputs(self, inputs):
+        """A class token, and positions that SAT's model only asks to be there."""
+        image = inputs["pixel_values"]
+        token = torch.zeros(len(image), 1, dtype=torch.long, device=image.device)
+        return (token, token, torch.ones(1, 1, 1, 1, device=image.device)), {"image": image}
 
     def sizes(self, config, args):
         config.divide("hidden_size", "num_attention_heads")

@@ -1,0 +1,297 @@
+"""Converted checkpoints run by SwissArmyTransformer itself: the same model in both frameworks, every parameter drawn at random.
+
+CogVLM's model code is in no package: both of its sides are small references of our own.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import FAMILY
+from checkpoints import MODELS
+from checkpoints import answer
+from checkpoints import load_sat
+from checkpoints import run_hf
+from checkpoints import run_sat
+from checkpoints import save
+from checkpoints import tensors
+from checkpoints import tokens
+from checkpoints import with_image
+from references import SATCogVLM
+
+from liger_aot.convert import ConvertError
+from liger_aot.convert import hf_to_sat
+from liger_aot.convert import sat_to_hf
+from liger_aot.convert import set_rope_theta
+
+needs_sat = pytest.mark.skipif(
+    not any((Path(path) / "sat/model/official").is_dir() for path in sys.path),
+    reason="SwissArmyTransformer is not installed: pip install --no-deps SwissArmyTransformer==0.4.12",
+)
+OWN = ("cogvlm", "cogvlm2")
+# Where SAT multiplies and adds in another order than transformers does: the addmm of GPT-2, routing, gate and up as one matrix.
+OTHER_ORDER = ("gpt2", "mixtral", "glm", "chatglm")
+FILE = "1/mp_rank_00_model_states.pt"
+
+
+class Pair:
+    """One model in both frameworks, and how each is run."""
+
+    def __init__(self, name, folder):
+        self.name, self.folder = name, folder
+        self.hf = save(folder / "hf", name)
+        hf_to_sat(folder / "hf", folder / "sat", family=FAMILY.get(name, "auto"), allow_rope_theta=True)
+        self.args = json.loads((folder / "sat/model_config.json").read_text())
+        self.ids = tokens(self.args["vocab_size"])
+        self.image = torch.randn(2, 3, 32, 32)
+        if name == "roberta":
+            self.ids[self.ids == 1] = 3  # padding, which RoBERTa counts positions around
+        if name in OWN:
+            torch.manual_seed(2)
+            self.extra = with_image(self.hf.config, self.ids)
+        self.sat = self.load(folder / "sat")
+
+    def load(self, folder):
+        if self.name in OWN:
+            model = SATCogVLM(self.args).eval()
+            model.load_state_dict(torch.load(folder / FILE, weights_only=True)["module"], strict=True)
+            return model
+        model = load_sat(folder)
+        if "bert" in self.name:
+            model.mixins["bert-final"].lm_head.layer_norm.eps = 1e-12  # SAT's is 1e-5, whatever the configuration says
+        return model
+
+    @torch.no_grad()
+    def of_hf(self):
+        if self.name == "vit":
+            return self.hf(self.image).logits
+        if self.name == "chatglm-6b":
+            return self.hf(self.ids, answer(self.ids))
+        return self.hf(self.ids, **self.extra) if self.name in OWN else run_hf(self.hf, self.ids)
+
+    @torch.no_grad()
+    def of_sat(self):
+        ids, length = self.ids, self.ids.shape[1]
+        if self.name == "vit":
+            places = torch.arange(17)[None].expand(2, -1)
+            return self.sat(torch.zeros(2, 1, dtype=torch.long), places, torch.ones(1, 1, 17, 17), image=self.image)[0]
+        if self.name == "chatglm-6b":
+            return self.sat(ids, answer(ids), torch.ones(1, 1, length, length).tril())[0]
+        if self.name == "roberta":
+            return self.sat(ids, torch.arange(2, length + 2)[None].expand(2, -1), torch.ones(1, 1, length, length))[0]
+        if self.name in OWN:
+            return self.sat(ids, **self.extra)
+        more = {"token_type_ids": torch.zeros_like(ids)} if self.name == "bert" else {}
+        return run_sat(self.sat, ids, causal=self.name != "bert", **more)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=[] if name in OWN else [needs_sat]) for name in MODELS])
+def pair(request, tmp_path_factory):
+    return Pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_both_frameworks_compute_the_same(pair):
+    ours, theirs = pair.of_sat(), pair.of_hf()
+    off = (ours - theirs).abs().max().item() / theirs.abs().max().item()
+    assert off <= 1e-5
+    if not pair.name.startswith((*OTHER_ORDER, "vit", "cogvlm")):
+        assert off == 0
+
+
+def test_the_file_holds_what_the_model_has(pair):
+    """SAT itself loads without complaint what lacks or has too many names."""
+    held = torch.load(pair.folder / "sat" / FILE, weights_only=True)["module"]
+    assert held.keys() == pair.sat.state_dict().keys()
+    assert not [key for key, tensor in pair.sat.state_dict().items() if tensor.shape != held[key].shape]
+
+
+def test_every_tensor_counts(pair):
+    """Logits follow each tensor of the file: none is carried to a place that is not used."""
+    before = pair.of_sat()
+    unmoved = []
+    for key, tensor in pair.sat.state_dict().items():
+        if key.endswith("inv_freq") and pair.name == "chatglm-6b":
+            continue  # SAT's class neither loads nor needs it
+        kept = tensor.clone()
+        with torch.no_grad():
+            tensor.mul_(1.5).add_(0.1)
+        forget_angles(pair.sat)
+        unmoved += [key] * torch.equal(pair.of_sat(), before)
+        with torch.no_grad():
+            tensor.copy_(kept)
+    forget_angles(pair.sat)
+    assert torch.equal(pair.of_sat(), before)
+    assert unmoved == []
+
+
+def forget_angles(model):
+    """SAT keeps sines and cosines once it has computed them."""
+    for module in model.modules():
+        if type(module).__name__ == "FastRotaryEmbedding":
+            module._seq_len_cached = 0
+
+
+def test_both_frameworks_compute_the_same_on_the_way_back(pair, tmp_path):
+    """What SAT has changed since, HF has after the conversion."""
+    torch.manual_seed(3)
+    state = OrderedDict(torch.load(pair.folder / "sat" / FILE, weights_only=True)["module"])
+    for key, tensor in state.items():
+        if not key.endswith("inv_freq"):
+            tensor.add_(0.01 * torch.randn_like(tensor))
+    shutil.copytree(pair.folder / "sat", tmp_path / "sat")
+    torch.save({"module": state}, tmp_path / "sat" / FILE)
+    # ChatGLM2 and 3 by the names of transformers: it has the code that computes them, not the names that came with the weights.
+    family = {"chatglm2": "glm", "chatglm3": "glm"}.get(pair.name, FAMILY.get(pair.name, "auto"))
+    sat_to_hf(tmp_path / "sat", tmp_path / "hf", family=family, allow_rope_theta=True)
+    trained = Pair.__new__(Pair)
+    trained.__dict__ |= pair.__dict__
+    trained.sat = pair.load(tmp_path / "sat")
+    if pair.name in (*OWN, "chatglm-6b"):
+        trained.hf = type(pair.hf)(pair.hf.config).eval()
+        trained.hf.load_state_dict(tensors(tmp_path / "hf"), strict=True)
+    else:
+        trained.hf = type(pair.hf).from_pretrained(tmp_path / "hf").eval()
+    ours, theirs = trained.of_sat(), trained.of_hf()
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert not torch.allclose(ours, pair.of_sat(), atol=1e-2)
+
+
+@needs_sat
+@pytest.mark.parametrize("name", ["llama", "llama-mha"])
+def test_a_lost_rotary_base_is_repaired(name, tmp_path):
+    """In 16 bits SAT computes with the base in its code: no error, no warning, other numbers."""
+    model = save(tmp_path / "hf", name, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat", allow_rope_theta=True)
+    ids, sat = tokens(model.config.vocab_size), load_sat(tmp_path / "sat")
+    wanted = run_hf(model, ids)
+    assert (run_sat(sat, ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    half = sat.half()
+    forget_angles(half)
+    assert (run_sat(half, ids) - wanted).abs().max() > 0.2 * wanted.abs().max()
+    set_rope_theta(half, 5e5)
+    rounded = (run_hf(model.half(), ids) - wanted).abs().max()
+    assert (run_sat(half, ids) - wanted).abs().max() <= 4 * rounded
+
+
+def test_set_rope_theta_wants_a_model_of_sat():
+    with pytest.raises(ValueError, match="set_rope_theta: model must be a SAT model with rotary embeddings"):
+        set_rope_theta(torch.nn.Linear(2, 2), 5e5)
+
+
+@needs_sat
+@pytest.mark.parametrize(
+    "name", ["llama-mha", pytest.param("llama", marks=pytest.mark.slow), pytest.param("qwen2", marks=pytest.mark.slow)]
+)
+def test_sat_runs_model_parallel_files(name, tmp_path):
+    """Two processes, each with its own file; the vocabulary is split from 1000 on."""
+    model = save(tmp_path / "hf", name)
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat", mp=2)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from checkpoints import load_sat, run_sat, tokens
+model = load_sat(sys.argv[2])
+logits = run_sat(model, tokens(int(sys.argv[3])))
+if torch.distributed.get_rank() == 0:
+    torch.save(logits, sys.argv[4])
+"""
+    arguments = [Path(__file__).parent, tmp_path / "sat", model.config.vocab_size, tmp_path / "logits"]
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, arguments)],
+            env=os.environ | together | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    wanted = run_hf(model, tokens(model.config.vocab_size))
+    assert (torch.load(tmp_path / "logits") - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@needs_sat
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta", "glm", "mixtral", "vit"])
+def test_verification_runs_both(name, tmp_path):
+    save(tmp_path / "hf", name)
+    there = hf_to_sat(tmp_path / "hf", tmp_path / "sat", family=FAMILY.get(name, "auto"), verify=True)
+    back = sat_to_hf(tmp_path / "sat", tmp_path / "back", family=FAMILY.get(name, "auto"), verify=True)
+    for report in (there, back):
+        assert "verified by running: logits of " in str(report)
+        assert "100.0% agree on the first choice" in str(report)
+        assert ("loss" in str(report)) == (name != "vit")
+
+
+@needs_sat
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_verification_holds_casts_to_what_was_cast(dtype, tmp_path):
+    save(tmp_path / "hf")
+    there = hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True)
+    back = sat_to_hf(tmp_path / "sat", tmp_path / "back", dtype=dtype, verify=True)
+    again = hf_to_sat(tmp_path / "hf", tmp_path / "cast", dtype=dtype, verify=True)
+    for report in (there, back, again):
+        assert "random tokens differ by 0 of the largest" in str(report)
+
+
+@needs_sat
+def test_verification_notices_a_wrong_place(tmp_path, monkeypatch):
+    """Bits may all be there and in the wrong place: gate and up exchanged both ways come back as they were."""
+    from liger_aot.convert._rules import Copy
+    from liger_aot.convert.families import FAMILIES
+
+    family = FAMILIES["llama"]
+    swapped = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    rules = []
+    for rule in family.rules:
+        name = next((part for part in swapped if part in "".join(rule.hf)), None)
+        moved = (
+            rule
+            if name is None
+            else Copy(rule.hf[0].replace(name, swapped[name]), rule.sat[0], rule.sat_dims[0], rule.mp, rule.when)
+        )
+        rules.append(moved)
+    monkeypatch.setattr(type(family), "rules", tuple(rules))
+    save(tmp_path / "hf")
+    with pytest.raises(ConvertError, match=r"verification failed, nothing was written\n  logits of 62 random tokens differ by"):
+        hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True)
+    assert not (tmp_path / "sat").exists()
+
+
+@needs_sat
+def test_verification_reads_the_users_text(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers import models
+    from tokenizers import pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "it", "for", "long"]
+    model = models.WordLevel({word: k for k, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    save(tmp_path / "hf")
+    (tmp_path / "text").write_text("the cat looked at a mat and sat on it")
+    with pytest.raises(ConvertError, match="--text needs a tokenizer there"):
+        hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, text=tmp_path / "text")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "hf")
+    report = hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, text=tmp_path / "text")
+    assert f"logits of 10 tokens of {tmp_path / 'text'}" in str(report)
+    assert "loss" in str(report)
+    assert "10 tokens" in str(sat_to_hf(tmp_path / "sat", tmp_path / "back", verify=True, text=tmp_path / "text"))
+
+
+@needs_sat
+def test_verification_sees_the_users_picture(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="pillow, which opens pictures, is not installed")
+    save(tmp_path / "hf", "vit")
+    image.effect_noise((50, 40), 60).convert("RGB").save(tmp_path / "noise.png")
+    report = hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, image=tmp_path / "noise.png")
+    assert f"logits of {tmp_path / 'noise.png'} differ by" in str(report)
