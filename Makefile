@@ -19,6 +19,7 @@ $(PIP):
 $(VENV)/ready: pyproject.toml Makefile | $(PIP)
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --group test
+	$(PIP) install --quiet --no-deps --group sat
 	touch $@
 
 # install,ARCHS: build the wheel with what the environment holds, so that only what changed is compiled, and install it.
