@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,11 @@ from liger_aot.__main__ import main
 from liger_aot.convert import ConvertError
 from liger_aot.convert import hf_to_sat
 from liger_aot.convert import sat_to_hf
+from liger_aot.convert._map import document
+from liger_aot.convert._rules import Frequencies
+from liger_aot.convert._rules import Tied
+from liger_aot.convert._rules import expand
+from liger_aot.convert._settings import Settings
 from liger_aot.convert.families import FAMILIES
 
 OWN_CODE = {"chatglm2", "chatglm3", "chatglm-6b", "cogvlm", "cogvlm2"}  # which transformers does not have
@@ -736,3 +742,97 @@ def test_verification_says_what_it_could_not_check(name, options, why, tmp_path,
     assert "not verified by running: " in report
     assert why in report
     assert "bit for bit" in report
+
+
+def test_documentation_has_the_rules():
+    """docs/convert.md ends with what `python -m liger_aot convert map` prints."""
+    text = (Path(__file__).parent.parent / "docs/convert.md").read_text()
+    assert text.endswith(document(FAMILIES.values()) + "\n")
+    assert "twelve families" in text
+    assert len(FAMILIES) == 12
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rules_tell_both_sides_shapes(name, tmp_path):
+    """What a rule computes has the shapes that it declares, on tensors without contents."""
+    config = read_args(name, tmp_path)
+    family = FAMILIES[name]
+    sizes = family.sizes(config, Settings(family.args(config), "args")) | {"rope_theta": 1e4}
+    for item in expand(family.rules, sizes):
+        if not item.sat or isinstance(item.rule, Frequencies):
+            continue
+        on_hf, on_sat = (
+            [torch.empty(shape, device="meta") for shape in shapes] for shapes in (item.hf_shapes, item.sat_shapes)
+        )
+        there = [torch.cat(pieces).shape for pieces in item.to_sat(on_hf)]
+        assert tuple(map(tuple, there)) == item.sat_shapes, item
+        if not isinstance(item.rule, Tied):
+            back = [torch.cat(pieces).shape for pieces in item.to_hf(on_sat)]
+            assert tuple(map(tuple, back)) == item.hf_shapes, item
+
+
+def read_args(name, folder):
+    model = name if name in MODELS else "llama"
+    save(folder / "hf", model)
+    entries = json.loads((folder / "hf/config.json").read_text())
+    return Settings(entries, folder / "hf/config.json")
+
+
+def test_rows_in_halves_are_put_in_pairs(tmp_path):
+    """ChatGLM4Model turns the first half of a head against the second, where HF turns neighbours."""
+    save(tmp_path / "hf", "glm")
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat", family="glm")
+    module, order = state(tmp_path / "sat"), [0, 2, 4, 6, 1, 3, 5, 7, *range(8, 16)]
+    rows = torch.tensor([head * 16 + row for head in range(6) for row in order] + list(range(96, 128)))
+    for i in range(2):
+        for p in ("weight", "bias"):
+            key = f"transformer.layers.{i}.attention.query_key_value.{p}"
+            module[key] = module[key][rows]
+        gate, up = f"mixins.mlp.w2.{i}.weight", f"transformer.layers.{i}.mlp.dense_h_to_4h.weight"
+        module[gate], module[up] = module[up], module[gate]
+    torch.save({"module": module}, tmp_path / "sat" / FILE)
+    edit(tmp_path / "sat/model_config.json", model_class="ChatGLM4Model", drop=("base_scale",))
+    sat_to_hf(tmp_path / "sat", tmp_path / "back", verify=True)
+    assert identical(tensors(tmp_path / "hf"), tensors(tmp_path / "back")) == []
+
+
+def test_a_family_that_cannot_be_told_must_be_said(tmp_path):
+    save(tmp_path / "hf", "chatglm3")
+    refused(hf_to_sat, tmp_path / "hf", "may be one of several, say which: --family chatglm2 or chatglm3")
+
+
+def test_a_row_of_types_is_refused_unless_it_is_zero(tmp_path):
+    save(tmp_path / "hf", "roberta")
+    key = "roberta.embeddings.token_type_embeddings.weight"
+    put_hf(tmp_path / "hf", {key: torch.ones(1, 64)})
+    refused(
+        hf_to_sat, tmp_path / "hf", f"{key} is not zero", "add it to every row of roberta.embeddings.position_embeddings.weight"
+    )
+
+
+def test_what_has_no_place_in_sat_is_said(tmp_path):
+    save(tmp_path / "hf", "bert")
+    put_hf(
+        tmp_path / "hf",
+        {"bert.pooler.dense.weight": torch.ones(64, 64), "bert.embeddings.position_ids": torch.arange(64)[None]},
+    )
+    assert "left out: bert.pooler.dense.weight; SAT's class has no pooler" in str(hf_to_sat(tmp_path / "hf", tmp_path / "sat"))
+
+
+def test_a_class_that_was_trained_is_its_family(tmp_path):
+    save(tmp_path / "hf", "cogvlm")
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    edit(tmp_path / "sat/model_config.json", model_class="FineTuneTrainCogVLMModel")
+    sat_to_hf(tmp_path / "sat", tmp_path / "back")
+    assert identical(tensors(tmp_path / "hf"), tensors(tmp_path / "back")) == []
+
+
+def test_frequencies_of_every_layer_are_written_for_cogvlm(tmp_path):
+    """Its code on the hub has them as persistent buffers: without them transformers leaves memory as it was."""
+    save(tmp_path / "hf", "cogvlm2")
+    put_hf(tmp_path / "hf", {}, drop=[f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(2)])
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    sat_to_hf(tmp_path / "sat", tmp_path / "back")
+    for i in range(2):
+        found = tensors(tmp_path / "back")[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"]
+        assert torch.equal(found, 1 / 500000 ** (torch.arange(0, 16, 2).float() / 16))

@@ -1,4 +1,4 @@
-"""python -m liger_aot convert hf2sat|sat2hf SRC DST, and convert map FAMILY."""
+"""python -m liger_aot convert hf2sat|sat2hf SRC DST, and convert map [FAMILY]."""
 
 import sys
 
@@ -6,6 +6,7 @@ from ._convert import NARROW
 from ._convert import hf_to_sat
 from ._convert import sat_to_hf
 from ._error import ConvertError
+from ._map import document
 from ._map import table
 from .families import FAMILIES
 
@@ -35,7 +36,7 @@ def add_arguments(parser):
             one.add_argument("--merge-lora", action="store_true", help="add LoRA adapters to their weights")
             one.add_argument("--lora-alpha", type=float, help="what they were trained with; no file records it")
     one = ways.add_parser("map", help="print which name goes where", description="Which name goes where, and how.")
-    one.add_argument("family", choices=list(FAMILIES))
+    one.add_argument("family", nargs="?", choices=list(FAMILIES), help="by default each of them")
 
 
 def main(args):
@@ -43,7 +44,7 @@ def main(args):
     convert = {"hf2sat": hf_to_sat, "sat2hf": sat_to_hf}
     try:
         if args.way == "map":
-            print(table(FAMILIES[args.family]))
+            print(table(FAMILIES[args.family]) if args.family else document(FAMILIES.values()))
         else:
             print(convert[args.way](args.source, args.target, progress=sys.stderr, **options))
     except ConvertError as error:

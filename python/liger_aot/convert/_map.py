@@ -29,6 +29,16 @@ WORDS = {
 }
 
 
+def document(families):
+    """Every family with its table: the last part of docs/convert.md."""
+    return "\n\n".join(f"### {family.name}: {family.title}\n\n{sides(family)}\n\n{table(family)}" for family in families)
+
+
+def sides(family):
+    kinds = f" ({', '.join(family.model_types)})" if family.model_types else ""
+    return f"`{family.architecture}`{kinds} and {', '.join(f'`{name}`' for name in family.model_classes)}."
+
+
 def table(family):
     head = ["Hugging Face", "SAT", "how", "shape in SAT", "model parallel", "when"]
     rows = [row(rule) for rule in family.rules]
