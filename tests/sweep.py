@@ -2,8 +2,8 @@
 
     python tests/sweep.py [NAME ...]
 
-makes the table of those classes or families, and compares it with sweep.tsv. Without a name it makes all of it, writes it there
-and ends with a summary. What changed is printed as a diff, and fails, as does any model that differs once it is bound.
+makes the rows of those classes or families, of all of them without a name, and puts them into sweep.tsv. What changed there is
+printed as a diff and fails, as does any model that differs once it is bound. Numbers are measured and not compared.
 """
 
 import collections
@@ -19,6 +19,7 @@ import multiprocessing.connection
 import random
 import re
 import resource
+import statistics
 import sys
 import time
 import warnings
@@ -71,11 +72,12 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 
 MOE = {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1}
 CONFIGS = {
     "AriaConfig": {"projector_patch_to_query_dict": {16: 4}},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 7, "IMGIMGAAZ": 8}},
     "CohereCompassTextConfig": {"rope_parameters": {"full_attention": MROPE, "sliding_attention": MROPE}},
     "Cosmos3EdgeTextConfig": {"rope_parameters": MROPE},
-    "DbrxAttentionConfig": {"rope_theta": 10000.0},
     "DeepseekV2Config": MOE,
     "Dots1Config": MOE,
+    "Emu3Config": {"vocabulary_map": {"<image>": 7}},
     "Ernie4_5_VLMoeTextConfig": {"rope_parameters": MROPE},
     "EsmConfig": {"vocab_size": VOCAB, "pad_token_id": 1, "mask_token_id": 32},
     "FunAsrNanoAdaptorConfig": {"intermediate_size": WIDTH // 4},
@@ -86,9 +88,16 @@ CONFIGS = {
     "LiltConfig": {"hidden_size": 96},
     "Mamba2Config": {"num_heads": 8},
     "MarkupLMConfig": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
+    "Molmo2AdapterConfig": {"vision_feature_layer": [1, 0]},
     "NystromformerConfig": {"segment_means_seq_len": LENGTH, "num_landmarks": 4},
+    "Qwen2_5OmniThinkerConfig": {"vision_start_token_id": 91},
+    "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": 91},
     "ReformerConfig": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [3, 4]},
     "Step3p7TextConfig": {"sliding_window": 8},
+    "VibeVoiceAsrConfig": {"acoustic_tokenizer_chunk_size": 3200},
+    "XmodConfig": {"default_language": "en_XX"},
+    "Zamba2Config": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3]},
+    "ZambaConfig": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2},
 }
 PLAIN = {"transformers_version", "architectures", "id2label", "label2id", "dtype"}
 
@@ -111,7 +120,8 @@ def cases():
     pattern = re.compile(rf"^class (\w+(?:{'|'.join(TASKS)}))\(", re.M)
     for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         for name in pattern.findall(file.read_text()):
-            yield file.parent.name, file.stem, name
+            if file.parent.name != "auto":
+                yield file.parent.name, file.stem, name
 
 
 def tiny(config_class, defaults=None):
@@ -145,8 +155,11 @@ def tiny(config_class, defaults=None):
     for name, part in config_class.sub_configs_defaults.items():
         known = hasattr(part.config_class, "sub_configs_defaults")
         fields[name] = tiny(part.config_class if known else CONFIG_MAPPING[part.model_type], part.init_kwargs)
-    fields |= CONFIGS.get(config_class.__name__, {})
-    return config_class(**fields)
+    more = CONFIGS.get(config_class.__name__, {})
+    config = config_class(**{**fields, **more})
+    for name in more.keys() - vars(config).keys():
+        setattr(config, name, more[name])
+    return config
 
 
 def parts(config):
@@ -171,7 +184,7 @@ def build(module, name):
         rope = getattr(part, "rope_parameters", None)
         if isinstance(rope, dict) and rope.get("rope_theta", 0) is None:
             rope["rope_theta"] = 10000.0
-        if isinstance(rope, dict) and ("rope_theta" in rope or rope.get("mrope_section")):
+        if isinstance(rope, dict) and "rope_theta" in rope and hasattr(part, "num_attention_heads"):
             width = getattr(part, "head_dim", None) or part.hidden_size // part.num_attention_heads
             half = int(width * rope.get("partial_rotary_factor", 1)) // 2
             if sum(rope.get("mrope_section", [])) != half:
@@ -268,11 +281,11 @@ def images(model, wants):
             try:
                 with torch.no_grad():
                     found = method(pixel_values=torch.randn(shape), **given)
+                found = getattr(found, "pooler_output", found)
+                tokens = sum(f.shape[:-1].numel() for f in (found if isinstance(found, list | tuple) else [found]))
             except Exception:  # whatever a model says to pixels of another form
                 continue
-            found = getattr(found, "pooler_output", found)
-            found = found if isinstance(found, list | tuple) else [found]
-            yield Form("image", {"pixel_values": shape}, given, sum(f.shape[:-1].numel() for f in found))
+            yield Form("image", {"pixel_values": shape}, given, tokens)
 
 
 def form_of(model):
@@ -311,6 +324,8 @@ def batch(model, form, seed=0, rows=2):
         given["input_ids"] = ids
     if "attention_mask" in wants and "input_ids" in wants:
         given["attention_mask"] = torch.ones_like(ids)
+    if "qformer_input_ids" in wants:
+        given["qformer_input_ids"] = ids
     if "bbox" in wants:
         given["bbox"] = torch.tensor([1, 2, 30, 40]).expand(*ids.shape, 4)
     if type(model).__name__.endswith("SequenceClassification"):
@@ -394,11 +409,12 @@ def worst(got, want):
     return max(((d, name) for name, d in apart.items()), default=(0.0, ""))
 
 
-def bf16_ratio(model, form, seeds=range(4)):
-    """How much larger the bound model's error is than the unbound one's, both in bfloat16, and the dtype that is the truth.
+def bf16_ratio(model, form, seeds=range(6)):
+    """How many times the unbound model's error the bound one's is, both in bfloat16; its standard error; what was the truth.
 
-    An error is that of the loss and of each gradient, relative to its size, all of them squared and summed: each counts the
-    same, and none decides alone. The truth is float64, float32 where a model cannot do that.
+    An error is the distance in norm of the loss or of one parameter's gradient for one batch; the ratios of all are averaged
+    as logarithms. So each counts the same: where a model is so badly conditioned that rounding is all there is of a gradient,
+    that decides no more than the others, whichever of the two it favours. The truth is float64, float32 where a model cannot.
     """
     plain, bound = as_dtype(model, torch.bfloat16), as_dtype(model, torch.bfloat16)
     bind(bound)
@@ -407,21 +423,24 @@ def bf16_ratio(model, form, seeds=range(4)):
         exact.set_experts_implementation("eager")
     if not finite(exact, inputs_as(batch(model, form), dtype)):
         exact, dtype = as_dtype(plain, torch.float32), torch.float32
-    plain_error = bound_error = 0.0
+    ratios = []
     for seed in seeds:
         given, choices = batch(model, form, seed, 8), Choices()
         with choices:
-            loss, grads = forward_backward(exact, inputs_as(given, dtype))
-        whole = norm(grads.values())
-        size = {"loss": abs(loss), **{name: max(g.norm().item(), 1e-3 * whole) for name, g in grads.items()}}
-        found = []
+            truth = forward_backward(exact, inputs_as(given, dtype))
+        apart = []
         for each in (plain, bound):
             with choices:
-                got, got_grads = forward_backward(each, inputs_as(given, torch.bfloat16))
-            apart = {"loss": abs(got - loss), **{name: (got_grads[name] - g).norm().item() for name, g in grads.items()}}
-            found.append(sum((e / size[name]) ** 2 for name, e in apart.items()))
-        plain_error, bound_error = plain_error + found[0], bound_error + found[1]
-    return math.sqrt(bound_error / plain_error) if plain_error else float(bound_error > 0) + 1, dtype
+                apart.append(distances(forward_backward(each, inputs_as(given, torch.bfloat16)), truth))
+        ratios.append(statistics.fmean(math.log(b / a) for a, b in zip(*apart, strict=True)))
+    return math.exp(statistics.fmean(ratios)), statistics.stdev(ratios) / len(ratios) ** 0.5, dtype
+
+
+def distances(run, truth):
+    """Of the loss and each gradient, at least a thousandth of bfloat16's rounding: below that is chance."""
+    (loss, grads), (true_loss, true_grads) = run, truth
+    pairs = [(torch.tensor(loss), torch.tensor(true_loss)), *((grads[name], g) for name, g in true_grads.items())]
+    return [max(norm([a - b]), 2**-18 * norm([b]), 1e-30) for a, b in pairs]
 
 
 def norm(tensors):
@@ -451,17 +470,25 @@ def one(module, name, bf16=True):
         model = build(module, name)
         form = form_of(model)
         given = batch(model, form)
-        loss, grads = forward_backward(model, given)
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+        def run(other):
+            """From the same statistics, which some models keep of what they have seen."""
+            for name, buffer in other.named_buffers():
+                buffer.copy_(before[name])
+            return forward_backward(other, given)
+
+        loss, grads = run(model)
+        weights = {key: value.clone() for key, value in model.state_dict().items()}
     except Exception as error:  # a model that does not run as it is says why, whatever that is
         return {"inputs": "-", "fp32": said(error)}
     classes = [type(m) for m in model.modules()]
-    weights = {key: value.clone() for key, value in model.state_dict().items()}
 
-    def as_before(model):
-        again, grads_again = forward_backward(model, given)
-        state = model.state_dict()
+    def as_before(other):
+        again, grads_again = run(other)
+        state = other.state_dict()
         return (
-            [type(m) for m in model.modules()] == classes
+            [type(m) for m in other.modules()] == classes
             and state.keys() == weights.keys()
             and all(torch.equal(state[key], value) for key, value in weights.items())
             and (again, grads_again.keys()) == (loss, grads.keys())
@@ -471,7 +498,7 @@ def one(module, name, bf16=True):
     try:
         bound = copy.deepcopy(model)
         report = bind(bound)
-        bound_loss, bound_grads = forward_backward(bound, given)
+        bound_loss, bound_grads = run(bound)
         row = {
             "inputs": form.kind,
             "bound": counted(f"{r.operator}: {r.formula}" for r in report.bound),
@@ -496,8 +523,8 @@ def one(module, name, bf16=True):
     del bound
     if bf16:
         try:
-            ratio, truth = bf16_ratio(model, form)
-            row["bf16"] = f"{ratio:.2f}" + ("" if truth is torch.float64 else " of float32")
+            ratio, error, truth = bf16_ratio(model, form)
+            row["bf16"] = f"{ratio:.2f} ± {error:.2f}{'' if truth is torch.float64 else ' of float32'}"
         except Exception as error:  # a model that has no bfloat16 says why; it has run in float32
             row["bf16"] = said(error)
     return row
@@ -518,7 +545,9 @@ def child(family, file, name, sender):
 
 
 def rows_of(chosen):
-    """The rows of those cases, in their order; a few processes at a time."""
+    """The rows of those cases, in their order; a few processes at a time, which start with what all of them import."""
+    for name in ["modeling_utils", "generation", "modeling_layers", "masking_utils", "models.auto.modeling_auto"]:
+        importlib.import_module(f"transformers.{name}")
     context, waiting, running, rows = multiprocessing.get_context("fork"), list(enumerate(chosen)), {}, {}
     while waiting or running:
         while waiting and len(running) < PROCESSES:
@@ -550,11 +579,11 @@ def line(row):
 
 def verdict(row):
     """What makes a row a failure; empty where nothing does."""
-    ratio = re.match(r"[\d.]+", row.get("bf16", ""))
     if row["fp32"].startswith("differs"):
         return row["fp32"]
-    if ratio and float(ratio[0]) > BF16:
-        return f"in bfloat16 its error is {ratio[0]} times the unbound model's"
+    measured = re.match(r"([\d.]+) ± ([\d.]+)", row.get("bf16", ""))
+    if measured and float(measured[1]) - 2 * float(measured[2]) > BF16:
+        return f"in bfloat16 its error is {measured[0]} times the unbound model's"
     return ""
 
 
@@ -599,8 +628,13 @@ def main(names):
     drift = list(
         difflib.unified_diff([old_version, *compared(known)], [version, *compared(rows)], "sweep.tsv", "now", lineterm="", n=0)
     )
-    if not names:
-        TABLE.write_text("\n".join([version, "\t".join(COLUMNS), *("\t".join(line(row)) for row in rows)]) + "\n")
+    if names:
+        made = {(row["family"], row["class"]): row for row in rows}
+        written = [made.get(key, row) for key, row in old.items()]
+    else:
+        written = rows
+    if written:
+        TABLE.write_text("\n".join([version, "\t".join(COLUMNS), *("\t".join(line(row)) for row in written)]) + "\n")
     print(*drift, sep="\n")
     for row in rows:
         if verdict(row):

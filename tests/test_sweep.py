@@ -1,0 +1,56 @@
+"""A few rows of sweep.tsv, made again: between them every formula that the binder knows. `make sweep` makes all of them."""
+
+import pytest
+
+import sweep
+
+# What a row stands here for. Its numbers in bfloat16 are measured by the sweep alone.
+CLASSES = {
+    "LlamaForCausalLM": "rms_norm: llama; rope: half, promote; swiglu: 3 linears",
+    "Olmo2ForCausalLM": "rms_norm: fp32 weight; rope: half, cast back",
+    "Gemma2ForCausalLM": "rms_norm: gemma; geglu: 3 linears, gelu_tanh; a softcap",
+    "Gemma4ForCausalLM": "rms_norm: no weight; rope: half, promote, one tensor",
+    "Glm4ForCausalLM": "swiglu: gate_up, silu",
+    "Qwen3MoeForCausalLM": "swiglu: experts",
+    "GPTNeoXForCausalLM": "layer_norm; rope: half, promote, partial",
+    "ModernBertForMaskedLM": "geglu: gate_up, gelu",
+    "MoonshineForConditionalGeneration": "swiglu: up_gate; geglu: 3 linears, gelu; sound",
+    "Qwen2VLForConditionalGeneration": "rope: half, fp32; an image",
+    "CohereForCausalLM": "logits that are scaled",
+    "BartForConditionalGeneration": "logits with a bias; a loss in the model itself",
+    "T5ForSequenceClassification": "no head that could be bound",
+}
+
+
+@pytest.fixture(scope="module")
+def table():
+    return {row["class"]: row for row in sweep.read()[1].values()}
+
+
+@pytest.fixture(scope="module")
+def places():
+    return {name: f"{family}.{file}" for family, file, name in sweep.cases()}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_row_is_as_committed(name, table, places):
+    row = {"family": table[name]["family"], "class": name, **sweep.one(places[name], name, bf16=False)}
+    assert sweep.compared([row]) == sweep.compared([table[name]])
+    assert row["fp32"] == "equal"
+
+
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    {
+        "LlamaForCausalLM": {"rms_norm", "rope", "swiglu", "cross_entropy"},
+        "Olmo2ForCausalLM": {"rms_norm", "rope"},
+        "Gemma2ForCausalLM": {"rms_norm", "geglu", "cross_entropy"},
+        "Qwen3MoeForCausalLM": {"swiglu"},
+        "GPTNeoXForCausalLM": {"layer_norm", "rope"},
+    }.items(),
+)
+def test_kernels_compute_the_same(name, kernels, places, interpreted):
+    row = sweep.one(places[name], name, bf16=False)
+    assert row["fp32"] == "equal"
+    ran = {kernel.rsplit("_", 1)[0] for kernel in map(str, interpreted.launched)}
+    assert kernels <= ran, ran
