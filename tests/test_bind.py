@@ -5,6 +5,9 @@ import re
 
 import pytest
 import torch
+
+import liger_aot
+
 from tiny import WIDTH
 from tiny import batch
 from tiny import build
@@ -12,8 +15,6 @@ from tiny import check_as_exact
 from tiny import check_equal
 from tiny import check_identical
 from tiny import step
-
-import liger_aot
 
 NORM, ROPE, LAYER_NORM = {"rms_norm_fwd", "rms_norm_bwd"}, {"rope"}, {"layer_norm_fwd", "layer_norm_bwd"}
 SWIGLU, GEGLU, LOSS = {"swiglu_fwd", "swiglu_bwd"}, {"geglu_fwd", "geglu_bwd"}, {"cross_entropy_fwd", "cross_entropy_bwd"}

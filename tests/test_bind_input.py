@@ -9,6 +9,13 @@ import peft
 import pytest
 import torch
 import transformers
+from torch import nn
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import liger_aot
+
 from tiny import WIDTH
 from tiny import batch
 from tiny import build
@@ -17,12 +24,6 @@ from tiny import check_equal
 from tiny import check_identical
 from tiny import operators
 from tiny import step
-from torch import nn
-from transformers.models.llama import modeling_llama
-from transformers.models.llama.modeling_llama import LlamaMLP
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-import liger_aot
 
 
 @pytest.fixture

@@ -3,6 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+import liger_aot
+from liger_aot.bind._lazy import LazyLogits
+
 from tiny import VOCABULARY
 from tiny import WIDTH
 from tiny import batch
@@ -14,10 +19,6 @@ from tiny import nodes
 from tiny import operators
 from tiny import recorder
 from tiny import step
-from transformers.loss.loss_utils import ForCausalLMLoss
-
-import liger_aot
-from liger_aot.bind._lazy import LazyLogits
 
 FAMILIES = ["llama", "gemma2", "cohere", "granite", "phi3", "mixtral", "gpt2", "bart", "t5", "bert", "olmo2"]
 

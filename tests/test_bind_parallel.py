@@ -15,16 +15,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from tiny import VOCABULARY
-from tiny import build
-from tiny import check_as_exact
-from tiny import check_equal
-from tiny import step
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import liger_aot
+
+from tiny import VOCABULARY
+from tiny import build
+from tiny import check_as_exact
+from tiny import check_equal
+from tiny import step
 
 RANKS = 2
 

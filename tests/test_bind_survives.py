@@ -20,6 +20,16 @@ from accelerate import cpu_offload
 from accelerate.hooks import ModelHook
 from accelerate.hooks import add_hook_to_module
 from accelerate.hooks import remove_hook_from_module
+from torch.nn.utils import parametrize
+from torch.nn.utils import prune
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.llama import modeling_llama
+from transformers.models.mixtral import modeling_mixtral
+
+import liger_aot
+from liger_aot.bind import _lazy
+
 from tiny import WIDTH
 from tiny import batch
 from tiny import build
@@ -31,15 +41,6 @@ from tiny import nodes
 from tiny import operators
 from tiny import recorder
 from tiny import step
-from torch.nn.utils import parametrize
-from torch.nn.utils import prune
-from transformers.loss.loss_utils import LOSS_MAPPING
-from transformers.models.gpt2 import modeling_gpt2
-from transformers.models.llama import modeling_llama
-from transformers.models.mixtral import modeling_mixtral
-
-import liger_aot
-from liger_aot.bind import _lazy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`(is_)?gradient_checkpointing.*deprecated",  # as transformers itself, PEFT and people still call it

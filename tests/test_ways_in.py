@@ -16,13 +16,6 @@ import kernels
 import pytest
 import torch
 import training
-from tiny import DECODER
-from tiny import batch
-from tiny import build
-from tiny import check_equal
-from tiny import check_identical
-from tiny import operators
-from tiny import step
 from transformers import AutoModelForCausalLM
 from transformers import Llama4TextConfig
 from transformers import LlamaForCausalLM
@@ -45,6 +38,14 @@ from liger_aot.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 from liger_aot.transformers.monkey_patch import _apply_liger_kernel
 from liger_aot.transformers.monkey_patch import _apply_liger_kernel_to_instance
 from liger_aot.transformers.monkey_patch import bind_new_models
+
+from tiny import DECODER
+from tiny import batch
+from tiny import build
+from tiny import check_equal
+from tiny import check_identical
+from tiny import operators
+from tiny import step
 
 HERE = Path(__file__).parent
 LAYERS = {"rms_norm", "layer_norm", "rope", "swiglu", "geglu"}

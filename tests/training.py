@@ -4,12 +4,13 @@ import json
 import sys
 
 import torch
-from tiny import VOCABULARY
-from tiny import build
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback
 from transformers import Trainer
 from transformers import TrainingArguments
+
+from tiny import VOCABULARY
+from tiny import build
 
 STEPS, ACCUMULATED = 5, 3
 ROWS = 2 * ACCUMULATED * STEPS
