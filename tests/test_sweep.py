@@ -2,6 +2,8 @@
 
 import pytest
 
+from liger_aot.bind import bind
+
 import sweep
 
 # What a row stands here for. Its numbers in bfloat16 are measured by the sweep alone.
@@ -54,3 +56,24 @@ def test_kernels_compute_the_same(name, kernels, places, interpreted):
     assert row["fp32"] == "equal"
     ran = {kernel.rsplit("_", 1)[0] for kernel in map(str, interpreted.launched)}
     assert kernels <= ran, ran
+
+
+def with_a_wrong_eps(model):
+    report = bind(model)
+    for module in model.modules():
+        if type(module).__name__ == "LigerRMSNorm":
+            module.variance_epsilon *= 2
+    return report
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "seen"),
+    [("bind", with_a_wrong_eps, "the gradient of"), ("unbind", lambda model: None, "what unbind leaves")],
+    ids=["a wrong eps", "no unbind"],
+)
+def test_faults_are_seen(name, fault, seen, places, monkeypatch):
+    monkeypatch.setattr(sweep, name, fault)
+    row = sweep.one(places["LlamaForCausalLM"], "LlamaForCausalLM", bf16=False)
+    assert row["fp32"].startswith("differs")
+    assert seen in row["fp32"]
+    assert sweep.verdict(row)
