@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import random
+import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -10,11 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FAMILY
-from checkpoints import MODELS
-from checkpoints import identical
-from checkpoints import save
-from checkpoints import tensors
 
 from liger_aot.__main__ import main
 from liger_aot.convert import ConvertError
@@ -26,6 +23,12 @@ from liger_aot.convert._rules import Tied
 from liger_aot.convert._rules import expand
 from liger_aot.convert._settings import Settings
 from liger_aot.convert.families import FAMILIES
+
+from checkpoints import FAMILY
+from checkpoints import MODELS
+from checkpoints import identical
+from checkpoints import save
+from checkpoints import tensors
 
 OWN_CODE = {"chatglm2", "chatglm3", "chatglm-6b", "cogvlm", "cogvlm2"}  # which transformers does not have
 FILE = "1/mp_rank_00_model_states.pt"
@@ -304,7 +307,7 @@ def test_everything_that_does_not_fit_is_listed(hf):
         ({"num_hidden_layers": 1}, "unknown: model.layers.1.mlp.up_proj.weight"),
         ({"num_hidden_layers": "2"}, "'num_hidden_layers' must be a whole number above zero, got '2'"),
         ({"num_attention_heads": 5, "head_dim": None}, "'hidden_size' 64 must be divisible by 'num_attention_heads' 5"),
-        ({"rms_norm_eps": None}, "'rms_norm_eps' must be a number, got None"),
+        ({"rms_norm_eps": None}, "'rms_norm_eps' must be a number above zero, got None"),
         ({"model_type": "mamba"}, "no family for 'mamba'; there are"),
         ({"quantization_config": {"bits": 4}}, "has a quantization_config"),
         (
@@ -836,3 +839,32 @@ def test_frequencies_of_every_layer_are_written_for_cogvlm(tmp_path):
     for i in range(2):
         found = tensors(tmp_path / "back")[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"]
         assert torch.equal(found, 1 / 500000 ** (torch.arange(0, 16, 2).float() / 16))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "glm", "chatglm3", "vit", "cogvlm2", "mixtral", "chatglm-6b"])
+def test_any_configuration_is_converted_or_refused(name, tmp_path):
+    """No entry of either configuration, of another type or size, gets further than a ConvertError."""
+    save(tmp_path / "hf", name)
+    family = FAMILY.get(name, "auto")
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat", family=family)
+    (tmp_path / "sat/config.json").unlink()
+    generator = random.Random(name)
+    for side, file, convert in (("hf", "config.json", hf_to_sat), ("sat", "model_config.json", sat_to_hf)):
+        path = tmp_path / side / file
+        entries = json.loads(path.read_text())
+        for key, value in entries.items():
+            wrong = generator.choice([None, "x", -1, 0, 1.5, [], {}, True, 10**9, [[1]], {"a": {"b": 1}}])
+            path.write_text(json.dumps(entries | {key: wrong}))
+            unless_refused(convert, tmp_path / side, tmp_path / "out", family)
+            for inner in value if isinstance(value, dict) else ():
+                path.write_text(json.dumps(entries | {key: value | {inner: wrong}}))
+                unless_refused(convert, tmp_path / side, tmp_path / "out", family)
+        path.write_text(json.dumps(entries))
+
+
+def unless_refused(convert, source, target, family):
+    try:
+        convert(source, target, family=family)
+        shutil.rmtree(target)
+    except ConvertError:
+        assert not target.exists()

@@ -14,6 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from references import SATCogVLM
+
+from liger_aot.convert import ConvertError
+from liger_aot.convert import hf_to_sat
+from liger_aot.convert import sat_to_hf
+from liger_aot.convert import set_rope_theta
+
 from checkpoints import FAMILY
 from checkpoints import MODELS
 from checkpoints import answer
@@ -24,12 +31,6 @@ from checkpoints import save
 from checkpoints import tensors
 from checkpoints import tokens
 from checkpoints import with_image
-from references import SATCogVLM
-
-from liger_aot.convert import ConvertError
-from liger_aot.convert import hf_to_sat
-from liger_aot.convert import sat_to_hf
-from liger_aot.convert import set_rope_theta
 
 needs_sat = pytest.mark.skipif(
     not any((Path(path) / "sat/model/official").is_dir() for path in sys.path),

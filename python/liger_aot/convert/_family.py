@@ -94,13 +94,13 @@ class Family:
 
 def rope(config):
     """(theta, kind) of v4's keys or v5's."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
-        return 10000.0, f"{parameters!r}"
-    theta = parameters.get("rope_theta", config.get("rope_theta"))
-    return float(10000.0 if theta is None else theta), parameters.get(
-        "rope_type", parameters.get("type", "default")
-    ) or "default"
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    parameters = config.section(key) if config.get(key) else type(config)({}, config.path)
+    if any(isinstance(value, dict) for value in parameters.values()):
+        return 10000.0, "of several kinds"
+    found = parameters if parameters.get("rope_theta") is not None else config
+    theta = 10000.0 if found.get("rope_theta") is None else float(found.number("rope_theta"))
+    return theta, parameters.get("rope_type", parameters.get("type")) or "default"
 
 
 def check_rope(config, problems):
@@ -111,9 +111,13 @@ def check_rope(config, problems):
 
 def check_window(config, problems):
     """A window as long as the model's longest text hides nothing."""
-    window, longest = config.get("sliding_window"), config.get("max_position_embeddings", 0)
-    used = config.get("use_sliding_window", True) and ("sliding_attention" in config.get("layer_types", ("sliding_attention",)))
-    if window is not None and used and window < longest:
+    sliding = config.get("use_sliding_window", True) and "sliding_attention" in (
+        config.listed("layer_types") or ["sliding_attention"]
+    )
+    if config.get("sliding_window") is None or not sliding:
+        return
+    window, longest = config.count("sliding_window"), config.count("max_position_embeddings")
+    if window < longest:
         problems.add(
             f"{config.path}: sliding_window is {window}, less than max_position_embeddings {longest}; SAT has none. "
             "Texts that are shorter than the window can be served: set max_position_embeddings to it"

@@ -69,9 +69,7 @@ class HFSource:
         self.files[name] = file, {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
 
     def about_model(self):
-        return self.config.get("model_type") or ", ".join(
-            self.config.get("architectures") or ["a config.json without model_type"]
-        )
+        return self.config.get("model_type") or ", ".join(map(str, self.config.listed("architectures"))) or "no model_type"
 
     def name_with(self, prefix, known):
         """The files of a base model alone lack the prefix of the whole model's names."""

@@ -6,12 +6,16 @@ each other, views wherever possible, so that a tensor is never held twice.
 """
 
 import itertools
+import math
 import re
 from dataclasses import dataclass
 
 import torch
 
+from ._error import ConvertError
+
 FIELD = re.compile(r"\{(\w+?)(\+1)?\}")
+MOST = 100_000  # tensors of one rule
 
 
 @dataclass(eq=False)
@@ -30,8 +34,7 @@ class Rule:
 
     def expand(self, sizes):
         fields = sorted({name for text in self.hf + self.sat for name, _ in FIELD.findall(text)})
-        for values in itertools.product(*(sizes[name] for name in fields)):
-            put = dict(zip(fields, values, strict=True))
+        for put in combinations(fields, sizes):
             yield Item(
                 self,
                 names(self.hf, put),
@@ -227,8 +230,16 @@ class Frequencies(Rule):
 
 def spread(text, sizes):
     fields = sorted({name for name, _ in FIELD.findall(text)})
+    for put in combinations(fields, sizes):
+        yield names((text,), put)[0]
+
+
+def combinations(fields, sizes):
+    count = math.prod(len(sizes[name]) for name in fields)
+    if count > MOST:
+        raise ConvertError(f"convert: the configuration has {count:,} layers and experts; at most {MOST:,} are believed")
     for values in itertools.product(*(sizes[name] for name in fields)):
-        yield names((text,), dict(zip(fields, values, strict=True)))[0]
+        yield dict(zip(fields, values, strict=True))
 
 
 def frequencies(dim, theta):

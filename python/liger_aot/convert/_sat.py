@@ -36,7 +36,7 @@ class SATSource:
         paths = sorted(inside.glob("mp_rank_*_model_states.pt"))
         if not paths and list(inside.glob("z3_rank_*")):
             raise ConvertError(f"{inside}: holds partitions of ZeRO-3, not tensors; gather them with zero_to_fp32.py first")
-        ranks = self.config.count("model_parallel_size", 1)
+        ranks = self.config.count("model_parallel_size", 1, most=99)
         wanted = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(ranks)]
         if [path.name for path in paths] != wanted:
             got = ", ".join(path.name for path in paths) or "none"

@@ -14,18 +14,45 @@ class Settings(dict):
     def __missing__(self, key):
         raise ConvertError(f"{self.path}: {key!r} is missing")
 
-    def count(self, key, default=None):
+    def count(self, key, default=None, most=2**40):
         """A whole number above zero."""
         value = self[key] if default is None else self.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConvertError(f"{self.path}: {key!r} must be a whole number above zero, got {value!r}")
+        if value > most:
+            raise ConvertError(f"{self.path}: {key!r} must be at most {most}, got {value}")
         return value
+
+    def groups(self, key="num_multi_query_heads"):
+        """SAT's number of heads for keys and values; 0, if every head has its own."""
+        return self.count(key) if self.get(key) else 0
+
+    def each(self, key):
+        """One after the other, of as many as could be told apart."""
+        return range(self.count(key, most=10000))
+
+    def square(self, key):
+        """The side of [side, side]."""
+        sides = self[key]
+        if not isinstance(sides, list) or len(sides) != 2 or sides[0] != sides[1]:
+            raise ConvertError(f"{self.path}: {key!r} must be two equal numbers, got {sides!r}")
+        return Settings({key: sides[0]}, self.path).count(key)
+
+    def listed(self, key):
+        """What is listed, nothing if nothing is."""
+        return self[key] if isinstance(self.get(key), list) else []
+
+    def section(self, key):
+        """What stands below a key, under a name of its own."""
+        if not isinstance(self[key], dict):
+            raise ConvertError(f"{self.path}: {key!r} must hold an object, got {self[key]!r}")
+        return Settings(self[key], f"{self.path}, {key}")
 
     def number(self, key, default=None):
         value = self.get(key, default) if default is not None else self[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConvertError(f"{self.path}: {key!r} must be a number, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ConvertError(f"{self.path}: {key!r} must be a number above zero, got {value!r}")
         return value
 
     def divide(self, key, by):

@@ -93,8 +93,9 @@ def timed(run):
 def load_hf(job, folder):
     import transformers
 
-    model = getattr(transformers, job.config["architectures"][0]).from_pretrained(folder, dtype=torch.float32)
-    return rounded(model, job.dtype)
+    names = [name for name in job.config.listed("architectures") if name in dir(transformers)]
+    model_class = getattr(transformers, (names or [job.family.architecture])[0])
+    return rounded(model_class.from_pretrained(folder, dtype=torch.float32), job.dtype)
 
 
 def load_sat(job, folder):

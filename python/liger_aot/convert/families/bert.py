@@ -95,7 +95,7 @@ class Bert(Family):
 
     def sizes(self, config, args):
         config.divide("hidden_size", "num_attention_heads")
-        layers = config.count("num_hidden_layers")
+        layers = config.each("num_hidden_layers")
         return {
             "vocab": config.count("vocab_size"),
             "hidden": config["hidden_size"],
@@ -103,9 +103,9 @@ class Bert(Family):
             "positions": config.count("max_position_embeddings"),
             "types": config.count("type_vocab_size"),
             "heads": config["num_attention_heads"],
-            "i": range(layers),
-            "before": range(layers - 1),
-            "last": [layers - 1],
+            "i": layers,
+            "before": layers[:-1],
+            "last": layers[-1:],
             "tied": bool(config.get("tie_word_embeddings", True)),
         }
 

@@ -122,7 +122,7 @@ class ChatGLM(Family):
             "head_dim": dim,
             "rope_dim": dim // 2,
             "rope_half": dim // 4,
-            "i": range(config.count("num_layers")),
+            "i": config.each("num_layers"),
         }
 
     def args(self, config):
@@ -133,7 +133,7 @@ class ChatGLM(Family):
         return copied(args, TOKENS, config)
 
     def config(self, args):
-        groups = args.get("num_multi_query_heads") or 0
+        groups = args.groups()
         config = {theirs: args.count(ours) for ours, theirs in SAME.items()}
         config |= {
             "model_type": "chatglm",
@@ -207,7 +207,7 @@ class Glm(Family):
     def check_hf(self, config, problems):
         super().check_hf(config, problems)
         check_head_dim(config, problems)
-        rotary = config.get("rope_parameters") or {}
+        rotary = config.section("rope_parameters") if config.get("rope_parameters") else {}
         part = rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
         if part != 0.5:
             problems.add(f"{config.path}: partial_rotary_factor is {part}; SAT's ChatGLM models rotate half of a head")
@@ -251,7 +251,7 @@ class Glm(Family):
             "hidden_size": args.count("hidden_size"),
             "intermediate_size": args.count("inner_hidden_size", 4 * args["hidden_size"]),
             "num_attention_heads": args.count("num_attention_heads"),
-            "num_key_value_heads": args.get("num_multi_query_heads") or args["num_attention_heads"],
+            "num_key_value_heads": args.groups() or args["num_attention_heads"],
             "head_dim": args.divide("hidden_size", "num_attention_heads"),
             "vocab_size": args.count("vocab_size"),
             "max_position_embeddings": args.count("max_sequence_length"),

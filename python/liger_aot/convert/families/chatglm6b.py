@@ -67,7 +67,7 @@ class ChatGLM6B(Family):
             "head_dim": dim,
             "rope_dim": dim // 2,
             "rope_half": dim // 4,
-            "i": range(config.count("num_layers")),
+            "i": config.each("num_layers"),
         }
 
     def args(self, config):

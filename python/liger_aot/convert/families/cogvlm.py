@@ -85,7 +85,7 @@ class CogVLM(Family):
     per_place = 1  # patches that become one place of the text
 
     def claims_hf(self, config):
-        return self.architecture in (config.get("architectures") or ()) and "num_multi_query_heads" not in config
+        return self.architecture in config.listed("architectures") and "num_multi_query_heads" not in config
 
     def claims_sat(self, args):
         """Training gives the class a name that ends with its own."""
@@ -102,7 +102,7 @@ class CogVLM(Family):
         """Both sides have the base in their code; the frequencies are in the files."""
 
     def vision(self, config):
-        return type(config)(config["vision_config"], f"{config.path}, vision_config")
+        return config.section("vision_config")
 
     def experts(self, config):
         """SAT's CogVLMModel has experts for the image in its first 32 layers."""
@@ -125,9 +125,9 @@ class CogVLM(Family):
             "kv": groups * dim,
             "rope_dim": dim,
             "rope_half": dim // 2,
-            "i": range(config.count("num_hidden_layers")),
+            "i": config.each("num_hidden_layers"),
             "k": self.experts(config),
-            "j": range(seen.count("num_hidden_layers")),
+            "j": seen.each("num_hidden_layers"),
             "seen": seen["hidden_size"],
             "seen_inner": seen.count("intermediate_size"),
             "seen_heads": seen["num_heads"],
@@ -177,9 +177,9 @@ class CogVLM(Family):
         return copied(copied(args, TOKENS, config), version, config)
 
     def config(self, args):
-        eva = type(args)(args["eva_args"], f"{args.path}, eva_args")
-        width, height = eva["image_size"]
-        patches = (width // eva.count("patch_size")) * (height // eva["patch_size"])
+        eva = args.section("eva_args")
+        width = eva.square("image_size")
+        patches = (width // eva.count("patch_size")) ** 2
         config = {
             "architectures": [self.architecture],
             "auto_map": {
@@ -232,10 +232,10 @@ class CogVLM2(CogVLM):
     per_place = 4
 
     def claims_hf(self, config):
-        return self.architecture in (config.get("architectures") or ()) and "num_multi_query_heads" in config
+        return self.architecture in config.listed("architectures") and "num_multi_query_heads" in config
 
     def experts(self, config):
-        return range(config.count("num_hidden_layers"))
+        return config.each("num_hidden_layers")
 
     def groups(self, config):
         return config.count("num_multi_query_heads")

@@ -58,7 +58,7 @@ class GPT2(Family):
             "inner": config.count("n_inner", 4 * config["n_embd"]),
             "positions": config.count("n_positions"),
             "heads": config["n_head"],
-            "i": range(config.count("n_layer")),
+            "i": config.each("n_layer"),
             "tied": bool(config.get("tie_word_embeddings", True)),
         }
 

@@ -93,8 +93,9 @@ class Llama(Family):
 
 
 def check_head_dim(config, problems):
-    dim, heads, hidden = config.get("head_dim"), config.count("num_attention_heads"), config.count("hidden_size")
-    if dim is not None and dim * heads != hidden:
+    heads, hidden = config.count("num_attention_heads"), config.count("hidden_size")
+    dim = config.count("head_dim", hidden // heads or 1)
+    if dim * heads != hidden and config.get("head_dim") is not None:
         problems.add(
             f"{config.path}: head_dim {dim} times num_attention_heads {heads} must be hidden_size {hidden}: "
             "SAT's rotary embedding is as wide as hidden_size / num_attention_heads"
@@ -115,7 +116,7 @@ def decoder_sizes(config):
         "kv": kv_heads * dim,
         "rope_dim": dim,
         "rope_half": dim // 2,
-        "i": range(config.count("num_hidden_layers")),
+        "i": config.each("num_hidden_layers"),
         "tied": bool(config.get("tie_word_embeddings", False)),
     }
 
@@ -147,7 +148,7 @@ def decoder_config(args):
         "hidden_size": args.count("hidden_size"),
         "intermediate_size": args.count("inner_hidden_size", 4 * args.count("hidden_size")),
         "num_attention_heads": args.count("num_attention_heads"),
-        "num_key_value_heads": args.get("num_multi_query_heads") or args["num_attention_heads"],
+        "num_key_value_heads": args.groups() or args["num_attention_heads"],
         "vocab_size": args.count("vocab_size"),
         "max_position_embeddings": args.count("max_sequence_length"),
         "rms_norm_eps": args.number("layernorm_epsilon", 1e-5),

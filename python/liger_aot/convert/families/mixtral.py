@@ -48,7 +48,7 @@ class Mixtral(Llama):
         return 1e6
 
     def sizes(self, config, args):
-        experts = config.count("num_local_experts")
+        experts = config.count("num_local_experts", most=10000)
         return decoder_sizes(config) | {"experts": experts, "e": range(1, experts)}
 
     def args(self, config):

@@ -60,7 +60,7 @@ class ViT(Family):
             "patch": config.count("patch_size"),
             "places": (config.count("image_size") // config["patch_size"]) ** 2 + 1,
             "classes": classes(config),
-            "i": range(config.count("num_hidden_layers")),
+            "i": config.each("num_hidden_layers"),
         }
 
     def args(self, config):
@@ -86,16 +86,14 @@ class ViT(Family):
 
     def check_sat(self, args, problems):
         super().check_sat(args, problems)
-        size, own = args["image_size"], (args.get("pre_len", 1), args.get("post_len", 0), args["vocab_size"])
+        own = (args.get("pre_len", 1), args.get("post_len", 0), args["vocab_size"])
         if own != (1, 0, 1):
             problems.add(
                 f"{args.path}: pre_len, post_len and vocab_size are {own}; HF's ViT has (1, 0, 1), a class token alone"
             )
-        if not isinstance(size, list) or len(size) != 2 or size[0] != size[1]:
-            problems.add(f"{args.path}: image_size is {size}; must be two equal numbers")
 
     def config(self, args):
-        names = {str(k): f"LABEL_{k}" for k in range(args.count("num_classes"))}
+        names = {str(k): f"LABEL_{k}" for k in range(args.count("num_classes", most=10**6))}
         return {
             "model_type": "vit",
             "architectures": [self.architecture],
@@ -104,7 +102,7 @@ class ViT(Family):
             "intermediate_size": args.count("inner_hidden_size", 4 * args["hidden_size"]),
             "num_attention_heads": args.count("num_attention_heads"),
             "layer_norm_eps": args.number("layernorm_epsilon", 1e-5),
-            "image_size": args["image_size"][0],
+            "image_size": args.square("image_size"),
             "patch_size": args.count("patch_size"),
             "num_channels": args.count("in_channels", 3),
             "hidden_act": "gelu",
@@ -116,7 +114,7 @@ class ViT(Family):
 
 def classes(config):
     """transformers writes names, or nothing where there are two."""
-    return len(config["id2label"]) if config.get("id2label") else config.count("num_labels", 2)
+    return len(config.section("id2label")) if config.get("id2label") else config.count("num_labels", 2)
 
 
 FAMILIES = (ViT(),)
