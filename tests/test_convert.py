@@ -603,6 +603,14 @@ def test_a_tied_head_written_twice_is_read(tmp_path):
     assert "lm_head.weight" not in tensors(tmp_path / "back")
 
 
+def test_a_tied_head_without_its_embedding_is_listed(tmp_path):
+    save(tmp_path / "hf", "llama-tied")
+    put_hf(tmp_path / "hf", {"lm_head.weight": torch.zeros(128, 64)}, drop=("model.embed_tokens.weight",))
+    refused(
+        hf_to_sat, tmp_path / "hf", "1 problem, nothing was written", "missing: model.embed_tokens.weight of shape [128, 64]"
+    )
+
+
 def test_the_layout_of_old_checkpoints_is_read(llama, sat, tmp_path):
     module = state(sat)
     module["mixins.rotary.rotary_emb.inv_freq"] = module.pop("transformer.position_embeddings.inv_freq")
