@@ -24,6 +24,7 @@ from liger_aot.convert import set_rope_theta
 from checkpoints import FAMILY
 from checkpoints import MODELS
 from checkpoints import answer
+from checkpoints import identical
 from checkpoints import load_sat
 from checkpoints import run_hf
 from checkpoints import run_sat
@@ -296,3 +297,46 @@ def test_verification_sees_the_users_picture(tmp_path):
     image.effect_noise((50, 40), 60).convert("RGB").save(tmp_path / "noise.png")
     report = hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, image=tmp_path / "noise.png")
     assert f"logits of {tmp_path / 'noise.png'} differ by" in str(report)
+
+
+def legacy(module, args):
+    """Llama in the layout of older checkpoints: gate and rotary embedding are mixins."""
+    module["mixins.rotary.rotary_emb.inv_freq"] = module.pop("transformer.position_embeddings.inv_freq")
+    for i in range(2):
+        module[f"mixins.mlp.gate_proj.{i}.weight"] = module.pop(f"transformer.layers.{i}.mlp.dense_h_to_4h_gate.weight")
+    return {key: value for key, value in args.items() if key not in ("is_gated_mlp", "is_rotary_emb")}
+
+
+def chatglm2_gated(module, args):
+    for i in range(2):
+        layer, mixin = f"transformer.layers.{i}.mlp.dense_h_to_4h", f"mixins.mlp.w2.{i}.weight"
+        module[f"{layer}_gate.weight"] = module.pop(mixin)
+    return args | {"model_class": "ChatGLM2Model", "is_gated_mlp": True}
+
+
+def chatglm4(module, args):
+    """Halves of a head turn, not neighbours, and the gate is the layer's."""
+    rows = [head * 16 + row for head in range(6) for row in [0, 2, 4, 6, 1, 3, 5, 7, *range(8, 16)]]
+    for i in range(2):
+        for p in ("weight", "bias"):
+            key = f"transformer.layers.{i}.attention.query_key_value.{p}"
+            module[key] = module[key][[*rows, *range(96, 128)]]
+        layer, mixin = f"transformer.layers.{i}.mlp.dense_h_to_4h.weight", f"mixins.mlp.w2.{i}.weight"
+        module[layer], module[mixin] = module[mixin], module[layer]
+    return args | {"model_class": "ChatGLM4Model"}
+
+
+@needs_sat
+@pytest.mark.parametrize(("name", "change"), [("llama", legacy), ("glm", chatglm2_gated), ("glm", chatglm4)])
+def test_other_layouts_of_sat_are_read(name, change, tmp_path):
+    """Made by hand; SAT's class for it says that it is the same model."""
+    model = save(tmp_path / "hf", name)
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat", family=FAMILY.get(name, "auto"))
+    module = torch.load(tmp_path / "sat" / FILE, weights_only=True)["module"]
+    args = json.loads((tmp_path / "sat/model_config.json").read_text())
+    (tmp_path / "sat/model_config.json").write_text(json.dumps(change(module, args)))
+    torch.save({"module": module}, tmp_path / "sat" / FILE)
+    ids, wanted = tokens(128), run_hf(model, tokens(128))
+    assert (run_sat(load_sat(tmp_path / "sat"), ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    sat_to_hf(tmp_path / "sat", tmp_path / "back", family=FAMILY.get(name, "auto"))
+    assert identical(tensors(tmp_path / "hf"), tensors(tmp_path / "back")) == []
