@@ -218,7 +218,7 @@ def losses(model, keep_logits, operator, counts):
             heads[head] = plan
             yield plan
             if plan[3].status == "bound":
-                attributes = {"lazy": False, "real": operator == "cross_entropy", "counts": counts}
+                attributes = {"lazy": set(), "real": operator == "cross_entropy", "counts": counts}
                 for linear in linears_of(head):
                     yield linear, subclass(type(linear), "head", ()), attributes, None
         if heads[head][3].status == "bound":

@@ -250,6 +250,11 @@ def gated(kind, act, *names):
     return (GATED[act], kind, act, *names) if act in GATED and kind in ("3 linears", "gate_up", "up_gate") else None
 
 
+def kinds(module, layers):
+    """Names and classes of the children that are none of the layers."""
+    return tuple((name, type(child)) for name, child in module.named_children() if name not in layers)
+
+
 def linears(module):
     """The children that are linear layers, or adapters on them."""
     based = {name: getattr(child, "base_layer", child) for name, child in module.named_children()}
@@ -290,7 +295,7 @@ def find_glu(module):
                 break
         else:
             kind, act, names = next(iter(left))
-            return one(f"{kind}, {act}", gated(kind, act, names), copy, "forward", x)
+            return one(f"{kind}, {act}", gated(kind, act, names, kinds(module, layers)), copy, "forward", x)
     return nothing(left)
 
 
@@ -330,7 +335,7 @@ def find_experts(module):
         return Found(
             None, f"experts {kind}, {act}", "eager experts call no _apply_gate: set_experts_implementation('grouped_mm')"
         )
-    return one(f"experts {kind}, {act}", gated(kind, act), copy, "_apply_gate", x)
+    return one(f"experts {kind}, {act}", gated(kind, act, kinds(module, ())), copy, "_apply_gate", x)
 
 
 # Rotary embeddings: functions of q, k, cos and sin that an attention's forward finds among its globals.

@@ -5,6 +5,7 @@ A module keeps its identity, attributes, parameters and hooks; only its class ch
 
 import functools
 import inspect
+import threading
 import types
 from typing import NamedTuple
 
@@ -90,10 +91,18 @@ def norm_class(original, compile, operator, place, one_dtype, weights, offset=0.
     return name, {"forward": forward_of(original, compile, compute), "extra_repr": extra_repr}
 
 
-def glu_class(original, compile, kind, act, names):
+def untouched(module, others):
+    """Whether the children that are no linear layers are what they were when module was bound, and nobody watches them."""
+    children = module._modules
+    return all(type(children.get(n)) is t and not hooked(children[n]) and not getattr(children[n], "p", 0) for n, t in others)
+
+
+def glu_class(original, compile, kind, act, names, others):
     *first, down = names
 
     def compute(self, x):
+        if not untouched(self, others):
+            return original.forward(self, x)
         outputs = [getattr(self, name)(x) for name in first]
         return getattr(self, down)(GATED[act](*(outputs if len(outputs) == 2 else HALVES[kind](*outputs))))
 
@@ -101,9 +110,10 @@ def glu_class(original, compile, kind, act, names):
     return f"{NAMES[act]}MLP", {"forward": forward_of(original, compile, compute), "extra_repr": text}
 
 
-def experts_class(original, compile, kind, act):
+def experts_class(original, compile, kind, act, others):
     def _apply_gate(self, gate_up):
-        return original._apply_gate(self, gate_up) if left(compile, gate_up) else GATED[act](*HALVES[kind](gate_up))
+        own = left(compile, gate_up) or not untouched(self, others)
+        return original._apply_gate(self, gate_up) if own else GATED[act](*HALVES[kind](gate_up))
 
     text = described(original, f"experts, {kind}, {act}, was={original.__name__}")
     return f"{NAMES[act]}Experts", {"_apply_gate": _apply_gate, "extra_repr": text}
@@ -148,10 +158,28 @@ def rotation(function, compile, batched, count, one_dtype):
     return rotate
 
 
+def hooked(module):
+    """Whether anybody's hooks see a call of module, but for those that only gather its weights."""
+    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    everybodys = torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks
+    hooks = [hook for hooks in (*own, *everybodys) for hook in hooks.values()]
+    return any(not getattr(hook, "__module__", "").startswith(("torch.distributed.", "deepspeed.")) for hook in hooks)
+
+
+def thread():
+    """Whose logits are lazy: a model may train in one thread and answer in another. What is compiled is one thread's."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
 def head_class(original):
     def forward(self, input, *, use=None):
         """`use` is called with the weights at hand: whoever gathers them for a call of the module has done so."""
-        return lazy_logits(self, input) if use is None and self.lazy else (use or original.forward)(self, input)
+        if use is not None or thread() not in self.lazy:
+            return (use or original.forward)(self, input)
+        if hooked(self):  # which would see two calls, neither of which gives logits
+            self.count("materialised: a hook on the head")
+            return original.forward(self, input)
+        return lazy_logits(self, input)
 
     def count(self, what):
         if not torch.compiler.is_compiling():
@@ -177,15 +205,16 @@ def model_class(original, keep_logits):
         # torch.compile cannot trace torch's module of that name with anything but a tensor.
         if labels is None or not (self.training or skip_logits) or (own_loss and torch.compiler.is_compiling()):
             return original.forward(self, *args, **kwargs)
-        before = [(head, head.lazy) for head in heads_of(self)]
-        for head, _ in before:
-            head.lazy = True
+        heads, who = heads_of(self), thread()
+        eager = [head for head in heads if who not in head.lazy]
+        for head in eager:
+            head.lazy.add(who)
         try:
             out = original.forward(self, *args, **kwargs)
         finally:
-            for head, lazy in before:
-                head.lazy = lazy
-        drop = skip_logits if skip_logits is not None else not (keep_logits or any(head.real for head, _ in before))
+            for head in eager:
+                head.lazy.discard(who)
+        drop = skip_logits if skip_logits is not None else not (keep_logits or any(head.real for head in heads))
         return without_lazy(out, drop)
 
     text = described(original, "loss=liger")
@@ -194,12 +223,14 @@ def model_class(original, keep_logits):
 
 def without_lazy(out, drop):
     """A model's output with None, or the computed logits, where it has lazy ones."""
-    if isinstance(out, tuple):
-        return tuple(without_lazy(o, drop) if type(o) is LazyLogits else o for o in out)
     if type(out) is LazyLogits:
         return None if drop else out.compute("keep_logits")
-    for key in [key for key, o in out.items() if type(o) is LazyLogits]:
-        out[key] = without_lazy(out[key], drop)
+    if isinstance(out, (tuple, list)):
+        plain = [without_lazy(o, drop) for o in out]
+        return type(out)(*plain) if hasattr(out, "_fields") else type(out)(plain)
+    if isinstance(out, dict):  # as transformers' outputs are
+        for key in [key for key, o in out.items() if type(o) is LazyLogits]:
+            out[key] = without_lazy(out[key], drop)
     return out
 
 
@@ -213,8 +244,25 @@ CLASSES = {
 }
 
 
-@functools.cache
+MADE = {}
+
+
 def subclass(original, kind, args):
+    """The class for original of that kind; one, unless the globals of an attention's forward have changed since it was made."""
+    made = MADE.get((original, kind, args))
+    if made is None or (kind == "rope" and outdated(made)):
+        made = MADE[original, kind, args] = make_subclass(original, kind, args)
+    return made
+
+
+def outdated(made):
+    """Whether a name that the original forward calls means something else than in its copy."""
+    forward, rotations = made._liger.original.forward, {name for name, *_ in made._liger.args[1]}
+    names = {*forward.__code__.co_names} - rotations
+    return any(made.forward.__globals__.get(name) is not forward.__globals__.get(name) for name in names)
+
+
+def make_subclass(original, kind, args):
     name, members = CLASSES[kind](original, *args)
     made_of = Bound(original, kind, args)
 

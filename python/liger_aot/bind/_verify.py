@@ -1,10 +1,12 @@
 """Bound against unbound: a probe of each kind of module before it is bound, and a whole model on a batch of the user's."""
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
 
+from ..ops._check import FLOATS
 from ._find import close
 from ._swap import is_bound
 from ._swap import released
@@ -36,9 +38,11 @@ def try_class(module, trial, cls):
     """difference of module's class and cls, on module's device and in its dtypes, with the weights of a probe."""
     (copy, method, x), weights = trial, dict(module.named_parameters())
     devices = [p.device for p in weights.values() if not p.is_meta]
-    dtype = x_dtype = next((p.dtype for p in weights.values()), x.dtype)
+    # Quantised weights are integers, and the linear layers' own business.
+    known = {name: p.dtype for name, p in weights.items() if p.dtype in FLOATS}
+    x_dtype = next(iter(known.values()), x.dtype)
     device = next((d for d in devices if d.type != "cpu"), x.device)
-    dtypes = {name: weights[name].dtype if name in weights else dtype for name, _ in copy.named_parameters()}
+    dtypes = {name: known.get(name, x_dtype) for name, _ in copy.named_parameters()}
 
     def run(dtype=None):
         for name, p in copy.named_parameters():
@@ -58,7 +62,9 @@ def try_function(function, trial, replacement, device):
 
 
 class Difference(NamedTuple):
-    """How far bound is from unbound: |bound - unbound| / |unbound|, in the 2-norm, of the loss, the logits or a gradient."""
+    """How far bound is from unbound: |bound - unbound| / |unbound|, in the 2-norm, of the loss, the logits or a gradient.
+
+    |unbound| is taken no smaller than 2^-20 of the largest gradient's."""
 
     what: str
     relative: float
@@ -89,15 +95,17 @@ def verify(model: torch.nn.Module, batch: dict) -> Verification:
 
     Gradients, buffers and the random state are left as they were. Raises ValueError where model is not bound, or gives no loss.
     """
-    bound = [(module, type(module)) for module in model.modules() if is_bound(module)]
+    bound = [(m, type(m)) for m in model.modules() if is_bound(m)] if isinstance(model, torch.nn.Module) else []
     if not bound:
         raise ValueError(f"verify: model must be bound, got a {type(model).__name__} that is not; bind(model) first")
     fused = any(cls._liger.kind == "model" for _, cls in bound)
     ours = step(model, batch, **({"skip_logits": False} if fused else {}))
     with unbound(bound):
         own = step(model, batch)
-    names = {**own, **ours}
-    return Verification(Difference(name, relative(ours.get(name), own.get(name))) for name in names)
+    # A gradient that is zero but for rounding, such as that of attention's bias of k, is held to the largest one.
+    names, gradients = {**own, **ours}, [x.norm().item() for name, x in own.items() if name not in ("loss", "logits")]
+    least = max(gradients, default=0.0) * 2.0**-20
+    return Verification(Difference(name, relative(ours.get(name), own.get(name), least)) for name in names)
 
 
 @contextlib.contextmanager
@@ -112,12 +120,15 @@ def unbound(bound):
                 swap(module, cls)
 
 
-def relative(a, b):
+def relative(a, b, least):
+    """|a - b| / |b|, where |b| is no less than `least`; infinite where one is missing or no number."""
     if a is None or b is None:
-        return 0.0 if a is b else float("inf")
+        return 0.0 if a is b else math.inf
     a, b = (x.detach().double() for x in (a, b))
     size = (a - b).norm().item()
-    return size / b.norm().item() if size else 0.0
+    if math.isnan(size):
+        return math.inf
+    return size / max(b.norm().item(), least) if size else 0.0
 
 
 def step(model, batch, **options):
@@ -131,8 +142,8 @@ def step(model, batch, **options):
             p.grad = None
         with torch.random.fork_rng(devices=devices), torch.enable_grad():
             out = model(**batch, **options)
-            if out.loss is None:
-                raise ValueError(f"verify: batch must hold labels, so that the model gives a loss, got {', '.join(batch)}")
+            if getattr(out, "loss", None) is None:
+                raise ValueError(f"verify: model and batch must give a loss, as from labels, got {', '.join(batch)}")
             out.loss.backward()
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         return {"loss": out.loss, "logits": out.get("logits"), **gradients}

@@ -1,0 +1,171 @@
+"""What others do to a model's parts, before bind, after it and in other threads: the bound model follows as the plain one."""
+
+import collections
+import threading
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+import liger_aot
+from liger_aot.bind._lazy import lazy_logits
+from liger_aot.bind._swap import without_lazy
+
+from tiny import WIDTH
+from tiny import batch
+from tiny import build
+from tiny import check_equal
+from tiny import step
+
+
+def double_output(model):
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def double_input(model):
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def nothing_of_the_activation(model):
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda module, args, output: output * 0)
+
+
+def another_activation(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+CHANGES = [double_output, double_input, nothing_of_the_activation, another_activation]
+
+
+@pytest.mark.parametrize("options", [{}, {"linear_cross_entropy": False, "cross_entropy": True}], ids=str)
+@pytest.mark.parametrize("first", ["bind", "change"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changes_act_once_as_on_the_plain_model(change, first, options):
+    plain, bound = build("llama"), build("llama")
+    before = step(plain, **batch())["loss"]
+    change(plain)
+    acts = [lambda m: liger_aot.bind(m, **options), change]
+    for act in acts if first == "bind" else acts[::-1]:
+        act(bound)
+    expected = step(plain, **batch())
+    assert not torch.equal(expected["loss"], before)
+    check_equal(step(bound, **batch()), expected)
+
+
+def test_a_hook_on_the_head_is_counted():
+    model = build("llama")
+    report = liger_aot.bind(model)
+    double_output(model)
+    step(model, **batch())
+    assert report.counts == {"materialised: a hook on the head": 1}
+
+
+def test_a_dropout_switched_on_after_bind_is_one():
+    model = build("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU())
+    mlp.act_fn.p = 0.0
+    liger_aot.bind(model)
+    assert type(mlp).__name__ == "LigerSwiGLUMLP"
+    called = []
+    mlp.act_fn[0].forward = lambda x: called.append(x) or torch.nn.functional.silu(x)
+    model(**batch())
+    assert not called
+    mlp.act_fn.p = 0.5
+    model(**batch())
+    assert called
+
+
+def test_two_threads_have_lazy_logits_of_their_own():
+    model = build("llama").train()
+    liger_aot.bind(model)
+    inside, done, seen = threading.Event(), threading.Event(), []
+
+    def wait(module, args):
+        if threading.current_thread() is other:
+            inside.set()
+            done.wait(60)
+
+    model.model.norm.register_forward_pre_hook(wait)
+    other = threading.Thread(target=lambda: model(**batch()).loss.backward())
+    other.start()
+    assert inside.wait(60)  # the other is about to ask its head for lazy logits
+    seen.append(model(input_ids=batch()["input_ids"]).logits)
+    done.set()
+    other.join()
+    seen.append(model(input_ids=batch()["input_ids"]).logits)
+    assert all(type(logits) is torch.Tensor for logits in seen)
+
+
+class Int8Linear(torch.nn.Linear):
+    """A quantised layer, as far as it matters here: its weight is integers, and its forward its own."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.scale = linear.weight.detach().abs().max() / 127
+        whole = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = torch.nn.Parameter(whole, requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+
+
+def quantised():
+    model = build("llama")
+    for layer in model.model.layers:
+        for name, child in list(layer.mlp.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(layer.mlp, name, Int8Linear(child))
+    return model
+
+
+def test_quantised_layers_keep_their_forwards_and_their_gate_is_bound():
+    plain, model = quantised(), quantised()
+    report = liger_aot.bind(model)
+    assert [row.operator for row in report.bound if row.path.endswith("mlp")] == ["swiglu"] * 2
+    check_equal(step(model, **batch()), step(plain, **batch()))
+
+
+def test_what_a_forward_calls_is_looked_up_when_a_model_is_bound(monkeypatch):
+    liger_aot.bind(build("llama"))
+    eager = modeling_llama.eager_attention_forward
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", lambda *a, **k: tuple(x * 0.5 for x in eager(*a, **k)))
+    plain, model = (build("llama") for _ in range(2))
+    for m in (plain, model):
+        m.set_attn_implementation("eager")
+    liger_aot.bind(model)
+    check_equal(step(model, **batch()), step(plain, **batch()))
+
+
+Pair = collections.namedtuple("Pair", "loss logits")
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_outputs_keep_their_types(drop):
+    model = build("llama")
+    liger_aot.bind(model)
+    loss, lazy = torch.tensor(1.0), lazy_logits(model.lm_head, torch.randn(2, WIDTH))
+    assert without_lazy(loss, drop) is loss
+    for output in [(loss, lazy), [loss, (lazy,)], Pair(loss, lazy), {"loss": loss, "logits": lazy}]:
+        plain = without_lazy(output, drop)
+        assert type(plain) is type(output)
+        assert ("LazyLogits" in repr(plain), "None" in repr(plain)) == (False, drop)
+
+
+def test_verify_sees_what_is_no_number():
+    model = build("llama")
+    liger_aot.bind(model)
+    model.lm_head.weight.register_hook(lambda g: g * float("nan") if type(model.lm_head).__name__ == "LigerLMHead" else g)
+    found = liger_aot.verify(model, batch())
+    assert found.worst.what == "lm_head.weight"
+    assert found.worst.relative == float("inf")
+    assert "lm_head.weight" in str(found)
+
+
+def test_verify_wants_a_model_and_a_loss():
+    with pytest.raises(ValueError, match="verify: model must be bound, got a int that is not"):
+        liger_aot.verify(3, {})
+    model = build("llama")
+    liger_aot.bind(model)
+    with pytest.raises(ValueError, match="verify: model and batch must give a loss"):
+        liger_aot.verify(model.model, {"input_ids": batch()["input_ids"]})
