@@ -16,8 +16,12 @@ $(PIP):
 	$(PIP) install --quiet --upgrade "pip>=25.1"
 
 # torch is installed first and pinned here: the newest build of a registry would bring gigabytes, also as somebody's dependency.
-$(VENV)/ready: pyproject.toml Makefile | $(PIP)
+$(VENV)/demo: pyproject.toml Makefile | $(PIP)
 	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet --group demo
+	touch $@
+
+$(VENV)/ready: $(VENV)/demo
 	$(PIP) install --quiet --group test
 	$(PIP) install --quiet --no-deps --group sat
 	touch $@
@@ -29,7 +33,7 @@ define install
 	$(PIP) install --quiet --force-reinstall --no-deps build/wheel/*.whl
 endef
 
-demo: $(VENV)/ready
+demo: $(VENV)/demo
 	$(call install,90)
 	cd build/wheel && ../../$(RUN) -m liger_aot demo --out ../../out
 

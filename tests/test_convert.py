@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from liger_aot.__main__ import main
 from liger_aot.convert import ConvertError
@@ -876,3 +877,39 @@ def unless_refused(convert, source, target, family):
         shutil.rmtree(target)
     except ConvertError:
         assert not target.exists()
+
+
+def test_two_sets_of_weights_are_refused(tmp_path):
+    source = tmp_path / "hf"
+    save(source)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
+    with pytest.raises(ConvertError, match=r"holds both model\.safetensors and model\.safetensors\.index\.json"):
+        hf_to_sat(source, tmp_path / "sat")
+    assert not (tmp_path / "sat").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_a_cast_would_lose_is_refused(tmp_path, dtype):
+    source = tmp_path / "hf"
+    save(source)
+    state = {key: tensor.clone() for key, tensor in tensors(source).items()}
+    key = next(iter(state))
+    state[key].view(-1)[0] = torch.finfo(torch.float32).max
+    save_file(state, source / "model.safetensors")
+    with pytest.raises(ConvertError, match=f"{key}: does not fit into {dtype}; --dtype"):
+        hf_to_sat(source, tmp_path / "sat", dtype=dtype)
+    assert not (tmp_path / "sat").exists()
+
+
+def test_a_carried_configuration_scales_and_quantises_nothing(tmp_path):
+    source = tmp_path / "hf"
+    save(source)
+    hf_to_sat(source, tmp_path / "sat")
+    path = tmp_path / "sat" / "config.json"
+    carried = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({**carried, "rope_scaling": {"type": "linear", "factor": 4.0}, "quantization_config": {"bits": 4}})
+    )
+    sat_to_hf(tmp_path / "sat", tmp_path / "back")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert not {"rope_scaling", "quantization_config"} & written.keys()

@@ -274,9 +274,11 @@ def fill(key, target, pieces):
     for piece in pieces:
         target[at : at + len(piece)].copy_(piece)
         at += len(piece)
-    narrower = target.dtype is torch.float16 and any(piece.dtype is not target.dtype for piece in pieces)
-    if narrower and not finite(target) and all(map(finite, pieces)):
-        raise ConvertError(f"{key}: does not fit into float16; --dtype bfloat16 or float32 holds it")
+    changed = any(piece.dtype is not target.dtype for piece in pieces)
+    if changed and not finite(target) and all(map(finite, pieces)):
+        name = str(target.dtype).removeprefix("torch.")
+        wider = "bfloat16 or float32 holds it" if name == "float16" else "float32 holds more"
+        raise ConvertError(f"{key}: does not fit into {name}; --dtype {wider}")
 
 
 def finite(tensor):

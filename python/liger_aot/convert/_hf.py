@@ -34,13 +34,15 @@ class HFSource:
                 raise ConvertError(f"{folder / INDEX}: puts {key} into {name}, which does not hold it")
 
     def index(self):
+        single = "model.safetensors"
         if (self.folder / INDEX).is_file():
+            if (self.folder / single).is_file():
+                raise ConvertError(f"{self.folder}: holds both {single} and {INDEX}, which may differ; take one of them away")
             where = _settings.read(self.folder / INDEX)["weight_map"]
             missing = sorted({name for name in where.values() if not (self.folder / name).is_file()})
             if missing:
                 raise ConvertError(f"{self.folder}: {INDEX} names files that are not there: {', '.join(missing)}")
             return where
-        single = "model.safetensors"
         if (self.folder / single).is_file():
             self.open(single)
             return dict.fromkeys(self.files[single][1], single)

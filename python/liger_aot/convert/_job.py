@@ -219,4 +219,6 @@ def carried_config(family, source, config):
     if not family.claims_hf(carried):
         return config
     own = {key: carried[key] for key in ("model_type", "architectures") if key in carried}
-    return _settings.Settings({**carried, **config, **own}, config.path)
+    # SAT scales no rotary angles, and holds no quantised weights: such keys are not about these weights.
+    kept = {key: value for key, value in carried.items() if key not in ("rope_scaling", "quantization_config")}
+    return _settings.Settings({**kept, **config, **own}, config.path)
