@@ -308,7 +308,8 @@ def test_pins():
     names = {re.split(r"[=<>~ ]", r)[0] for r in required}
     assert not names & {"torch", "numpy", "liger-kernel"}
     assert required <= set(project["dependency-groups"]["build"]), "builds without isolation use the same"
-    assert {"include-group": "build"} in project["dependency-groups"]["test"]
+    assert {"include-group": "build"} in project["dependency-groups"]["demo"]
+    assert {"include-group": "demo"} in project["dependency-groups"]["test"]
     assert [re.split(r"[=<>~]", r)[0] for r in project["project"]["dependencies"]] == ["torch"]
 
 
