@@ -71,8 +71,9 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
     """program with Triton kernels in the place of its torch.ops.liger nodes, for AOTInductor.
 
     multiprocessors is how many the device has for which it is compiled: backward kernels start as many programs as fit there,
-    and run anywhere. Raises NotImplementedError, with the operator's name, for one whose body a graph cannot hold: the linear
-    losses where the number of rows is dynamic, since they take as many steps as there are chunks.
+    and run anywhere. Raises ValueError on what is no exported program, and NotImplementedError, with the operator's name, for
+    one whose body a graph cannot hold: the linear losses where the number of rows is dynamic, since they take as many steps as
+    there are chunks.
     """
     if not isinstance(program, ExportedProgram):
         raise ValueError(

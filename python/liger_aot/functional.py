@@ -42,7 +42,11 @@ def rms_norm(
     offset: float = 0.0,
     casting: str = "none",
 ) -> Tensor:
-    """torch.nn.functional.rms_norm, times offset + weight; `casting` says where a 16-bit input is rounded (ops.rms_norm)."""
+    """torch.nn.functional.rms_norm, times offset + weight; `casting` says where a 16-bit input is rounded (ops.rms_norm).
+
+    >>> liger_aot.rms_norm(torch.tensor([[3.0, 4.0]]), (2,))
+    tensor([[0.8485, 1.1314]])
+    """
     x, weight = _rows("rms_norm", input, normalized_shape, weight=weight)
     return _rms_norm.rms_norm(x, weight, eps, offset=offset, casting=casting).view(input.shape)
 
@@ -56,14 +60,23 @@ def fused_add_rms_norm(
     offset: float = 0.0,
     casting: str = "none",
 ) -> tuple[Tensor, Tensor]:
-    """(the RMSNorm of the sum over its last dimension, the sum) of input + residual."""
+    """(the RMSNorm of the sum over its last dimension, the sum) of input + residual.
+
+    >>> y, s = liger_aot.fused_add_rms_norm(torch.tensor([[1.0, 2.0]]), torch.tensor([[2.0, 2.0]]))
+    >>> y, s
+    (tensor([[0.8485, 1.1314]]), tensor([[3., 4.]]))
+    """
     return _fused_add_rms_norm.fused_add_rms_norm(input, residual, weight, eps, offset=offset, casting=casting)
 
 
 def layer_norm(
     input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-05
 ) -> Tensor:
-    """torch.nn.functional.layer_norm."""
+    """torch.nn.functional.layer_norm.
+
+    >>> liger_aot.layer_norm(torch.tensor([[1.0, 3.0]]), (2,))
+    tensor([[-1.0000,  1.0000]])
+    """
     x, weight, bias = _rows("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     return _layer_norm.layer_norm(x, weight, bias, eps).view(input.shape)
 
@@ -89,6 +102,10 @@ def rope(
     q and k are (batch, heads, length, d), or (batch, length, heads, d) with unsqueeze_dim 2; cos and sin are
     (batch or 1, length, r) or (length, r). position_ids has no effect, as in transformers since 4.38: cos and sin belong to
     the positions already.
+
+    >>> q = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2)
+    >>> liger_aot.rope(q, q, torch.zeros(1, 2), torch.ones(1, 2))[0].flatten()
+    tensor([-2.,  1.])
     """
     if unsqueeze_dim not in (1, 2):
         raise ValueError(f"rope: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
@@ -99,12 +116,20 @@ def rope(
 
 
 def swiglu(gate: Tensor, up: Tensor, *, gate_multiplier: float = 1.0, down_multiplier: float = 1.0) -> Tensor:
-    """silu(gate · gate_multiplier) · up · down_multiplier."""
+    """silu(gate · gate_multiplier) · up · down_multiplier.
+
+    >>> liger_aot.swiglu(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]))
+    tensor([0.0000, 1.4621])
+    """
     return _swiglu.swiglu(gate, up, gate_multiplier=gate_multiplier, down_multiplier=down_multiplier)
 
 
 def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
-    """torch.nn.functional.gelu(gate, approximate=approximate) · up."""
+    """torch.nn.functional.gelu(gate, approximate=approximate) · up.
+
+    >>> liger_aot.geglu(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]))
+    tensor([0.0000, 1.6824])
+    """
     return _geglu.geglu(gate, up, approximate=approximate)
 
 
@@ -129,6 +154,9 @@ def cross_entropy(
 
     With a return_ flag the result is a CrossEntropyOutput. Its z_loss is the part of the loss that lse_square_scale adds,
     token_accuracy the share of targets that have the largest logit, predicted_tokens where that is; none has a gradient.
+
+    >>> liger_aot.cross_entropy(torch.zeros(1, 4), torch.tensor([2]))
+    tensor(1.3863)
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -175,6 +203,9 @@ def linear_cross_entropy(
     Only targets that are probabilities, and a linear_weight of more than two dimensions, need all logits, as in torch.
     ignore_index None is -100. `options`, torch's LinearCrossEntropyOptions, has no effect: the operator always works in chunks
     of its own size, sums in fp32, and allows retain_graph. The return_ flags are those of cross_entropy.
+
+    >>> liger_aot.linear_cross_entropy(torch.zeros(1, 8), torch.ones(4, 8), torch.tensor([2]))
+    tensor(1.3863)
     """
     if options is not None and not isinstance(options, OPTIONS):
         raise ValueError(f"linear_cross_entropy: options must be a torch.nn.LinearCrossEntropyOptions or None, got {options!r}")
@@ -206,6 +237,10 @@ def linear_logprob(
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probability of target, entropy, logsumexp) of each row of (hidden @ weight.T + bias) / temperature, all
-    differentiable; the logits are never all in memory."""
+    """(log-probability of target, entropy, logsumexp) of each row of (hidden @ weight.T + bias) / temperature, in nats, all
+    differentiable; the logits are never all in memory.
+
+    >>> liger_aot.linear_logprob(torch.zeros(1, 8), torch.ones(4, 8), torch.tensor([2]))
+    (tensor([-1.3863]), tensor([1.3863]), tensor([1.3863]))
+    """
     return _linear_logprob.linear_logprob(hidden, weight, target, bias=bias, temperature=temperature, ignore_index=ignore_index)

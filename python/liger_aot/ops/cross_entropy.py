@@ -1,7 +1,8 @@
 """Cross entropy:  loss = -log softmax(z)[target],  z = softcap · tanh(logits / softcap) or the logits themselves.
 
-Weights of classes and label smoothing are torch's (arXiv 1512.00567, section 7), the z-loss, lse_square_scale · logsumexp(z)²,
-is PaLM's (arXiv 2204.02311, section 5). logsumexp is computed online, in one pass (arXiv 1805.02867).
+In nats, as torch.nn.functional.cross_entropy, whose weights of classes and label smoothing (arXiv 1512.00567, section 7) it
+has. The z-loss, lse_square_scale · logsumexp(z)², is PaLM's (arXiv 2204.02311, section 5), the cap Gemma 2's (arXiv
+2408.00118). logsumexp is computed online, in one pass (arXiv 1805.02867).
 """
 
 import functools

@@ -1,6 +1,7 @@
 """Residual addition, then RMSNorm:  s = x + residual,  y = s / sqrt(mean(s²) + eps) · (offset + weight).
 
-The two lines between the blocks of a transformer, in one pass over memory. The norm is that of rms_norm, where its source is.
+The two lines between the blocks of a transformer, in one pass over memory. The norm is that of rms_norm (arXiv 1910.07467);
+torch has it as input + residual, then torch.nn.functional.rms_norm.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """Cross entropy of a linear head:  loss = cross_entropy(scale · (input · linear_weightᵀ + linear_bias), target).
 
-The signature is torch.nn.functional.linear_cross_entropy's. The logits never exist whole: they are made a chunk of rows at a
-time, in fp32, and for a mean or sum the gradients are made from them on the spot. What is kept is the gradient of the summed
-loss, of numbers near 1 that 16 bits hold well; backward multiplies it by what the mean and the upstream gradient ask for.
+The signature is torch.nn.functional.linear_cross_entropy's, the idea Liger-Kernel's (arXiv 2410.10989): the logits never exist
+whole. They are made a chunk of rows at a time, in fp32, and for a mean or sum the gradients are made from them on the spot.
+What is kept is the gradient of the summed loss, of numbers near 1 that 16 bits hold well; backward multiplies it by what the
+mean and the upstream gradient ask for.
 """
 
 import torch

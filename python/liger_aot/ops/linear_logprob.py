@@ -1,7 +1,8 @@
 """Log-probabilities of a linear head:  logp = z[target] - lse,  entropy = lse - Σ softmax(z) · z,  lse = logsumexp(z).
 
-z = (hidden · weightᵀ + bias) / temperature. What supervised and preference losses and policy gradients need of the logits,
-which never exist whole: they are made a chunk of rows at a time, in fp32, and made again in backward.
+z = (hidden · weightᵀ + bias) / temperature; all three in nats. As torch.log_softmax and torch.logsumexp of z: what supervised
+and preference losses and policy gradients need of the logits, which never exist whole, after Liger-Kernel (arXiv 2410.10989).
+They are made a chunk of rows at a time, in fp32, and made again in backward.
 """
 
 import torch
