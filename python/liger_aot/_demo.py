@@ -33,7 +33,7 @@ from .ops.rms_norm import forward_reference
 STEP, RUN = 2, 10
 WORDS = re.compile(rb" ?\w+|\s+|[^\w\s]")
 SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 8192}
-BATCH, LENGTH = 6, 256
+BATCH, LENGTH = 4, 256
 TINY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "vocab_size": 300}
 
 
