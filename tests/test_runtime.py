@@ -258,7 +258,8 @@ def test_which_pack_serves_which_device(monkeypatch, capability, built, expected
         _runtime.select_pack(capability)
     text = str(error.value)
     assert f"no kernels for compute capability {capability[0]}.{capability[1]}. Packs:" in text
-    assert "Remedy: build one from the sources with LIGER_AOT_ARCHS, and name its folder in LIGER_AOT_PACKS" in text
+    assert f"make pack ARCH={capability[0]}{capability[1]} (or a wheel with LIGER_AOT_ARCHS), and name its folder" in text
+    assert "LIGER_AOT_PACKS" in text
     assert all(f"\n  sm_{arch}: {why}" in text for arch, why in expected.items())
     assert built or "Packs: none" in text
 

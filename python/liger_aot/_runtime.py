@@ -5,6 +5,7 @@ Selection is a lookup. The architecture of the device picks a pack; alignment, d
 
 import contextlib
 import ctypes
+import errno
 import functools
 import json
 import os
@@ -57,6 +58,11 @@ class Pack:
         self.entries, self.tables = {}, {}
 
     def damaged(self, what, error):
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a wrong offset, in the file
+            return RuntimeError(
+                f"liger_aot: {what} of {self.path} cannot be read ({error}); let this user read it, or start the process again "
+                "if the file was replaced meanwhile"
+            )
         return RuntimeError(f"liger_aot: {self.path} is damaged: {what} cannot be read ({error}); install liger-aot again")
 
     def read(self, name):
@@ -163,7 +169,13 @@ class Plan:
         with LOADING:
             if key not in self.loaded:
                 image = device.pack.read(variant.cubin)
-                handle = device.driver.load(image, kernel, variant.shared, device.index)
+                try:
+                    handle = device.driver.load(image, kernel, variant.shared, device.index)
+                except RuntimeError as error:
+                    raise RuntimeError(
+                        f"liger_aot: {variant.cubin} of {device.pack.path} was not loaded: {error}; whether the pack is whole "
+                        "says python -m liger_aot verify"
+                    ) from error
                 self.loaded[key] = handle, variant.threads, variant.shared
         return self.loaded[key]
 
@@ -252,7 +264,8 @@ def select_pack(capability):
         trace = "".join(f"\n  sm_{arch}: {why}" for arch, why in ranks.items()) or " none"
         raise NotImplementedError(
             f"liger_aot: no kernels for compute capability {capability[0]}.{capability[1]}. Packs:{trace}\n"
-            "Remedy: build one from the sources with LIGER_AOT_ARCHS, and name its folder in LIGER_AOT_PACKS"
+            f"Remedy: build one from the sources, make pack ARCH={capability[0]}{capability[1]} (or a wheel with "
+            "LIGER_AOT_ARCHS), and name its folder in LIGER_AOT_PACKS"
         )
     return open_pack(paths[fitting[0][1]])
 
