@@ -1,4 +1,5 @@
 """Programs that run without this library:  lower(exported_program)  puts its Triton kernels into the graph.
+Programs from other versions of it:  load(path)  refuses those whose operators are not this version's.
 
 An exported program holds nodes torch.ops.liger.*, for which whoever runs it needs this package. AOTInductor compiles Triton
 kernels in a graph into its package itself, which a C++ program can load then without Python. So each node becomes what the
@@ -8,8 +9,10 @@ and to compile, not to run.
 
 import functools
 import importlib
+import json
 import pathlib
 import sys
+import zipfile
 
 import torch
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
@@ -17,12 +20,15 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.export import ExportedProgram
 from torch.library import wrap_triton
 
+from . import _build
 from ._op import BODIES
+from ._op import PUBLIC
 from ._op import on_cpu
 from ._runtime import kernels
 
 SOURCES = pathlib.Path(__file__).parent / "_triton"
 DEPTH = 3  # public operators call _fwd operators, and the linear losses' bodies call those of cross_entropy
+CHUNKED = {f"linear_{loss}_{way}" for loss in ("cross_entropy", "logprob") for way in ("fwd", "bwd")}
 ALLOCATIONS = {
     "empty",
     "empty_like",
@@ -70,10 +76,12 @@ class Tracer:
 def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedProgram:
     """program with Triton kernels in the place of its torch.ops.liger nodes, for AOTInductor.
 
+    An operator of one launch becomes it; a linear loss, for each chunk of rows, matmuls and the kernels of its logits' loss.
     multiprocessors is how many the device has for which it is compiled: backward kernels start as many programs as fit there,
-    and run anywhere. Raises ValueError on what is no exported program, and NotImplementedError, with the operator's name, for
-    one whose body a graph cannot hold: the linear losses where the number of rows is dynamic, since they take as many steps as
-    there are chunks.
+    and run anywhere. A program is lowered where it lies, and the linear losses take other chunks and matmuls on a CPU: move one
+    that was exported there first, with torch.export.passes.move_to_device_pass. Raises ValueError on what is no exported
+    program, and NotImplementedError, with the operator's name, for one whose body a graph cannot hold: the linear losses where
+    the number of rows is dynamic, since they take as many steps as there are chunks.
     """
     if not isinstance(program, ExportedProgram):
         raise ValueError(
@@ -117,10 +125,57 @@ def body_of(name):
 
     @functools.wraps(BODIES[name])
     def traced(*args, **kwargs):
-        if name.startswith("linear_") and isinstance(args[0].shape[0], torch.SymInt):
+        if name in CHUNKED and isinstance(args[0].shape[0], torch.SymInt):
             raise NotImplementedError(
                 f"lower: {name} takes as many steps as there are chunks of rows, got a dynamic number; export with a fixed one"
             )
         return functional(*args, **kwargs)
 
     return traced
+
+
+def load(path) -> ExportedProgram:
+    """torch.export.load(path), of a file whose liger operators are this version's.
+
+    torch itself drops an argument that an operator no longer has, and the program computes something else then. Raises
+    RuntimeError with the operator, what the file passes and what this version takes; ValueError for what is no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            models = [name for name in archive.namelist() if pathlib.PurePath(name).match("*/models/*.json")]
+            nodes = [node for name in models for node in nodes_of(json.loads(archive.read(name)))]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"load: {path} must be a file of torch.export.save, whole, got one that is not ({error})") from None
+    if not models:
+        raise ValueError(
+            f"load: {path} must hold an exported program, got none; packages of AOTInductor are loaded with "
+            "torch._inductor.aoti_load_package"
+        )
+    if unlike := sorted({why for node in nodes if (why := difference(node))}):
+        raise RuntimeError(
+            f"load: {path} was exported with another version of liger-aot:\n  " + "\n  ".join(unlike) + "\n"
+            f"Remedy: export the program again with this version, {_build.VERSION}, or install the one it was exported with"
+        )
+    return torch.export.load(path)
+
+
+def nodes_of(part):
+    """The nodes of liger operators in a serialized graph, and in the graphs within it."""
+    if isinstance(part, dict) and str(part.get("target")).startswith("torch.ops.liger."):
+        return [part]
+    values = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return [node for value in values for node in nodes_of(value)]
+
+
+def difference(node):
+    """In words, how a serialized node differs from the operator of its name; None where it does not."""
+    name = node["target"].removeprefix("torch.ops.liger.").removesuffix(".default")
+    passed = [argument["name"] for argument in node["inputs"]]
+    if name not in BODIES and name not in PUBLIC:
+        return f"liger::{name}({', '.join(passed)}), which this version does not have"
+    schema = getattr(torch.ops.liger, name).default._schema
+    known = {argument.name for argument in schema.arguments}
+    needed = {argument.name for argument in schema.arguments if not argument.has_default_value()}
+    if needed <= set(passed) <= known and len(node["outputs"]) == len(schema.returns):
+        return None
+    return f"liger::{name}({', '.join(passed)}) with {len(node['outputs'])} results, which this version has as {schema}"
