@@ -1,0 +1,157 @@
+"""Losses between the distributions of a student and a teacher: over all classes, so made from a chunk of logits at a time.
+
+The gradients are made with the losses, from the same logits: those of the summed loss, of numbers near 1 that 16 bits hold
+well. Backward multiplies them by what the mean and the upstream gradient ask for.
+"""
+
+import torch
+
+from .._op import Function
+from ..ops._linear import Gradients
+from ..ops._linear import autocast
+from ..ops._linear import check_linear
+from ..ops._linear import logits_of
+from ..ops._loss import check_classes
+from ..ops.linear_cross_entropy import linear_cross_entropy_scale
+from ..ops.linear_logprob import logprob_bwd
+from ..ops.linear_logprob import logprob_fwd
+from ._base import Loss
+from ._base import check_positive
+
+
+def losses_of(logits, teacher, target, soft, ignore_index, temperature, hard_weight, soft_weight, need_hard, dtype):
+    """((soft, hard), summed over a chunk's rows that are not ignored, and the gradient of their weighted sum in dtype)."""
+    valid = target != ignore_index
+    each, gradient = soft(logits / temperature, teacher / temperature)
+    total, hard = torch.where(valid, each, 0.0).sum(), torch.zeros_like(each[:1].sum())
+    gradient = gradient.mul_((soft_weight / temperature * valid)[:, None])
+    if need_hard:
+        logp, entropy, lse = logprob_fwd(logits, target, ignore_index, 1.0)
+        hard, none = -logp.sum(), torch.zeros_like(lse)
+        upstream = torch.full_like(lse, -hard_weight), none, none
+        gradient += logprob_bwd(*upstream, logits, target, lse, entropy, ignore_index, 1.0, torch.float32)
+    return torch.stack((total, hard)), gradient.to(dtype)
+
+
+class DistillationFunction(Function):
+    @staticmethod
+    def forward(ctx, student, weight, bias, teacher, teacher_weight, teacher_bias, target, soft, chunk_size, options):
+        ctx.needed, ctx.dtypes = ctx.needs_input_grad[:3], (student.dtype, weight.dtype, None if bias is None else bias.dtype)
+        gradients = Gradients(student, weight, bias, *ctx.needed)
+        sums = student.new_zeros(2, dtype=torch.float32)
+        for start in range(0, student.shape[0], chunk_size):
+            rows = slice(start, min(start + chunk_size, student.shape[0]))
+            logits = logits_of(student[rows], weight, bias)
+            others = logits_of(teacher[rows], teacher_weight, teacher_bias)
+            both, gradient = losses_of(logits, others, target[rows], soft, *options, weight.dtype)
+            sums += both
+            if any(ctx.needed):
+                gradients.add(rows, gradient)
+            del logits, others, gradient  # before the next chunk's are made
+        ignore_index, _, hard_weight, soft_weight, _ = options
+        count = (target != ignore_index).sum().clamp(min=1)
+        soft_loss, hard_loss = (sums / count).unbind()
+        ctx.save_for_backward(count, *gradients.results)
+        ctx.mark_non_differentiable(soft_loss, hard_loss)
+        return hard_weight * hard_loss + soft_weight * soft_loss, soft_loss, hard_loss
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        Function.once("distillation")
+        count, *made = ctx.saved_tensors
+        scaled = (
+            linear_cross_entropy_scale(dloss / count, g, dtype) if need else None
+            for g, dtype, need in zip(made, ctx.dtypes, ctx.needed, strict=True)
+        )
+        return (*scaled, None, None, None, None, None, None, None)
+
+
+def check_options(op, beta, temperature, chunk_size):
+    if not 0 <= beta <= 1:
+        raise ValueError(f"{op}: beta must be between 0 and 1, got {beta}")
+    check_positive(op, temperature=temperature, chunk_size=chunk_size)
+
+
+def distillation_loss(
+    op,
+    soft,
+    student_input,
+    student_weight,
+    teacher_input,
+    teacher_weight,
+    target,
+    student_bias,
+    teacher_bias,
+    hard_weight,
+    soft_weight,
+    ignore_index,
+    temperature,
+    chunk_size,
+    return_soft_hard_loss,
+):
+    """hard_weight · cross entropy + soft_weight · soft(student's logits / temperature, teacher's), means over valid rows.
+
+    soft gives the losses of the rows and the gradient of each with respect to its first argument. Also the soft and the hard
+    loss, which have no gradient, if return_soft_hard_loss.
+    """
+    check_linear(op, "student_input", student_input, student_weight, student_bias, "student_")
+    check_linear(op, "teacher_input", teacher_input, teacher_weight, teacher_bias, "teacher_")
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(
+            f"{op}: student_weight and teacher_weight must have one vocabulary, got {student_weight.shape[0]} and "
+            f"{teacher_weight.shape[0]}; where the larger is padded, leave its last rows out"
+        )
+    if student_input.shape[:-1] != teacher_input.shape[:-1]:
+        raise ValueError(
+            f"{op}: student_input and teacher_input must have the same tokens, got {tuple(student_input.shape)} and "
+            f"{tuple(teacher_input.shape)}"
+        )
+    target = check_classes(op, target, student_input.shape[:-1], student_input)
+    student = autocast(student_input.flatten(0, -2), student_weight, student_bias)
+    teacher = autocast(*(t if t is None else t.detach() for t in (teacher_input.flatten(0, -2), teacher_weight, teacher_bias)))
+    need_hard = hard_weight != 0 or return_soft_hard_loss
+    options = ignore_index, temperature, hard_weight, soft_weight, need_hard
+    results = DistillationFunction.apply(*student, *teacher, target.flatten(), soft, chunk_size, options)
+    return results if return_soft_hard_loss else results[0]
+
+
+class DistillationLoss(Loss):
+    """A function of student and teacher as a module; the two differ only in what they compute."""
+
+    function = None
+
+    def __init__(
+        self,
+        weight_hard_loss: float = 0.5,
+        weight_soft_loss: float = 0.5,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        compiled: bool = True,
+        chunk_size: int = 1024,
+        return_soft_hard_loss: bool = False,
+    ):
+        check_options(type(self).__name__, beta, temperature, chunk_size)
+        super().__init__(
+            weight_hard_loss=weight_hard_loss,
+            weight_soft_loss=weight_soft_loss,
+            beta=beta,
+            ignore_index=ignore_index,
+            temperature=temperature,
+            compiled=compiled,
+            chunk_size=chunk_size,
+            return_soft_hard_loss=return_soft_hard_loss,
+        )
+
+    def forward(
+        self,
+        student_input,
+        student_weight,
+        teacher_input,
+        teacher_weight,
+        true_labels,
+        student_bias=None,
+        teacher_bias=None,
+    ):
+        arguments = student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias, teacher_bias
+        return type(self).function(*arguments, **self.options)

@@ -1,0 +1,55 @@
+"""Distillation by the cosine between the logits of student and teacher."""
+
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ._distillation import DistillationLoss
+from ._distillation import check_options
+from ._distillation import distillation_loss
+
+
+def cosine(student, teacher, beta):
+    """β · (1 - cos(student, teacher)) of each row of logits, and its gradient for the student."""
+    u, v = normalize(student, dim=-1), normalize(teacher, dim=-1)
+    cos = (u * v).sum(-1, keepdim=True)
+    size = student.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return beta * (1 - cos[:, 0]), (v - cos * u).mul_(-beta / size)
+
+
+def liger_fused_linear_cosine(
+    student_input: Tensor,
+    student_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    true_labels: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    weight_hard_loss: float = 0.5,
+    weight_soft_loss: float = 0.5,
+    beta: float = 0.5,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    compiled: bool = True,
+    chunk_size: int = 1024,
+    return_soft_hard_loss: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """weight_hard_loss · cross entropy + weight_soft_loss · β · (1 - cos(student's logits, teacher's)).
+
+    Inputs are (..., H), each with its own H, true_labels (...); means over labels that are not ignore_index. chunk_size rows
+    of logits exist at a time. The teacher gets no gradient. With return_soft_hard_loss also both losses, without gradients.
+    """
+    op = "liger_fused_linear_cosine"
+    check_options(op, beta, temperature, chunk_size)
+    tensors = student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias, teacher_bias
+    options = weight_hard_loss, weight_soft_loss, ignore_index, temperature, chunk_size, return_soft_hard_loss
+    return distillation_loss(op, lambda student, teacher: cosine(student, teacher, beta), *tensors, *options)
+
+
+class LigerFusedLinearCosineSimilarityFunction:
+    apply = staticmethod(liger_fused_linear_cosine)
+
+
+class LigerFusedLinearCosineSimilarityLoss(DistillationLoss):
+    """liger_fused_linear_cosine."""
+
+    function = staticmethod(liger_fused_linear_cosine)
