@@ -1,0 +1,364 @@
+"""What an operator launches for a shape, and the bytes that moves: the package's own code, run on tensors without memory."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from liger_aot import _op
+from liger_aot import _runtime
+from liger_aot.ops import cross_entropy
+from liger_aot.ops import fused_add_rms_norm
+from liger_aot.ops import geglu
+from liger_aot.ops import layer_norm
+from liger_aot.ops import linear_cross_entropy
+from liger_aot.ops import linear_logprob
+from liger_aot.ops import rms_norm
+from liger_aot.ops import rope
+from liger_aot.ops import swiglu
+from liger_aot.ops._check import FLOATS
+
+cdiv = _runtime.cdiv
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Shape(torch.Tensor):
+    """A tensor that says that it is on a GPU and holds nothing; operators on it run the bodies that are meant for CUDA."""
+
+    is_cuda = True
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if isinstance(function, torch._ops.OpOverload) and function.namespace == "liger":
+            return _op.BODIES[function.name().removeprefix("liger::").partition(".")[0]](*args, **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def shape(*sizes, dtype="bf16"):
+    return torch.empty(sizes, dtype=DTYPES.get(dtype, dtype), device="meta").as_subclass(Shape)
+
+
+def size(tensor):
+    return tensor.numel() * tensor.element_size()
+
+
+# --- the operators: (sizes, dtype) -> (the autograd.Function behind it, its arguments)
+
+
+def norm_sizes(s):
+    return s["tokens"], s["hidden"]
+
+
+def of_rms_norm(s, dtype):
+    return rms_norm.RMSNormFunction, (shape(*norm_sizes(s), dtype=dtype), shape(s["hidden"], dtype=dtype), 1e-6, 0.0, False)
+
+
+def of_fused_add_rms_norm(s, dtype):
+    x, residual = (shape(*norm_sizes(s), dtype=dtype) for _ in range(2))
+    return fused_add_rms_norm.FusedAddRMSNormFunction, (x, residual, shape(s["hidden"], dtype=dtype), 1e-6, 0.0, False)
+
+
+def of_layer_norm(s, dtype):
+    weight, bias = (shape(s["hidden"], dtype=dtype) for _ in range(2))
+    return layer_norm.LayerNormFunction, (shape(*norm_sizes(s), dtype=dtype), weight, bias, 1e-5)
+
+
+def of_rope(s, dtype):
+    """As models have q and k: heads transposed behind the tokens."""
+    n = s["hidden"] // s["heads"]
+    q, k = (shape(1, s["tokens"], heads, n, dtype=dtype).transpose(1, 2) for heads in (s["heads"], s["kv_heads"]))
+    return rope.RopeFunction, (q, k, *(shape(1, s["tokens"], n, dtype=dtype) for _ in range(2)))
+
+
+def of_swiglu(s, dtype):
+    return swiglu.SwiGLUFunction, (*(shape(*norm_sizes(s), dtype=dtype) for _ in range(2)), 1.0, 1.0)
+
+
+def of_geglu(s, dtype):
+    return geglu.GeGLUFunction, (*(shape(*norm_sizes(s), dtype=dtype) for _ in range(2)), True)
+
+
+def of_cross_entropy(s, dtype, stats=False):
+    logits, target = shape(s["tokens"], s["vocabulary"], dtype=dtype), shape(s["tokens"], dtype=torch.int64)
+    options = -100, 0.0, None, 0.0
+    return cross_entropy.CrossEntropyFunction, (logits, target, None, options, True, DTYPES[dtype], stats)
+
+
+def of_cross_entropy_stats(s, dtype):
+    return of_cross_entropy(s, dtype, True)
+
+
+def linear(s, dtype):
+    hidden, weight = shape(*norm_sizes(s), dtype=dtype), shape(s["vocabulary"], s["hidden"], dtype=dtype)
+    return hidden, weight, shape(s["tokens"], dtype=torch.int64), None
+
+
+def of_linear_cross_entropy(s, dtype, stats=False):
+    arguments = *linear(s, dtype), None, (-100, 0.0, None, 0.0, 1.0), True, DTYPES[dtype], stats
+    return linear_cross_entropy.LinearCrossEntropyFunction, arguments
+
+
+def of_linear_cross_entropy_stats(s, dtype):
+    return of_linear_cross_entropy(s, dtype, True)
+
+
+def of_linear_logprob(s, dtype):
+    return linear_logprob.LinearLogprobFunction, (*linear(s, dtype), 1.0, -100)
+
+
+OPERATORS = {name.removeprefix("of_"): function for name, function in list(globals().items()) if name.startswith("of_")}
+
+
+# --- the kernels: what cannot be read off the arguments of a launch
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Of `v`, a launch's arguments, constants and number of programs."""
+
+    writes: tuple  # the parameters it writes; it reads the others
+    trips: Callable = lambda v: []  # how often each loop of the machine code runs, in the order of their ends
+    # (bytes moved once more, from the L2 as far as it holds them; of what a program touches in between)
+    again: Callable = lambda v: (0, 0)
+    branches: int = 1  # of which a program takes one
+
+
+def blocks(v):
+    return cdiv(v["n"], v["BLOCK"])
+
+
+def groups(v):
+    return cdiv(v["rows"], v["ROWS"])
+
+
+def twice(v):
+    return [blocks(v)] * 2 if v["LOOP"] else []
+
+
+def row(v, *names):
+    """Bytes of a program's rows of these tensors."""
+    return v["ROWS"] * v["n"] * sum(v[name].element_size() for name in names)
+
+
+def again_forward(name):
+    return lambda v: (v["rows"] * row(v, name), row(v, name)) if v["LOOP"] else (0, 0)
+
+
+def again_backward(v):
+    """The rows once more, and in a loop the program's share of the weights' gradients for each row, read and written."""
+    if not v["LOOP"]:
+        return 0, 0
+    share = 4 * v["n"] * (v["need_dw"] + v.get("need_db", 0))
+    return v["rows"] * row(v, "x", "dy") + 2 * share * (groups(v) - v["programs"]), row(v, "x", "dy") + share
+
+
+def turns(v):
+    return groups(v) / v["programs"]
+
+
+def trips_backward(v):
+    return [*twice(v), turns(v)]
+
+
+def trips_rope(v):
+    left = cdiv(v["n"] - 2 * v["half"], 2 * v["HALF"])
+    return ([cdiv(v["half"], v["HALF"]), left] if v["LOOP"] else [left]) * 2
+
+
+def smoothed(v):
+    row = v["n"] * v["logits"].element_size()
+    return (v["programs"] * row, row) if v["smoothing"] else (0, 0)
+
+
+KERNELS = {
+    "rms_norm_fwd": Kernel(("y", "rstd"), twice, again_forward("x")),
+    "rms_norm_bwd": Kernel(("dx", "dw"), trips_backward, again_backward),
+    "fused_add_rms_norm_fwd": Kernel(("s", "y", "rstd"), twice, again_forward("s")),
+    "layer_norm_fwd": Kernel(("y", "mean", "rstd"), twice, again_forward("x")),
+    "layer_norm_bwd": Kernel(("dx", "partial"), trips_backward, again_backward),
+    "column_sum": Kernel(("out",), lambda v: [cdiv(v["rows"], v["ROWS"])]),
+    "rope": Kernel(("q_out", "k_out"), trips_rope, branches=2),
+    "swiglu_fwd": Kernel(("y",)),
+    "swiglu_bwd": Kernel(("dgate", "dup")),
+    "geglu_fwd": Kernel(("y",)),
+    "geglu_bwd": Kernel(("dgate", "dup")),
+    "cross_entropy_fwd": Kernel(
+        ("loss", "lse", "predicted"), lambda v: [blocks(v), blocks(v) if v["smoothing"] else 0], smoothed
+    ),
+    "cross_entropy_reduce": Kernel(("result", "totals"), lambda v: [cdiv(v["rows"], v["BLOCK"])]),
+    "cross_entropy_bwd": Kernel(("dlogits",)),
+    "logprob_fwd": Kernel(("logp", "entropy", "lse"), lambda v: [blocks(v)]),
+    "logprob_bwd": Kernel(("dlogits",)),
+}
+
+
+# --- the record of a run
+
+
+@dataclasses.dataclass
+class Launch:
+    name: str  # of a kernel of ours, or ATen's operator
+    read: int  # bytes, each tensor once
+    written: int
+    again: int = 0
+    between: int = 0
+    programs: int = 0  # 0: ATen's own
+    key: tuple = ()  # of the variant
+    trips: tuple = ()
+    branches: int = 1
+    matmul: tuple = ()  # (m, n, k, dtype)
+
+    @property
+    def flops(self):
+        return 2 * math.prod(self.matmul[:3]) if self.matmul else 0
+
+
+def distinct(tensors):
+    """Bytes of tensors, each once however often it is passed: what is absent is stood for by another."""
+    return sum(size(t) for t in {id(t): t for t in tensors}.values())
+
+
+def launch_of(kernel, grid, values, constants, parameters):
+    """The record of a launch of one of our kernels."""
+    if kernel not in KERNELS:
+        raise NotImplementedError(
+            f"{kernel}: the model does not know it; say in KERNELS of benchmarks/launches.py what it writes"
+        )
+    known, programs = KERNELS[kernel], math.prod(grid)
+    named = dict(zip((name for name, _ in parameters), values, strict=True))
+    tensors = {name: t for name, t in named.items() if isinstance(t, torch.Tensor)}
+    written = [tensors[name] for name in known.writes]
+    read = [t for t in tensors.values() if all(t is not w for w in written)]
+    v = named | constants | {"programs": programs}
+    divisible = [n for n, (_, type_) in zip(values, parameters, strict=True) if type_.endswith(":16")]
+    offsets = [t.storage_offset() * t.element_size() for t in tensors.values()]
+    aligned = all(value % 16 == 0 for value in [*divisible, *offsets])
+    again, between = known.again(v)
+    return Launch(
+        kernel,
+        distinct(read),
+        distinct(written),
+        again,
+        between,
+        programs,
+        (aligned, *(t.dtype for t in tensors.values()), *constants.values()),
+        tuple(known.trips(v)),
+        known.branches,
+    )
+
+
+class Launcher:
+    """In the place of the package's own: writes down what is to be launched."""
+
+    def __init__(self, pack, multiprocessors):
+        self.pack, self.count, self.launches = pack, multiprocessors, []
+
+    def multiprocessors(self, tensor):
+        return self.count
+
+    def launch(self, kernel, grid, *values, **constants):
+        if 0 not in grid:
+            self.launches.append(launch_of(kernel, grid, values, constants, self.pack.parameters(kernel)))
+
+
+ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided"}
+FILLS = {"zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "fill_", "zero_"}
+MATMULS = {"mm", "addmm", "addmm_"}
+OVERWRITES = {"copy_", "fill_", "zero_"}  # the first argument, which they do not read
+
+
+class Aten(TorchDispatchMode):
+    """Writes down what ATen launches beside our kernels."""
+
+    def __init__(self, launches):
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function.name().removeprefix("aten::").partition(".")[0]
+        if name in ALLOCATES or function.is_view:
+            return result
+        given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        out = kwargs.get("out", args[0] if name in OVERWRITES else None)
+        accumulates = name in ("addmm", "addmm_") and kwargs.get("beta", 1) != 0
+        if name == "addmm" and out is args[0]:
+            read = given[:-1] if accumulates else [g for g in given if g is not out]
+        elif name == "addmm_" and not accumulates:
+            read = given[1:]
+        else:
+            read = [] if name in FILLS else [g for g in given if g is not out]
+        written = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)]
+        a, b = given[1:3] if name.startswith("addmm") else (given[:2] if name in MATMULS else (None, None))
+        matmul = (a.shape[0], b.shape[1], a.shape[1], a.dtype) if name in MATMULS else ()
+        if distinct(written):
+            self.launches.append(Launch(f"aten.{name}", distinct(read), distinct(written), matmul=matmul))
+        return result
+
+
+class Context:
+    """What an autograd.Function's forward leaves for its backward, where every gradient is wanted."""
+
+    def __init__(self, arguments):
+        self.needs_input_grad = tuple(isinstance(a, torch.Tensor) and a.dtype in FLOATS for a in arguments)
+        self.saved_tensors = ()
+
+    def save_for_backward(self, *tensors):
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors):
+        pass
+
+    def set_materialize_grads(self, value):
+        pass
+
+
+@dataclasses.dataclass
+class Pass:
+    """A forward or a backward: its launches, and the least that it must move, each input read and each output written once."""
+
+    launches: list
+    least: int
+
+    @property
+    def moved(self):
+        return sum(x.read + x.written + x.again for x in self.launches)
+
+    @property
+    def flops(self):
+        return sum(x.flops for x in self.launches)
+
+
+@contextlib.contextmanager
+def recorded(pack, multiprocessors):
+    launcher = Launcher(pack, multiprocessors)
+    with torch.no_grad(), _runtime.kernels.launched_by(launcher), Aten(launcher.launches):
+        yield launcher.launches
+
+
+def tensors_in(values):
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def trace(operator, sizes, dtype, pack, multiprocessors):
+    """{"forward": Pass, "backward": Pass} of an operator where every gradient is wanted."""
+    if operator not in OPERATORS:
+        raise NotImplementedError(
+            f"{operator}: the model does not know it; say in benchmarks/launches.py what it is called with"
+        )
+    function, arguments = OPERATORS[operator](sizes, dtype)
+    context = Context(arguments)
+    with recorded(pack, multiprocessors) as launches:
+        outputs = function.forward(context, *arguments)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        forward = Pass(list(launches), distinct(tensors_in(arguments)) + distinct(outputs))
+        launches.clear()
+        upstream = [shape(*o.shape, dtype=o.dtype) for o in outputs if o.is_floating_point()]
+        launches.clear()
+        gradients = function.backward(context, *upstream)
+        least = distinct(tensors_in([*upstream, *context.saved_tensors])) + distinct(tensors_in(gradients))
+    return {"forward": forward, "backward": Pass(list(launches), least)}
