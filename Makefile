@@ -9,7 +9,7 @@ TEST_ARCHS := 80,90
 # The flavour of `wheel` and `pack`: 12.6, 12.9 or 13.0; none for the wheel without a suffix. tools/flavour.py has the pins.
 CUDA ?=
 
-.PHONY: demo test wheel sdist index pack bench mutate sweep clean
+.PHONY: demo test wheel sdist index pack bench mutate sweep docs clean
 
 $(PIP):
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ $(PIP):
 $(VENV)/demo: pyproject.toml Makefile | $(PIP)
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --group demo
+	touch $@
+
+$(VENV)/docs: $(VENV)/demo
+	$(PIP) install --quiet --group docs
 	touch $@
 
 $(VENV)/ready: $(VENV)/demo
@@ -76,6 +80,11 @@ mutate: $(VENV)/ready
 sweep: $(VENV)/ready
 	$(call install,$(TEST_ARCHS))
 	OMP_NUM_THREADS=1 $(RUN) tests/sweep.py
+
+# Warnings are errors; the pages are in out/docs/html.
+docs: $(VENV)/docs
+	$(call install,90)
+	$(RUN) tools/pages.py out/docs
 
 clean:
 	rm -rf build dist out $(VENV)
