@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 from triton.runtime.jit import JITFunction
@@ -64,12 +65,82 @@ def example(name, dtype=torch.float32):
     return Call(name, arguments, options), tensors
 
 
+def sizes(name, tensors):
+    """The sizes that may change: those of rows, of every tensor but weights."""
+    weights = {"layer_norm": (1, 2), "rms_norm": (1,), "fused_add_rms_norm": (2,)}.get(name, (1,) if "linear" in name else ())
+    rows = [range(max(t.dim() - 1, 1)) if n not in weights else () for n, t in enumerate(tensors)]
+    return tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in rows)
+
+
+def larger(tensors, dynamic):
+    return tuple(t.repeat(*(3 if n in sizes else 1 for n in range(t.dim()))) for t, sizes in zip(tensors, dynamic, strict=True))
+
+
+class Body(torch.nn.Module):
+    """A call of one of the operators that the public ones are made of."""
+
+    def __init__(self, overload, arguments):
+        super().__init__()
+        self.overload, self.others = overload, [None if isinstance(a, torch.Tensor) else a for a in arguments]
+        self.places = [n for n, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+
+    def forward(self, *tensors):
+        given = dict(zip(self.places, tensors, strict=True))
+        return self.overload(*(given.get(n, a) for n, a in enumerate(self.others)))
+
+
+class Calls(TorchDispatchMode):
+    """{operator: the arguments of its first call} inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "liger":
+            self.seen.setdefault(function, args)
+        return function(*args, **kwargs or {})
+
+
+def bodies_of(name):
+    """The operators that a training step of a public one calls: each with a module and its tensors."""
+    arguments, options = EXAMPLES[name](torch.float32)
+    arguments = leaves(arguments)
+    with Calls() as calls:
+        for reduced in ({}, {"reduction": "none"}) if "entropy" in name else ({},):
+            outputs = call(name, arguments, options | reduced)
+            wanted = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+            torch.autograd.grad([o.sum() for o in outputs], wanted)
+    for overload, given in calls.seen.items():
+        tensors = tuple(a.detach().clone() for a in given if isinstance(a, torch.Tensor))
+        yield overload, Body(overload, given), tensors
+
+
 def kernels_of(program):
     return [node for node in program.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
 
 
 def liger_nodes(program):
     return [node for node in program.graph.nodes if str(node.target).startswith("liger.")]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@OPERATORS
+def test_exported_operators_are_one_node_of_any_number_of_rows(tmp_path, name, strict):
+    """Through a file, which a process of another time loads."""
+    module, tensors = example(name)
+    dynamic = sizes(name, tensors)
+    program = torch.export.export(module, tensors, dynamic_shapes=(dynamic,), strict=strict)
+    assert [str(node.target) for node in liger_nodes(program)] == [f"liger.{name}.default"]
+    torch.export.save(program, tmp_path / "program.pt2")
+    program = export.load(tmp_path / "program.pt2")
+    assert [str(node.target) for node in liger_nodes(program)] == [f"liger.{name}.default"]
+    decomposed = program.run_decompositions()
+    assert f"liger.{name}_fwd.default" in {str(node.target) for node in liger_nodes(decomposed)}
+    more = larger(tensors, dynamic)
+    for got, again, want in zip(program.module()(*more), decomposed.module()(*more), module(*more), strict=True):
+        assert torch.equal(got, want)
+        assert torch.equal(again, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -89,13 +160,28 @@ def test_lowered_graphs_hold_kernels_and_compute_the_same(lower, name, dtype):
 @pytest.mark.parametrize("name", [n for n in EXAMPLES if not n.startswith("linear")])
 def test_lowered_graphs_keep_dynamic_sizes(lower, name):
     module, tensors = example(name)
-    rows = torch.export.Dim("rows", min=2, max=512)
-    sizes = [{0: rows} if t.dim() > 1 or name == "cross_entropy" else None for t in tensors]
-    lowered = lower(torch.export.export(module, tensors, dynamic_shapes=(tuple(sizes),)))
-    more = tuple(t if size is None else torch.cat((t, t, t)) for t, size in zip(tensors, sizes, strict=True))
+    dynamic = sizes(name, tensors)
+    lowered = lower(torch.export.export(module, tensors, dynamic_shapes=(dynamic,)))
+    more = larger(tensors, dynamic)
     with _jit.interpreted():
         for got, want in zip(lowered.module()(*more), module(*more), strict=True):
             assert torch.equal(got, want)
+
+
+WITHOUT_KERNELS = "linear_cross_entropy_scale"  # one multiplication, which is torch's
+
+
+@OPERATORS
+def test_what_an_operator_is_made_of_lowers_too(lower, name):
+    """Each of the operators of a training step by itself, as programs that hold gradients do."""
+    for overload, module, tensors in bodies_of(name):
+        lowered = lower(torch.export.export(module, tensors))
+        assert not liger_nodes(lowered)
+        assert bool(kernels_of(lowered)) == (overload.name() != f"liger::{WITHOUT_KERNELS}")
+        with _jit.interpreted():
+            got, want = lowered.module()(*tensors), module(*tensors)
+        for g, w in zip(*([r] if isinstance(r, torch.Tensor) else r for r in (got, want)), strict=True):
+            assert torch.equal(g, w)
 
 
 @pytest.mark.parametrize("name", [n for n in EXAMPLES if n.startswith("linear")])

@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import importlib
 import os
-import pathlib
 import sys
 
 # Triton decides while it is imported whether its own library functions are interpreted.
@@ -18,25 +16,13 @@ from triton.runtime import interpreter
 from ._op import on_cpu
 from ._runtime import DTYPES
 from ._runtime import kernels
+from .export import SOURCES
+from .export import load_sources
 
 if not isinstance(tl.sum, interpreter.InterpretedFunction):
     raise ImportError("liger_aot: Triton was imported before, compiling; set TRITON_INTERPRET=1 in this process's environment")
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SOURCES = pathlib.Path(__file__).parent / "_triton"
-
-
-@functools.cache
-def load(folder=SOURCES):
-    """{name: interpreted kernel} of the kernel files in a folder."""
-    sys.path.insert(0, str(folder))
-    try:
-        names = sorted(p.stem for p in pathlib.Path(folder).glob("*.py"))
-        modules = [importlib.import_module(name) for name in names if name != "_gate"]
-    finally:
-        sys.path.remove(str(folder))
-        for name in names:
-            sys.modules.pop(name, None)
-    return {name: k for m in modules for name, k in vars(m).items() if hasattr(k, "variants")}
+load = functools.cache(load_sources)
 
 
 def round_to_bfloat16(original, data, source, target, mode):

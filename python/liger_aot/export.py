@@ -42,28 +42,48 @@ ALLOCATIONS = {
 }
 
 
+def load_sources(folder=SOURCES):
+    """{name: Triton kernel} of the kernel files in a folder; modules of other people by these names are left alone."""
+    names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "_gate")
+    others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(folder))
+    try:
+        modules = [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(folder))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(others)
+    return {name: kernel for module in modules for name, kernel in vars(module).items() if hasattr(kernel, "variants")}
+
+
 @functools.cache
 def sources():
-    """{name: Triton kernel} of the package's kernel files."""
-    sys.path.insert(0, str(SOURCES))
+    """{name: Triton kernel} of the package, to be compiled."""
     try:
-        modules = [importlib.import_module(p.stem) for p in sorted(SOURCES.glob("*.py")) if p.stem != "_gate"]
-    finally:
-        sys.path.remove(str(SOURCES))
-    return {name: kernel for module in modules for name, kernel in vars(module).items() if hasattr(kernel, "variants")}
+        found = load_sources()
+    except ImportError as error:
+        if error.name != "triton":
+            raise
+        raise RuntimeError("lower: needs Triton, which is missing: pip install triton") from None
+    from triton.runtime.jit import JITFunction
+
+    if not all(isinstance(kernel, JITFunction) for kernel in found.values()):
+        raise RuntimeError("lower: Triton interprets kernels in this process; unset TRITON_INTERPRET and start it again")
+    return found
 
 
 class Tracer:
     """A launcher that puts launches into the graph that is being traced, with the options that the kernel is built with."""
 
     def __init__(self, multiprocessors):
-        self.count = multiprocessors
+        self.count, self.kernels = multiprocessors, sources()
 
     def multiprocessors(self, tensor):
         return self.count
 
     def launch(self, name, grid, *args, **constants):
-        kernel = sources()[name]
+        kernel = self.kernels[name]
         options = next(options for _, built, options in kernel.variants if built == constants)
         # As the launcher packs them; what is symbolic stays so.
         given = [
