@@ -9,15 +9,16 @@ TEST_ARCHS := 80,90
 # The flavour of `wheel` and `pack`: 12.6, 12.9 or 13.0; none for the wheel without a suffix. tools/flavour.py has the pins.
 CUDA ?=
 
-.PHONY: demo test wheel sdist index pack bench mutate sweep docs clean
+.PHONY: demo lint test slow wheel smoke sdist index pack bench mutate sweep docs clean
 
 $(PIP):
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade "pip>=25.1"
 
+TORCH := torch==2.13.0
 # torch is installed first and pinned here: the newest build of a registry would bring gigabytes, also as somebody's dependency.
 $(VENV)/demo: pyproject.toml Makefile | $(PIP)
-	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet $(TORCH)
 	$(PIP) install --quiet --group demo
 	touch $@
 
@@ -41,16 +42,32 @@ demo: $(VENV)/demo
 	$(call install,90)
 	cd build/wheel && ../../$(RUN) -m liger_aot demo --out ../../out
 
-test: $(VENV)/ready
-	$(call install,$(TEST_ARCHS))
+lint: $(PIP)
+	$(PIP) install --quiet --group lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+test: $(VENV)/ready lint
+	$(call install,$(TEST_ARCHS))
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+
+# What `test` leaves out: it builds wheels of every flavour, and installs them in environments of their own.
+slow: $(VENV)/ready
+	$(call install,$(TEST_ARCHS))
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 
 # In isolation, with the pinned requirements alone; a folder for each flavour, so that only what changed is compiled.
 wheel: $(PIP)
 	LIGER_AOT_CUDA=$(CUDA) $(PIP) wheel --verbose --no-deps -C build-dir=build/cuda$(CUDA) --wheel-dir dist .
 	ls -l dist
+
+# The flavour's wheel in dist/, in an environment of its own beside torch alone, under the Python that PYTHON names.
+smoke:
+	rm -rf build/smoke
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/pip install --quiet $(TORCH)
+	build/smoke/bin/pip install --quiet dist/liger_aot-*$(if $(CUDA),+cu$(subst .,,$(CUDA)),[0-9])-py3-none-any.whl
+	cd build/smoke && bin/python -m liger_aot verify && bin/python -m liger_aot info --arch 9.0
 
 sdist: $(PIP)
 	$(PIP) install --quiet "build>=1.2"
