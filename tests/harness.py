@@ -15,12 +15,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BESIDE = 16  # points, of which as many are looked at as it takes
 
 
-def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0):
+def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0, seen=None):
     """Every output and gradient of `function` errs at most `slack` times the allowance, at worst and on average.
 
     Every floating tensor among the inputs gets a gradient, unless it is `fixed`. `through` is the dtype that intermediate
     results are rounded to by definition, where it is narrower than the result's. `carries` is the size of fp32 numbers whose
     rounding the results carry, where that is more than their own: a difference of two, of which few may be exact by luck.
+    `seen` is a list that gets (error, allowed) of all that was held.
     """
     points = [inputs, *beside(inputs)]
 
@@ -42,6 +43,8 @@ def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0):
                 allowed = max(allowed, slack * measure(rounded, float64[name]))
                 if error <= allowed:
                     break
+            if seen is not None:
+                seen.append((error, allowed))
             assert error <= allowed, f"{name}: {measure.__name__} error {error:.2e}, allowed {allowed:.2e}"
     return results
 
@@ -50,7 +53,10 @@ def beside(inputs):
     """Inputs that differ from these by up to 2^-12 of each number: of the same conditions, with other roundings."""
     generator = torch.Generator().manual_seed(1)
     for _ in range(BESIDE):
-        yield [i * (1 + 2**-12 * (2 * torch.rand(i.shape, generator=generator) - 1)) if is_float(i) else i for i in inputs]
+        yield [
+            i * (1 + 2**-12 * (2 * torch.rand(i.shape, generator=generator).to(i.device) - 1)) if is_float(i) else i
+            for i in inputs
+        ]
 
 
 class fixed:  # noqa: N801 (a marker, read like a word)
@@ -67,7 +73,7 @@ def run(function, inputs, dtype=None):
     out = function(*leaves)
     outs = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(o.shape, generator=generator).to(lowest).to(o.dtype) for o in outs]
+    upstream = [torch.randn(o.shape, generator=generator).to(lowest).to(o.device, o.dtype) for o in outs]
     pairs = [(o, u) for o, u in zip(outs, upstream, strict=True) if o.requires_grad]
     torch.autograd.backward(*zip(*pairs, strict=True))
     outputs = {f"output {n}": o.detach() for n, o in enumerate(outs)}

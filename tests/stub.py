@@ -279,6 +279,21 @@ class Launcher(_runtime.Cuda):
         return super().device(tensor, what)
 
 
+class On:
+    """A tensor, as far as a launcher looks at it, that says it is on a GPU."""
+
+    is_meta = False
+
+    def __init__(self, tensor, index):
+        self.tensor, self.index, self.dtype = tensor, index, tensor.dtype
+
+    def data_ptr(self):
+        return self.tensor.data_ptr()
+
+    def get_device(self):
+        return self.index
+
+
 @contextlib.contextmanager
 def stubbed(stub=None, backend=None, **options):
     """Inside the `with`, operators on CPU tensors launch over a stub (yielded); record=False for timing the launcher."""

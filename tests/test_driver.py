@@ -17,6 +17,7 @@ from liger_aot import _runtime
 
 from stub import CONTEXT
 from stub import RELAXED_CAPTURE
+from stub import On
 from stub import Stub
 from stub import stubbed
 
@@ -184,21 +185,6 @@ def test_a_thread_without_a_context(launcher):
     launcher.stub.failures["cuLaunchKernel"] += [201, 201]
     with pytest.raises(RuntimeError, match="rms_norm_fwd: cuLaunchKernel: invalid device context"):
         call(backward=False)
-
-
-class On:
-    """A tensor, as far as a launcher looks at it, that says it is on a GPU."""
-
-    is_meta = False
-
-    def __init__(self, tensor, index):
-        self.tensor, self.index, self.dtype = tensor, index, tensor.dtype
-
-    def data_ptr(self):
-        return self.tensor.data_ptr()
-
-    def get_device(self):
-        return self.index
 
 
 def launch_on(index, grid=(1,)):

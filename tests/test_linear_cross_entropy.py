@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from liger_aot.ops import _linear
 
+from formulas import linear_cross_entropy as formula
 from harness import DTYPES
 from harness import check
 from harness import check_operator
@@ -24,20 +25,6 @@ def ours(**options):
     return lambda h, w, t, b=None, cw=None: linear_cross_entropy(
         h, w, t, linear_bias=b, weight=cw, loss_dtype=torch.float32, **options
     )
-
-
-def formula(scale=1.0, softcap=None, lse_square_scale=0.0, ignore_index=-100, reduction="mean", label_smoothing=0.0):
-    def reference(hidden, weight, target, bias=None, class_weight=None):
-        z = linear(hidden, weight, bias) * scale
-        z = z if softcap is None else softcap * torch.tanh(z / softcap)
-        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
-        loss = cross_entropy(z, target, class_weight, reduction=reduction, **options)
-        squares = torch.where(target != ignore_index, lse_square_scale * z.logsumexp(-1).square(), 0.0)
-        if reduction == "mean":
-            return loss + squares.sum() / (target != ignore_index).sum()
-        return loss + (squares.sum() if reduction == "sum" else squares)
-
-    return reference
 
 
 def make(rows, width, classes, dtype, bias=False, class_weight=False, ignored=True):

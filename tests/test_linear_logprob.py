@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_aot.ops import _linear
 
+from formulas import linear_logprob as formula
 from harness import DTYPES
 from harness import check as harness_check
 from harness import check_operator
@@ -15,17 +16,6 @@ from harness import fixed
 
 linear_logprob = torch.ops.liger.linear_logprob.default
 linear_logprob_fwd = torch.ops.liger.linear_logprob_fwd.default
-
-
-def formula(temperature=1.0, ignore_index=-100):
-    def reference(hidden, weight, target, bias=None):
-        z = torch.nn.functional.linear(hidden, weight, bias) / temperature
-        logps, valid = z.log_softmax(-1), target != ignore_index
-        logp = logps.gather(-1, torch.where(valid, target, 0)[..., None])[..., 0]
-        results = logp, -(logps.exp() * logps).sum(-1), torch.logsumexp(z, -1)
-        return tuple(torch.where(valid, r, 0.0) for r in results)
-
-    return reference
 
 
 def make(rows, width, classes, dtype, bias=False):

@@ -1,0 +1,328 @@
+"""What a launcher must do besides the right sums: under opcheck, compile, CUDA graphs, streams, threads, contexts, preload.
+
+Each check takes the machine and what it is of; it raises, or returns a note. Bits are compared with those of an eager call.
+"""
+
+import threading
+
+import torch
+
+import liger_aot
+from liger_aot._runtime import kernels
+
+from examples import EXAMPLES
+from examples import call
+from examples import leaves
+from stub import Launcher
+from stub import On
+from stub import Stub
+
+# Of these the matmuls are torch's, whose algorithm may differ where memory or streams do.
+WITH_MATMULS = "linear_cross_entropy", "linear_logprob"
+THREADED = "rms_norm", "cross_entropy", "swiglu", "linear_cross_entropy"
+TIMES = 20
+
+
+def example(machine, name, dtype=torch.bfloat16):
+    with torch.device(machine.device):
+        arguments, options = EXAMPLES[name](dtype)
+        return leaves(arguments), options
+
+
+def outcome(function, arguments):
+    """Results that have gradients, and the gradients of their sum."""
+    outputs = [o for o in function(*arguments) if o.requires_grad]
+    wanted = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+    gradients = torch.autograd.grad(outputs, wanted, [torch.ones_like(o) for o in outputs])
+    return [o.detach() for o in outputs] + list(gradients)
+
+
+def of(name, options):
+    return lambda *arguments: call(name, arguments, options)
+
+
+def refill(arguments, others):
+    for a, other in zip(arguments, others, strict=True):
+        if isinstance(a, torch.Tensor):
+            a.detach().copy_(other.detach())
+
+
+def opcheck(machine, name):
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments, options = example(machine, name, dtype)
+        torch.library.opcheck(getattr(torch.ops.liger, name).default, arguments, options)
+
+
+def compiled(machine, name):
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        arguments, options = example(machine, name)
+        function = torch.compile(of(name, options), fullgraph=True, dynamic=dynamic, backend=machine.backend)
+        machine.same(outcome(function, arguments), outcome(of(name, options), arguments))
+
+
+def cuda_graph(machine, name):
+    arguments, options = example(machine, name)
+    others, _ = example(machine, name)
+    with machine.launching(machine.launcher()):
+        function = of(name, options)
+        want = outcome(function, others)
+        stream = machine.stream()
+        machine.behind(stream)
+        with machine.on(stream):  # a warm-up, as torch asks for
+            outcome(function, arguments)
+        machine.wait(stream)
+        replay, results = machine.capture(lambda: outcome(function, arguments))
+        for _ in range(3):
+            refill(arguments, others)
+            replay()
+            machine.synchronize()
+            machine.same(results, want, exact=name not in WITH_MATMULS)
+
+
+def first_call_in_a_graph(machine, name):
+    """What is launched for the first time while a graph is captured is loaded then."""
+    arguments, options = example(machine, name)
+    function = of(name, options)
+    want = outcome(function, arguments)
+    launcher = machine.launcher()
+    with machine.launching(launcher):
+        replay, results = machine.capture(lambda: outcome(function, arguments))
+        if not machine.loads(launcher):
+            raise AssertionError("nothing was loaded during the capture, so nothing was tried")
+        replay()
+        machine.synchronize()
+        machine.same(results, want, exact=name not in WITH_MATMULS)
+
+
+def two_streams(machine, name):
+    """On each stream the numbers arrive late: a launch on another stream would read the old ones."""
+    pairs = [(example(machine, name)[0], example(machine, name)) for _ in range(2)]
+    launcher = machine.launcher()
+    with machine.launching(launcher):
+        want = [outcome(of(name, options), new) for _, (new, options) in pairs]
+        machine.synchronize()
+        streams, got = [machine.stream(), machine.stream()], []
+        for stream, (old, (new, options)) in zip(streams, pairs, strict=True):
+            machine.behind(stream)
+            with machine.on(stream):
+                machine.flush()
+                refill(old, new)
+                got.append(outcome(of(name, options), old))
+        for stream in streams:
+            machine.wait(stream)
+        machine.synchronize()
+        machine.launched_on(launcher, streams)
+        for g, w in zip(got, want, strict=True):
+            machine.same(g, w, exact=name not in WITH_MATMULS)
+
+
+def in_threads(*works):
+    """Run each in a thread of its own, and raise here what one raised there."""
+    errors = []
+
+    def run(work):
+        try:
+            work()
+        except Exception as error:  # raised below, in the thread that can report it
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=[work]) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def two_threads(machine, name):
+    """Two threads, of other numbers and sizes each, launch the same kernels and load them at the same time."""
+    launcher, works = machine.launcher(), []
+    with machine.launching(launcher):
+        for dtype in (torch.bfloat16, torch.float32):
+            arguments, options = example(machine, name, dtype)
+            want = outcome(of(name, options), arguments)
+            function = of(name, options)
+
+            def work(function=function, arguments=arguments, want=want):
+                for _ in range(TIMES):
+                    machine.same(outcome(function, arguments), want, exact=name not in WITH_MATMULS)
+
+            works.append(work)
+        in_threads(*works)
+
+
+def thread_without_a_context(machine, name):
+    arguments, options = example(machine, name)
+    function, notes = of(name, options), []
+    with torch.device(machine.device):
+        partial, out = torch.randn(37, 64), torch.empty(64)
+    with machine.launching(machine.launcher()):
+        want = outcome(function, arguments)
+
+        def work():
+            machine.leave_context()
+            notes.append("no context" if not machine.context() else "the context could not be left")
+            # A launch alone, without an allocation before it that might make a context current.
+            kernels.column_sum[(1,)](partial, out, 37, 64, ROWS=32, BLOCK=128)
+            machine.synchronize()
+            machine.same([out], [partial.sum(0)], exact=False)
+            machine.leave_context()
+            machine.same(outcome(function, arguments), want, exact=name not in WITH_MATMULS)
+
+        in_threads(work)
+    if notes != ["no context"]:
+        raise AssertionError(f"nothing was tried: {notes}")
+
+
+def other_device(machine, name):
+    """Tensors of a device that is not the current one are served there; without a second one, over the stub."""
+    if machine.count > 1:
+        arguments, options = example(machine, name)
+        there = [a.detach().to("cuda:1").requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in arguments]
+        got, want = (outcome(of(name, options), a) for a in (there, arguments))
+        if torch.cuda.current_device():
+            raise AssertionError(f"the current device is {torch.cuda.current_device()}, was 0")
+        machine.same([g.cpu() for g in got], [w.cpu() for w in want], exact=name not in WITH_MATMULS)
+        return "two devices"
+    stub = Stub()
+    with kernels.launched_by(Launcher(stub)):
+        tensor = On(torch.ones(64), 1)
+        kernels.column_sum[(1,)](tensor, tensor, 1, 64, ROWS=32, BLOCK=128)
+    if [launch.device for launch in stub.launches] != [1] or stub.context != 0x1000:
+        raise AssertionError(f"launched on {stub.launches}, then context {stub.context:#x}")
+    return "one device: over the stub"
+
+
+def preload(machine, _):
+    """Everything is loaded at once; no call loads anything after it."""
+    launcher = machine.launcher()
+    with machine.launching(launcher):
+        start = machine.clock()
+        count = liger_aot.preload()
+        seconds = machine.since(start)
+        pack = launcher.at(0).pack
+        if count != pack.manifest["variants"] or count != machine.loads(launcher):
+            raise AssertionError(f"loaded {count} of {pack.manifest['variants']} variants, {machine.loads(launcher)} are there")
+        for name in EXAMPLES:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                arguments, options = example(machine, name, dtype)
+                outcome(of(name, options), arguments)
+        if machine.loads(launcher) != count:
+            raise AssertionError(f"{machine.loads(launcher) - count} variants were loaded after all of them")
+    return f"{count} variants" + ("" if seconds is None else f" in {seconds:.2f} s")
+
+
+def same_bits(machine, name):
+    """The same call gives the same bits every time: what differs is a race."""
+    rows, n = (7, 96) if machine.dry else (4099, 4097)
+    with torch.device(machine.device):
+        x = [torch.randn(rows, n).bfloat16().requires_grad_() for _ in range(2)]
+        weight, bias = (torch.randn(n).bfloat16().requires_grad_() for _ in range(2))
+        q, k = (torch.randn(1, rows, heads, 64).bfloat16().transpose(1, 2).requires_grad_() for heads in (8, 2))
+        angles, target = torch.randn(2, 1, rows, 64).unbind(), torch.randint(n, (rows,))
+    calls = {
+        "rms_norm": [x[0], weight],
+        "fused_add_rms_norm": [*x, weight],
+        "layer_norm": [x[0], weight, bias],
+        "rope": [q, k, *angles],
+        "swiglu": x,
+        "geglu": x,
+        "cross_entropy": [x[0], target],
+    }
+    function = of(name, {})
+    with machine.launching(machine.launcher()):
+        want = outcome(function, calls[name])
+        for _ in range(TIMES):
+            machine.same(outcome(function, calls[name]), want)
+
+
+ROW_WISE = "rms_norm", "fused_add_rms_norm", "layer_norm", "rope", "swiglu", "geglu", "cross_entropy"
+
+
+def beyond_31_bits(machine, name):
+    """A tensor of more than 2^31 numbers: its last rows come out as they do alone."""
+    least, n = (2**10, 64) if machine.dry else (2**31, 131072 if name == "cross_entropy" else 4096)
+    rows, options = least // n + 5, {}
+    with torch.device(machine.device):
+        x = torch.empty(rows, n, dtype=torch.bfloat16).normal_()
+        if name == "rope":
+            x = x.view(1, rows, n // 32, 32).transpose(1, 2)
+            k = torch.empty(1, 1, rows, 32, dtype=torch.bfloat16).normal_()
+            angles = torch.randn(2, 1, rows, 32).unbind()
+            whole, last = [x, k, *angles], [x[:, :, -3:], k[:, :, -3:], *(a[:, -3:] for a in angles)]
+        elif name == "cross_entropy":
+            target, options = torch.randint(n, (rows,)), {"reduction": "none"}
+            whole, last = [x, target], [x[-3:], target[-3:]]
+        else:
+            count = 1 if name in ("rms_norm", "layer_norm") else 2
+            whole, last = [x] * count, [x[-3:]] * count
+    with machine.launching(machine.launcher()):
+        function = of(name, options)
+        machine.same(tail(function, whole, name), tail(function, last, name))
+    machine.free()
+
+
+def tail(function, arguments, name):
+    """The last three rows of the first result, and of the first argument's gradient for an upstream that is the argument."""
+    first, *others = [a.detach() for a in arguments]
+    output = function(first.requires_grad_(), *others)[0]
+    upstream = torch.ones_like(output) if name == "cross_entropy" else first.detach()
+    (gradient,) = torch.autograd.grad(output, first, upstream)
+    return [t[:, :, -3:] if name == "rope" else t[-3:] for t in (output.detach(), gradient)]
+
+
+def autocast(machine, name):
+    """Under autocast a linear loss is what it is for inputs that were cast before."""
+    arguments, options = example(machine, name, torch.float32)
+    with machine.launching(machine.launcher()):
+        with torch.autocast(machine.autocast, torch.bfloat16):
+            got = [o.float() for o in call(name, arguments, options)]
+        cast = [a.detach().bfloat16() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+        machine.same(got, [o.float() for o in call(name, cast, options)], exact=False)
+
+
+def bound_model(machine, family):
+    """A bound model of transformers against itself unbound: in float32 closely, in bfloat16 as exact as unbound is."""
+    import tiny
+
+    inputs = {name: t.to(machine.device) for name, t in tiny.batch().items()}
+
+    def step(dtype, bound=False):
+        model = tiny.build(family, dtype).to(machine.device)
+        if bound:
+            liger_aot.bind(model)
+        return tiny.step(model, **inputs)
+
+    launcher = machine.launcher()
+    if machine.dry:  # where numbers count, and come from the CPU kernels
+        tiny.check_equal(step(torch.float32, bound=True), step(torch.float32))
+        return "over the CPU kernels"
+    with machine.launching(launcher):
+        tiny.check_equal(step(torch.float32, bound=True), step(torch.float32))
+        exact, plain, bound = step(torch.float64), step(torch.bfloat16), step(torch.bfloat16, bound=True)
+        tiny.check_as_exact(exact, plain, bound)
+    return f"{sum(launcher.counts.values())} launches"
+
+
+# In the order of their importance: (check, what it is of).
+CHECKS = [
+    (preload, "all"),
+    *((cuda_graph, name) for name in EXAMPLES),
+    (first_call_in_a_graph, "rms_norm"),
+    *((two_streams, name) for name in EXAMPLES),
+    *((two_threads, name) for name in THREADED),
+    (thread_without_a_context, "rms_norm"),
+    (other_device, "rms_norm"),
+    *((same_bits, name) for name in ROW_WISE),
+    *((opcheck, name) for name in EXAMPLES),
+    *((bound_model, family) for family in ("llama", "gemma2")),
+    *((compiled, name) for name in EXAMPLES),
+    *((beyond_31_bits, name) for name in ROW_WISE),
+    *((autocast, name) for name in WITH_MATMULS),
+]
+
+
+def named(check, subject):
+    return f"{check.__name__}: {subject}"

@@ -1,0 +1,240 @@
+"""Every built variant against float64: the calls that reach all of them, with few rows and with many, outputs poisoned.
+
+The allowances are derived, by tests/harness.py, from the loss of the same formula in float32. On a GPU the launches that
+count are those whose numbers are held; in a dry run the CPU kernels' numbers are held, and the launches go to the stub.
+"""
+
+import contextlib
+import warnings
+
+import torch
+
+from liger_aot import _runtime
+from liger_aot.ops import fused_add_rms_norm as fused
+from liger_aot.ops import geglu as geglu_
+from liger_aot.ops import layer_norm as layer
+from liger_aot.ops import rms_norm as rms
+from liger_aot.ops import rope as rope_
+from liger_aot.ops import swiglu as swiglu_
+
+import formulas
+from calls import CALLS
+from calls import few
+from harness import check
+from harness import fixed
+
+# Programs of the norms' backward walk over several groups of rows each, and a column_sum over several blocks of them.
+PROGRAMS = 132 * 4
+ROWS_OF_A_PROGRAM = {128: 16, 1024: 2, 2048: 2}
+
+
+def many(n):
+    """More groups of rows than a large GPU has programs, the last of them ragged; for all widths about as many numbers."""
+    return next((2 * PROGRAMS * rows + 1 for width, rows in ROWS_OF_A_PROGRAM.items() if n <= width), PROGRAMS + 1)
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Uninitialised memory is NaN: an output that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def rms_norm(x, weight, eps=rms.DEFAULT_EPS, casting="none"):
+    cast = casting == "llama" and x.dtype != torch.float32
+    how = {"slack": 4.0, "through": x.dtype} if cast else {}  # rounds twice, as its models do
+    return lambda x, w: rms.rms_norm(x, w, eps, casting=casting), norm_formula(eps), [x, weight], how
+
+
+def norm_formula(eps):
+    return lambda x, w: rms.forward_reference(x, w, eps, 0.0, False)[0]
+
+
+def fused_add_rms_norm(x, residual, weight, eps=rms.DEFAULT_EPS, casting="none"):
+    _, _, _, how = rms_norm(x, weight, eps, casting)
+
+    def formula(x, r, w):
+        return fused.forward_reference(x, r, w, eps, 0.0, False)[:2]
+
+    return lambda x, r, w: fused.fused_add_rms_norm(x, r, w, eps, casting=casting), formula, [x, residual, weight], how
+
+
+def layer_norm(x, weight, bias):
+    return layer.layer_norm, lambda x, w, b: layer.forward_reference(x, w, b, 1e-5)[0], [x, weight, bias], {}
+
+
+def rope(q, k, cos, sin):
+    return rope_.rope, rope_.forward_reference, [q, k, fixed(cos), fixed(sin)], {}
+
+
+def swiglu(gate, up, gate_multiplier):
+    def function(gate, up):
+        return swiglu_.swiglu(gate, up, gate_multiplier=gate_multiplier)
+
+    return function, lambda gate, up: swiglu_.forward_reference(gate, up, gate_multiplier, 1.0), [gate, up], {}
+
+
+def geglu(gate, up, approximate):
+    def function(gate, up):
+        return geglu_.geglu(gate, up, approximate=approximate)
+
+    return function, lambda gate, up: geglu_.forward_reference(gate, up, approximate == "tanh"), [gate, up], {}
+
+
+def public(name):
+    return getattr(torch.ops.liger, name).default
+
+
+def size_of_lse(logits):
+    """A loss is lse - z, and p in a gradient is exp(z - lse): both carry the rounding of lse."""
+    return logits.float().logsumexp(-1).abs().max().item()
+
+
+def cross_entropy(logits, target, weight, **options):
+    def function(x, t, *weight):
+        return public("cross_entropy")(x, t, *weight, **options)
+
+    weights = [] if weight is None else [fixed(weight)]
+    how = {"carries": size_of_lse(logits.detach())}
+    return function, formulas.cross_entropy(**options), [logits, fixed(target), *weights], how
+
+
+def cross_entropy_stats(logits, target, weight, **options):
+    def function(x, t, *weight):
+        loss, _, _, predicted = public("cross_entropy_stats")(x, t, *weight, **options)
+        expect_largest(x.detach(), predicted, slack=0.0)
+        return loss
+
+    return function, *cross_entropy(logits, target, weight, **options)[1:]
+
+
+def linear(hidden, weight):
+    return torch.nn.functional.linear(hidden.detach().float(), weight.detach().float())
+
+
+def linear_cross_entropy(hidden, head, target, weight, **options):
+    def function(h, w, t, _, *weight):
+        return public("linear_cross_entropy")(
+            h, w, t, weight=weight[0] if weight else None, loss_dtype=torch.float32, **options
+        )
+
+    # dlogits are rounded to 16 bits before the matmuls, the gradients after them and once more by backward.
+    how = {"slack": 4.0, "carries": size_of_lse(linear(hidden, head))}
+    weights = [] if weight is None else [fixed(weight)]
+    return function, formulas.linear_cross_entropy(**options), [hidden, head, fixed(target), None, *weights], how
+
+
+def linear_cross_entropy_stats(hidden, head, target, weight, **options):
+    def function(h, w, t, _, *weight):
+        loss, _, _, predicted = public("linear_cross_entropy_stats")(
+            h, w, t, weight=weight[0] if weight else None, loss_dtype=torch.float32, **options
+        )
+        # The matmul sums in another order here, at about 1e-6 of the logits' size.
+        expect_largest(linear(h, w), predicted, slack=1e-5)
+        return loss
+
+    return function, *linear_cross_entropy(hidden, head, target, weight, **options)[1:]
+
+
+def expect_largest(logits, predicted, slack):
+    got = logits.gather(-1, predicted[:, None])[:, 0].float()
+    want = logits.amax(-1).float()
+    if not (got >= want - slack * want.abs() - slack).all():
+        raise AssertionError(f"predicted: not where the largest logit is, in rows {(got < want).nonzero()[:8, 0].tolist()}")
+
+
+def linear_logprob(hidden, head, target, temperature):
+    def function(h, w, t):
+        return public("linear_logprob")(h, w, t, temperature=temperature)
+
+    # dlogits are rounded to 16 bits before the matmuls that make the gradients.
+    how = {"slack": 2.0 if hidden.dtype == torch.float32 else 6.0}
+    how["carries"] = size_of_lse(linear(hidden, head) / temperature) * max(1, 1 / temperature)
+    return function, formulas.linear_logprob(temperature), [hidden, head, fixed(target)], how
+
+
+# operator -> its arguments and options -> (function, formula, inputs, what harness.check is told)
+HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
+HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
+
+
+def calls(machine, operator, rows):
+    """The operator's calls, with tensors on the machine's device."""
+    made = CALLS[operator](rows)
+    while True:
+        with torch.device(machine.device):
+            call = next(made, None)
+        if call is None:
+            return
+        yield call
+
+
+def words(arguments, options):
+    """A call in words."""
+    tensors = [
+        f"{str(a.dtype).removeprefix('torch.')}{list(a.shape)}" + ("" if a.is_contiguous() else " view")
+        for a in arguments
+        if isinstance(a, torch.Tensor)
+    ]
+    given = [f"{k}={'given' if isinstance(v, torch.Tensor) else v}" for k, v in options.items()]
+    return ", ".join([*tensors, *given])
+
+
+def numerics(machine, operator, record, launcher):
+    """Hold every call of one operator; returns what goes into the file."""
+    row = {"operator": operator, "calls": 0, "failed": 0, "worst": 0.0, "of": None}
+    function = HELD[operator]
+    for rows in (few,) if machine.dry else (few, many):
+        for arguments, options in calls(machine, operator, rows):
+            row["calls"] += 1
+            text, seen = words(arguments, options), []
+            with record.trying(f"{operator}: {text}") as outcome:
+                call, formula, inputs, how = function(*arguments, **options)
+                inputs = [i.detach() if isinstance(i, torch.Tensor) else i for i in inputs]
+                with poisoned():
+                    if machine.computes:
+                        with machine.launching(launcher):
+                            check(call, formula, *inputs, seen=seen, **how)
+                    else:
+                        check(call, formula, *inputs, seen=seen, **how)
+                        launch(machine, launcher, operator, arguments, options)
+            row["failed"] += not outcome["ok"]
+            worst = max((error / allowed for error, allowed in seen if error), default=0.0)
+            if worst > row["worst"]:
+                row |= {"worst": worst, "of": text}
+            if not machine.alive():
+                raise RuntimeError(f"the device is lost after {operator}: {text}")
+    return row
+
+
+def launch(machine, launcher, operator, arguments, options):
+    """The same call and its backward once more, over the stub, whose results are nothing."""
+    with machine.launching(launcher):
+        results = public(operator)(*arguments, **options)
+        outputs = [o for o in (results if isinstance(results, tuple) else [results]) if o.requires_grad]
+        torch.autograd.backward([o.sum() for o in outputs])
+
+
+def variants(machine, launches):
+    """What of the pack was reached by launches, {cubin: number}."""
+    pack = pack_of(machine)
+    built = [v.cubin for kernel in pack.manifest["kernels"] for v in pack.table(kernel).values()]
+    return {
+        "arch": pack.arch,
+        "built": len(built),
+        "reached": len(set(built) & set(launches)),
+        "not_reached": [cubin for cubin in built if cubin not in launches],
+        "launches": dict(sorted(launches.items())),
+    }
+
+
+def pack_of(machine):
+    if machine.dry:
+        return _runtime.open_pack(_runtime.pack_paths()["90"])
+    return _runtime.kernels.launcher.at(0).pack

@@ -1,0 +1,113 @@
+"""Calls that reach every variant that is built: test_launches.py sees that none is built without one."""
+
+import itertools
+
+import torch
+
+from harness import DTYPES
+
+# Rows of every block size of the norms and the loop, each with a width that is divisible by 16 and one that is not.
+WIDTHS = [96, 97, 1008, 1009, 2032, 2033, 4080, 4081, 8176, 8177, 9008, 9009]
+
+
+def few(n):
+    """How many rows of width n."""
+    return 5
+
+
+def randn(*shape, dtype, grad=True):
+    return torch.randn(shape).to(dtype).requires_grad_(grad)
+
+
+def weights(n, dtype):
+    """None, and one of each dtype."""
+    return [None, *(randn(n, dtype=t) for t in dict.fromkeys([dtype, torch.float32]))]
+
+
+def rms_norm(rows):
+    for dtype, n, casting in itertools.product(DTYPES, WIDTHS, ("none", "llama")):
+        for weight in weights(n, dtype):
+            yield (randn(rows(n), n, dtype=dtype), weight, 1e-6), {"casting": casting}
+    yield (randn(rows(64), 64, dtype=torch.float32)[:, 3:40], None), {}
+
+
+def fused_add_rms_norm(rows):
+    """In sixteenths, whose sum every dtype holds: rounding it is the definition's, not the kernel's, error."""
+    for (x, weight, *eps), options in rms_norm(rows):
+        residual = randn(*x.shape, dtype=x.dtype)
+        with torch.no_grad():
+            for t in (x, residual):
+                t.mul_(16).clamp_(-63, 63).round_().div_(16)
+        yield (x, residual, weight, *eps), options
+
+
+def layer_norm(rows):
+    for dtype, n in itertools.product(DTYPES, WIDTHS):
+        for weight, bias in itertools.product(weights(n, dtype), repeat=2):
+            yield (randn(rows(n), n, dtype=dtype), weight, bias), {}
+
+
+def rope(rows):
+    widths = [(64, 64), (62, 62), (128, 64), (126, 126), (128, 128), (130, 130), (256, 256), (512, 512), (514, 514)]
+    for dtype, (n, rotated) in itertools.product(DTYPES, widths):
+        tokens = rows(n)
+        for t in dict.fromkeys([dtype, torch.float32]):
+            q, k = randn(2, tokens, 9, n, dtype=dtype), randn(2, tokens, 3, n, dtype=dtype)
+            angles = (randn(2, tokens, rotated, dtype=t, grad=False) for _ in ("cos", "sin"))
+            yield (q.transpose(1, 2), k.transpose(1, 2), *angles), {}
+
+
+def gated(rows, **options):
+    for dtype, n, *values in itertools.product(DTYPES, (64, 63), *options.values()):
+        count = rows(n)
+        both = randn(count, 2 * n, dtype=dtype)
+        for gate, up in [(randn(count, n, dtype=dtype), randn(count, n, dtype=dtype)), both.chunk(2, dim=-1)]:
+            yield (gate, up), dict(zip(options, values, strict=True))
+
+
+def swiglu(rows):
+    yield from gated(rows, gate_multiplier=(1.0, 0.5))
+
+
+def geglu(rows):
+    yield from gated(rows, approximate=("tanh", "none"))
+
+
+def losses(rows, linear):
+    """Options of the three losses, for few classes and for many, divisible by 16 and not."""
+    options = {"softcap": (None, 30.0), "reduction": ("mean", "none"), "weight": (False, True)}
+    for dtype, n, *values in itertools.product(DTYPES, (1008, 1009, 4112, 4113), *options.values()):
+        given = dict(zip(options, values, strict=True)) | {"label_smoothing": 0.1, "lse_square_scale": 1e-4}
+        given["weight"] = torch.rand(n) if given["weight"] else None
+        count = rows(n)
+        target = torch.randint(n, (count + 1,))[n % 2 :][:count]
+        if linear:  # with weights as a head has them
+            yield (randn(count, 16, dtype=dtype), (torch.randn(n, 16) / 4).to(dtype).requires_grad_(), target), given
+        else:
+            yield (randn(count, n, dtype=dtype), target), given
+
+
+def cross_entropy(rows):
+    yield from losses(rows, linear=False)
+
+
+def cross_entropy_stats(rows):
+    yield from losses(rows, linear=False)
+
+
+def linear_cross_entropy(rows):
+    yield from losses(rows, linear=True)
+
+
+def linear_cross_entropy_stats(rows):
+    yield from losses(rows, linear=True)
+
+
+def linear_logprob(rows):
+    for arguments, _ in losses(rows, linear=True):
+        yield arguments, {"temperature": 0.7}
+
+
+# operator -> rows -> each call's (arguments, options)
+CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
+CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
