@@ -62,11 +62,12 @@ wheel: $(PIP)
 	ls -l dist
 
 # The flavour's wheel in dist/, in an environment of its own beside torch alone, under the Python that PYTHON names.
+SUFFIXED = $(wildcard dist/liger_aot-*+cu$(subst .,,$(CUDA))*.whl)
 smoke:
 	rm -rf build/smoke
 	$(PYTHON) -m venv build/smoke
 	build/smoke/bin/pip install --quiet $(TORCH)
-	build/smoke/bin/pip install --quiet dist/liger_aot-*$(if $(CUDA),+cu$(subst .,,$(CUDA)),[0-9])-py3-none-any.whl
+	build/smoke/bin/pip install --quiet $(if $(CUDA),$(SUFFIXED),$(filter-out $(SUFFIXED),$(wildcard dist/liger_aot-*.whl)))
 	cd build/smoke && bin/python -m liger_aot verify && bin/python -m liger_aot info --arch 9.0
 
 sdist: $(PIP)
