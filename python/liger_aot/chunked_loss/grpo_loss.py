@@ -169,9 +169,9 @@ def liger_fused_linear_grpo(
 
     keep = attention_mask != 0
     mask, ids = keep.float(), torch.where(keep, ids, -100)
-    advantages = advantages[:, None].float()
-    if vllm_is_ratio is not None and vllm_is_ratio.dim() == 1:
-        vllm_is_ratio = vllm_is_ratio[:, None]
+    advantages = advantages.detach()[:, None].float()
+    if vllm_is_ratio is not None:
+        vllm_is_ratio = vllm_is_ratio.detach().reshape(mask.shape[0], -1)
 
     logps, _, _ = linear_logprob(_input, weight, ids, bias=bias, temperature=temperature)
     old = logps if old_per_token_logps is None else old_per_token_logps
