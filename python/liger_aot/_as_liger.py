@@ -45,7 +45,8 @@ def close(finder):
 
 
 def as_liger():
-    """From here on liger_kernel.transformers is liger_aot.transformers: TrainingArguments(use_liger_kernel=True) reaches bind.
+    """From here on liger_kernel.transformers is liger_aot.transformers: TrainingArguments(use_liger_kernel=True) reaches bind;
+    liger_kernel.chunked_loss is liger_aot.chunked_loss.
 
     Changed are sys.modules and sys.meta_path, until close() of what this returns, or the end of a with statement; models that
     were bound stay bound. RuntimeError where liger-kernel is installed: nobody could tell which of the two answers.
@@ -59,7 +60,7 @@ def as_liger():
             f"as_liger: liger-kernel must not be installed, found {place}; uninstall it, or reach liger_aot by its own names: "
             "LigerCallback for a Trainer, liger_aot.bind(model), liger_aot.transformers for liger_kernel.transformers"
         )
-    finder = Alias("transformers")
+    finder = Alias("chunked_loss", "transformers")
     root = ModuleType("liger_kernel", "liger_aot answers for this name: liger_aot.as_liger() was called.")
     root.__version__, root.__path__ = VERSION, []
     root.__spec__ = ModuleSpec("liger_kernel", finder, origin=__file__, is_package=True)
