@@ -22,6 +22,7 @@ from liger_aot.ops import swiglu
 from liger_aot.ops._check import FLOATS
 
 cdiv = _runtime.cdiv
+HEAD = 128  # columns
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -67,9 +68,10 @@ def of_layer_norm(s, dtype):
 
 
 def of_rope(s, dtype):
-    """As models have q and k: heads transposed behind the tokens."""
-    n = s["hidden"] // s["heads"]
-    q, k = (shape(1, s["tokens"], heads, n, dtype=dtype).transpose(1, 2) for heads in (s["heads"], s["kv_heads"]))
+    """As models have q and k: heads transposed behind the tokens, a fourth of them for k."""
+    n = s.get("head", HEAD)
+    heads = max(1, s["hidden"] // n)
+    q, k = (shape(1, s["tokens"], h, n, dtype=dtype).transpose(1, 2) for h in (heads, max(1, heads // 4)))
     return rope.RopeFunction, (q, k, *(shape(1, s["tokens"], n, dtype=dtype) for _ in range(2)))
 
 
@@ -124,6 +126,7 @@ class Kernel:
     # (bytes moved once more, from the L2 as far as it holds them; of what a program touches in between)
     again: Callable = lambda v: (0, 0)
     branches: int = 1  # of which a program takes one
+    ahead: int = 0  # loads that must be back before the others start
 
 
 def blocks(v):
@@ -186,12 +189,12 @@ KERNELS = {
     "geglu_fwd": Kernel(("y",)),
     "geglu_bwd": Kernel(("dgate", "dup")),
     "cross_entropy_fwd": Kernel(
-        ("loss", "lse", "predicted"), lambda v: [blocks(v), blocks(v) if v["smoothing"] else 0], smoothed
+        ("loss", "lse", "predicted"), lambda v: [blocks(v), blocks(v) if v["smoothing"] else 0], smoothed, ahead=1
     ),
     "cross_entropy_reduce": Kernel(("result", "totals"), lambda v: [cdiv(v["rows"], v["BLOCK"])]),
-    "cross_entropy_bwd": Kernel(("dlogits",)),
-    "logprob_fwd": Kernel(("logp", "entropy", "lse"), lambda v: [blocks(v)]),
-    "logprob_bwd": Kernel(("dlogits",)),
+    "cross_entropy_bwd": Kernel(("dlogits",), ahead=1),
+    "logprob_fwd": Kernel(("logp", "entropy", "lse"), lambda v: [blocks(v)], ahead=1),
+    "logprob_bwd": Kernel(("dlogits",), ahead=1),
 }
 
 
@@ -209,6 +212,7 @@ class Launch:
     key: tuple = ()  # of the variant
     trips: tuple = ()
     branches: int = 1
+    ahead: int = 0
     matmul: tuple = ()  # (m, n, k, dtype)
 
     @property
@@ -247,6 +251,7 @@ def launch_of(kernel, grid, values, constants, parameters):
         (aligned, *(t.dtype for t in tensors.values()), *constants.values()),
         tuple(known.trips(v)),
         known.branches,
+        known.ahead,
     )
 
 
