@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 import pathlib
+import re
 import sys
 import zipfile
 
@@ -29,6 +30,7 @@ from ._runtime import kernels
 SOURCES = pathlib.Path(__file__).parent / "_triton"
 DEPTH = 3  # public operators call _fwd operators, and the linear losses' bodies call those of cross_entropy
 CHUNKED = {f"linear_{loss}_{way}" for loss in ("cross_entropy", "logprob") for way in ("fwd", "bwd")}
+MODELS, PACKAGES = "*/models/*.json", "*/data/aotinductor/*/*.json"  # where .pt2 files have their graphs
 ALLOCATIONS = {
     "empty",
     "empty_like",
@@ -154,48 +156,45 @@ def body_of(name):
     return traced
 
 
-def load(path) -> ExportedProgram:
-    """torch.export.load(path), of a file whose liger operators are this version's.
+def load(path):
+    """torch.export.load(path), or aoti_load_package(path) of a package, where the operators in it are this version's.
 
     torch itself drops an argument that an operator no longer has, and the program computes something else then. Raises
     RuntimeError with the operator, what the file passes and what this version takes; ValueError for what is no such file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            models = [name for name in archive.namelist() if pathlib.PurePath(name).match("*/models/*.json")]
-            nodes = [node for name in models for node in nodes_of(json.loads(archive.read(name)))]
+            names = [pathlib.PurePosixPath(name) for name in archive.namelist()]
+            models, packages = ([n for n in names if n.match(form)] for form in (MODELS, PACKAGES))
+            nodes = [node for name in (*models, *packages) for node in nodes_of(json.loads(archive.read(str(name))))]
     except zipfile.BadZipFile as error:
-        raise ValueError(f"load: {path} must be a file of torch.export.save, whole, got one that is not ({error})") from None
-    if not models:
-        raise ValueError(
-            f"load: {path} must hold an exported program, got none; packages of AOTInductor are loaded with "
-            "torch._inductor.aoti_load_package"
-        )
-    if unlike := sorted({why for node in nodes if (why := difference(node))}):
+        raise ValueError(f"load: {path} must be a whole .pt2 file, got one that is not ({error}); save it again") from None
+    if not models and not packages:
+        raise ValueError(f"load: {path} must be of torch.export.save or of AOTInductor, got a file of neither")
+    if unlike := sorted({why for node in nodes if (why := difference(*node))}):
         raise RuntimeError(
-            f"load: {path} was exported with another version of liger-aot:\n  " + "\n  ".join(unlike) + "\n"
-            f"Remedy: export the program again with this version, {_build.VERSION}, or install the one it was exported with"
+            f"load: {path} was made with another version of liger-aot:\n  " + "\n  ".join(unlike) + "\n"
+            f"Remedy: export the program again with this version, {_build.VERSION}, or install the one that it was made with"
         )
-    return torch.export.load(path)
+    return torch.export.load(path) if models else torch._inductor.aoti_load_package(path)
 
 
 def nodes_of(part):
-    """The nodes of liger operators in a serialized graph, and in the graphs within it."""
-    if isinstance(part, dict) and str(part.get("target")).startswith("torch.ops.liger."):
-        return [part]
+    """(operator, arguments, number of results) of the nodes of liger operators in serialized graphs."""
+    target = part.get("target") if isinstance(part, dict) else None
+    if isinstance(target, str) and (found := re.fullmatch(r"(?:torch\.ops\.liger\.|liger::)(\w+)(?:\.default)?", target)):
+        return [(found[1], [argument["name"] for argument in part["inputs"]], len(part["outputs"]))]
     values = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
     return [node for value in values for node in nodes_of(value)]
 
 
-def difference(node):
-    """In words, how a serialized node differs from the operator of its name; None where it does not."""
-    name = node["target"].removeprefix("torch.ops.liger.").removesuffix(".default")
-    passed = [argument["name"] for argument in node["inputs"]]
+def difference(name, passed, results):
+    """In words, how a node differs from the operator of its name; None where it does not."""
     if name not in BODIES and name not in PUBLIC:
         return f"liger::{name}({', '.join(passed)}), which this version does not have"
     schema = getattr(torch.ops.liger, name).default._schema
     known = {argument.name for argument in schema.arguments}
     needed = {argument.name for argument in schema.arguments if not argument.has_default_value()}
-    if needed <= set(passed) <= known and len(node["outputs"]) == len(schema.returns):
+    if needed <= set(passed) <= known and results == len(schema.returns):
         return None
-    return f"liger::{name}({', '.join(passed)}) with {len(node['outputs'])} results, which this version has as {schema}"
+    return f"liger::{name}({', '.join(passed)}) with {results} results, which this version has as {schema}"
