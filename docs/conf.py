@@ -10,6 +10,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 exclude_patterns = []
 myst_heading_anchors = 3  # links to headings, as on the pages of a repository
 default_role = "code"
+smartquotes = False  # what stands here is code
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 html_theme = "furo"

@@ -5,7 +5,6 @@ import doctest
 import html
 import itertools
 import re
-import shutil
 import subprocess
 import sys
 
@@ -98,17 +97,20 @@ def test_examples_of_docstrings():
 PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.stem != "transformers" and blocks(p))]
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_examples_of_pages(path, tmp_path, monkeypatch):
+COMPILED = "aoti_compile_and_package"  # by a C++ compiler, in half a minute; test_export.py does it for every operator
+CASES = [pytest.param(path, False, id=path.stem) for path in PAGES]
+CASES += [pytest.param(ROOT / "docs/deployment.md", True, id="deployment, compiled", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("path", "compiles"), CASES)
+def test_examples_of_pages(path, compiles, tmp_path, monkeypatch):
     """One after another, given what a page does not make itself; those of docs/transformers.md are run by test_ways_in.py."""
     stands = {name: Stand(kernel) for name, kernel in _jit.load().items()}
     monkeypatch.setattr(export, "sources", lambda: stands)  # Triton interprets here
     monkeypatch.chdir(tmp_path)
     given = {"model": build(), "ids": batch()["input_ids"]}
     for code in blocks(path):
-        if any(code.startswith(line) for line in NOT_RUN):
-            continue
-        if "aoti_compile" in code and not shutil.which("g++"):
+        if code.startswith(tuple(NOT_RUN)) or (COMPILED in code and not compiles):
             continue
         exec(compile(code, str(path), "exec"), given)
 

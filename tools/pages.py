@@ -52,6 +52,8 @@ def template(node):
     if isinstance(node, ast.JoinedStr):
         parts = (p.value if isinstance(p, ast.Constant) else f"{{{ast.unparse(p.value)}}}" for p in node.values)
         return "".join(parts)
+    if isinstance(node, ast.BinOp):
+        return "".join(template(side) or f"{{{ast.unparse(side)}}}" for side in (node.left, node.right))
     return None
 
 
@@ -142,7 +144,7 @@ def page(module, table):
         "In braces stands what the error shows of the call.\n",
         block("text", refusals(module, name)),
     ]
-    parts += ["## Below it\n", "What the graph holds after `run_decompositions()`, and autograd calls:\n"]
+    parts += ["## Forward and backward operators\n", "What autograd calls, and a graph holds after `run_decompositions()`:\n"]
     parts += [described(operator, getattr(module, operator)) for operator in launched]
     return "\n".join(parts)
 
