@@ -1,0 +1,244 @@
+"""What is timed: each operator at each size, with what every provider calls it, and the least it must move and compute.
+
+PLAN is in the order of importance: first each operator at the size of a Llama-8B batch, then Liger's own sweeps.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+
+import cases
+import torch
+from torch.nn import functional
+
+OURS, LIGER, EAGER, COMPILED, HF = "liger-aot", "liger-kernel", "torch eager", "torch.compile", "transformers"
+QUACK, FUSED, MATMULS, LIGER_FP32 = "quack", "F.linear_cross_entropy", "bare matmuls", "liger-kernel, sums in fp32"
+DTYPE = torch.bfloat16
+EPS = 1e-6
+HEAD = 128
+
+
+@dataclasses.dataclass
+class Timed:
+    inputs: list  # those that require a gradient get one
+    calls: dict[str, Callable]
+    bytes: tuple[int, int] = (0, 0)  # of a forward and of a backward: each input read once, each output written once
+    flops: tuple[int, int] = (0, 0)
+    forward_only: tuple = (MATMULS,)  # what does all of its work in one call
+
+
+def leaf(*shape, scale=1.0):
+    return (torch.randn(shape, dtype=DTYPE) * scale).requires_grad_()
+
+
+def ours(name, **options):
+    public, _ = cases.operator(name)
+    return lambda *inputs: public(*inputs, **options)
+
+
+def llama_norm(x, weight):
+    xs = x.float()
+    return weight * (xs * torch.rsqrt(xs.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def rotated(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def eager_rope(q, k, cos, sin):
+    cos, sin = cos[:, None], sin[:, None]
+    return rotated(q, cos, sin), rotated(k, cos, sin)
+
+
+def eager_logprob(hidden, weight, target):
+    logits = functional.linear(hidden, weight).float()
+    return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+# The same in torch's own parts, as transformers has it where torch has no function of that name.
+IN_TORCH = {
+    "rms_norm": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
+    "fused_add_rms_norm": lambda x, r, w: (functional.rms_norm(s := x + r, w.shape, w, EPS), s),
+    "layer_norm": lambda x, w, b: functional.layer_norm(x, w.shape, w, b, 1e-5),
+    "rope": eager_rope,
+    "swiglu": lambda gate, up: functional.silu(gate) * up,
+    "geglu": lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
+    "cross_entropy": functional.cross_entropy,
+    "linear_cross_entropy": lambda h, w, t: functional.cross_entropy(functional.linear(h, w).float(), t),
+    "linear_logprob": eager_logprob,
+}
+
+
+def calls(name, theirs, quack=None, **more):
+    """{provider: function}; `theirs` and `quack` are their names for it."""
+    found = {OURS: ours(name), EAGER: IN_TORCH[name]} | more
+    if theirs is not None:
+        found[LIGER] = theirs
+    if quack is not None and importlib.util.find_spec("quack"):
+        found[QUACK] = quack
+    return found
+
+
+def norm(name):
+    def build(tokens, hidden, liger):
+        x, weight, bias = leaf(tokens, hidden), leaf(hidden), leaf(hidden)
+        size = x.nbytes
+        if name == "rms_norm":
+            found = calls(
+                name,
+                liger and (lambda x, w: liger.liger_rms_norm(x, w, EPS)),
+                lambda x, w: imported("quack.rmsnorm", "rmsnorm")(x, w, eps=EPS),
+                **{HF: llama_norm},
+            )
+            return Timed([x, weight], found, (2 * size, 3 * size))
+        if name == "layer_norm":
+            return Timed(
+                [x, weight, bias],
+                calls(name, liger and (lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-5))),
+                (2 * size, 3 * size),
+            )
+        found = calls(
+            name,
+            liger and (lambda x, r, w: liger.liger_fused_add_rms_norm(x, r, w, EPS)),
+            lambda x, r, w: imported("quack.rmsnorm", "rmsnorm")(x, w, residual=r, eps=EPS, prenorm=True),
+        )
+        found[OURS] = lambda x, r, w: ours(name)(x, r, w, EPS)
+        return Timed([x, leaf(tokens, hidden), weight], found, (4 * size, 4 * size))
+
+    return build
+
+
+def imported(module, name):
+    return getattr(importlib.import_module(module), name)
+
+
+def rope(tokens, hidden, liger):
+    """q and k as a model has them, with a fourth of the heads for k."""
+    heads = max(1, hidden // HEAD)
+    q, k = (leaf(1, tokens, h, HEAD).detach().transpose(1, 2).requires_grad_() for h in (heads, max(1, heads // 4)))
+    angles = 3 * torch.randn(1, tokens, HEAD)
+    size = 2 * (q.nbytes + k.nbytes) + 2 * tokens * HEAD * 2
+    inputs = [q, k, angles.cos().to(DTYPE), angles.sin().to(DTYPE)]
+    return Timed(inputs, calls("rope", liger and (lambda *i: liger.liger_rope(*i))), (size, size))
+
+
+def gated(name):
+    def build(tokens, hidden, liger):
+        gate, up = leaf(tokens, hidden), leaf(tokens, hidden)
+        found = calls(name, liger and (lambda gate, up: getattr(liger, f"liger_{name}")(gate, up)))
+        return Timed([gate, up], found, (3 * gate.nbytes, 5 * gate.nbytes))
+
+    return build
+
+
+def cross_entropy(tokens, vocabulary, liger):
+    logits, target = leaf(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
+    found = calls(
+        "cross_entropy",
+        liger and (lambda x, t: liger.liger_cross_entropy(x, t)),
+        lambda x, t: imported("quack.cross_entropy", "cross_entropy")(x, t),
+        **{HF: lambda x, t: functional.cross_entropy(x.float(), t)},
+    )
+    return Timed([logits, target], found, (logits.nbytes, 2 * logits.nbytes))
+
+
+def head(tokens, hidden, vocabulary):
+    x, weight = leaf(tokens, hidden), leaf(vocabulary, hidden, scale=hidden**-0.5)
+    flops = 2 * tokens * hidden * vocabulary
+    moved = x.nbytes + weight.nbytes
+    return [x, weight, torch.randint(vocabulary, (tokens,))], (moved, 2 * moved), (flops, 2 * flops)
+
+
+def matmuls(hidden, weight, target):
+    """The three products of a forward and backward, with nothing between them."""
+    with torch.no_grad():
+        logits = hidden @ weight.t()
+        return logits @ weight, logits.t() @ hidden
+
+
+def linear_cross_entropy(tokens, hidden, vocabulary, liger):
+    inputs, moved, flops = head(tokens, hidden, vocabulary)
+    name = "liger_fused_linear_cross_entropy"
+    found = calls(
+        "linear_cross_entropy",
+        liger and (lambda h, w, t: getattr(liger, name)(h, w, t)),
+        lambda h, w, t: imported("quack.linear_cross_entropy", "chunked_linear_cross_entropy")(h, w, t),
+        **{MATMULS: matmuls},
+    )
+    if liger:
+        found[LIGER_FP32] = lambda h, w, t: getattr(liger, name)(h, w, t, accum_dtype=torch.float32)
+    if fused := getattr(functional, "linear_cross_entropy", None):  # torch 2.13 has it, 2.11 does not
+        found[FUSED] = fused
+    return Timed(inputs, found, moved, flops)
+
+
+def linear_logprob(tokens, hidden, vocabulary, liger):
+    inputs, moved, flops = head(tokens, hidden, vocabulary)
+    found = calls("linear_logprob", None)
+    found[OURS] = lambda *inputs: ours("linear_logprob")(*inputs)[0]
+    return Timed(inputs, found, moved, flops)
+
+
+BUILD = {name: norm(name) for name in ("rms_norm", "fused_add_rms_norm", "layer_norm")} | {"rope": rope}
+BUILD |= {name: gated(name) for name in ("swiglu", "geglu")}
+BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy, "linear_logprob": linear_logprob}
+
+TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the first cases
+HIDDEN = [1024, 2048, 4096, 8192, 16384, 32768]
+VOCABULARY = [32768, 65536, 128256, 262144]
+# At the sizes of Llama-8B: hidden 4096, intermediate 14336, vocabulary 128256.
+FIRST = [
+    ("linear_cross_entropy", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
+    ("rms_norm", {"tokens": 8192, "hidden": 4096}),
+    ("cross_entropy", {"tokens": 4096, "vocabulary": 128256}),
+    ("swiglu", {"tokens": 8192, "hidden": 14336}),
+    ("rope", {"tokens": 8192, "hidden": 4096}),
+    ("fused_add_rms_norm", {"tokens": 8192, "hidden": 4096}),
+    ("layer_norm", {"tokens": 8192, "hidden": 4096}),
+    ("geglu", {"tokens": 8192, "hidden": 14336}),
+    ("linear_logprob", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
+]
+
+
+def sweeps():
+    """Widths, for Liger's 2048 tokens, and numbers of tokens, of one operator after another, the ends before the middle."""
+    widths = [HIDDEN[i] for i in (0, 5, 2, 3, 1, 4)]
+    tokens = [TOKENS[i] for i in (0, 4, 2, 3, 1)]
+    elementwise = ["rms_norm", "swiglu", "rope", "fused_add_rms_norm", "layer_norm", "geglu"]
+    for place in range(len(widths)):
+        yield from ((name, {"tokens": 2048, "hidden": widths[place]}) for name in elementwise)
+        if place < len(tokens):
+            n = tokens[place]
+            yield "linear_cross_entropy", {"tokens": n, "hidden": 4096, "vocabulary": 128256}
+            yield "cross_entropy", {"tokens": n, "vocabulary": 128256}
+            yield from ((name, {"tokens": n, "hidden": 14336 if "glu" in name else 4096}) for name in elementwise)
+        if place < len(VOCABULARY):
+            v = VOCABULARY[place]
+            yield "cross_entropy", {"tokens": 4096, "vocabulary": v}
+            yield "linear_cross_entropy", {"tokens": 4096, "hidden": 4096, "vocabulary": v}
+    for hidden in (1024, 2048, 8192):
+        yield "linear_cross_entropy", {"tokens": 4096, "hidden": hidden, "vocabulary": 128256}
+    for n in (1024, 16384):
+        yield "linear_logprob", {"tokens": n, "hidden": 4096, "vocabulary": 128256}
+
+
+def plan():
+    """[(operator, sizes)], each once."""
+    once = []
+    for case in [*FIRST, *sweeps()]:
+        if case not in once:
+            once.append(case)
+    return once
+
+
+TINY = {"tokens": 6, "hidden": 256, "vocabulary": 128}
+
+
+def tiny(sizes):
+    """What a dry run has in place of these sizes."""
+    return {name: TINY[name] for name in sizes}
+
+
+def text(operator, sizes):
+    return f"{operator} {', '.join(f'{name} {size}' for name, size in sizes.items())}"

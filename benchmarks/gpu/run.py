@@ -1,0 +1,363 @@
+"""Everything that needs a GPU: what is right, how fast, into one JSON file. README.md beside this says what is in it.
+
+python benchmarks/gpu/run.py [--only correctness|speed] [--out out/gpu.json] [--seconds 560] [--match TEXT] [--dry-run]
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent
+if __name__ == "__main__":  # this folder's modules are the package gpu: some have names that are taken one folder up
+    sys.path[0] = str(BENCHMARKS)
+    sys.path.append(str(BENCHMARKS.parent / "tests"))
+
+LOST = 3  # a child's exit status where the device no longer answers
+# part -> (the half that it is of, its share of the time); each runs in processes of its own, the fresh parts one for each job.
+PARTS = {
+    "numerics": ("correctness", 100),
+    "behaviour": ("correctness", 75),
+    "speed": ("speed", 210),
+    "stack": ("speed", 110),
+    "host": ("speed", 20),
+    "first call": ("speed", 45),
+}
+FRESH = "stack", "first call"
+DRY = 2
+GRACE = 20  # seconds that a child may take longer than its part, before it is ended
+
+
+def main(arguments=None):
+    from gpu.record import Record
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["correctness", "speed"])
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/gpu.json"))
+    parser.add_argument("--seconds", type=float, default=560.0, help="that the whole may take")
+    parser.add_argument("--match", default="", help="only jobs whose name holds this")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, over the stub driver; nothing is measured")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.child:
+        return child(json.loads(given.child), given.out)
+    parts = {name: share for name, (half, share) in PARTS.items() if given.only in (None, half)}
+    record = Record(
+        given.out, dry=given.dry_run, arguments=arguments or sys.argv[1:], environment=environment(), seconds=given.seconds
+    )
+    whole = sum(parts.values())
+    with tempfile.TemporaryDirectory() as caches:
+        for name, share in parts.items():
+            with record.part(name, given.seconds * share / whole):
+                jobs = [job for job in listed(name) if given.match in json.dumps(job)]
+                if given.dry_run and name in FRESH:
+                    for job in jobs[DRY:]:
+                        record.cut(words(job), f"a dry run tries {DRY} of these processes")
+                    jobs = jobs[:DRY]
+                run_part(record, name, jobs, given.dry_run, pathlib.Path(caches))
+    record.content["first_call"] = together(record.content["first_call"])
+    count_variants(record, complete=not given.match)
+    record.budget["taken"] = round(time.monotonic() - record.started, 1)
+    record.write()
+    return summary(record)
+
+
+def environment():
+    import run  # the CPU benchmarks', one folder up
+
+    return run.environment() | {name: version(name) for name in ("transformers", "quack-kernels")} | {"commit": commit()}
+
+
+def version(package):
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit():
+    """Of the tree, or as the folder of wheels names it, where the tree came without its history."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=BENCHMARKS, check=False)
+    return done.stdout.strip() if not done.returncode else os.environ.get("LIGER_AOT_COMMIT")
+
+
+def listed(part):
+    """The jobs of a part, in the order of their importance."""
+    if part == "numerics":
+        from gpu import numerics
+
+        return list(numerics.HELD)
+    if part == "behaviour":
+        from gpu import behaviour
+
+        return [behaviour.named(*c) for c in behaviour.CHECKS]
+    from gpu import cases
+
+    if part == "speed":
+        return [list(case) for case in cases.plan()]
+    if part == "stack":
+        from gpu import stack
+
+        return [list(job) for job in stack.JOBS]
+    names = [operator for operator, _ in cases.FIRST if operator != "linear_logprob"]
+    if part == "host":
+        return names
+    return [[provider, name] for name in names for provider in (cases.OURS, cases.LIGER)] * 2
+
+
+def run_part(record, part, jobs, dry, caches):
+    """Run the jobs in children; what one of them kills, it kills alone, and those after it are run by the next."""
+    while jobs:
+        some = jobs[:1] if part in FRESH else jobs
+        if record.left() <= 0:
+            for job in jobs:
+                record.cut(words(job))
+            return
+        content, status, errors = run_child(record, part, some, dry, caches)
+        finished = content["finished"]
+        merge(record, content)
+        jobs = jobs[len(finished) :]
+        if status != 0 and status != LOST and len(finished) < len(some):
+            record.fail(words(some[len(finished)]), f"its process ended with status {status}: {errors[-1500:]}")
+            jobs = jobs[1:]
+
+
+def run_child(record, part, jobs, dry, caches):
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder, "child.json")
+        task = {"part": part, "jobs": jobs, "dry": dry, "seconds": record.left(), "started": time.time()}
+        command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child", json.dumps(task), "--out", str(out)]
+        try:
+            done = subprocess.run(
+                command,
+                env=child_environment(part, jobs, caches),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=max(record.left(), 1) + GRACE,
+                check=False,
+            )
+            status, errors = done.returncode, done.stderr
+        except subprocess.TimeoutExpired as error:
+            status, errors = "none, being too late", (error.stderr or b"").decode(errors="replace")
+        content = json.loads(out.read_text()) if out.exists() else {"finished": []}
+        for line in errors.splitlines():
+            if line.startswith("["):
+                print("  " + line, file=sys.stderr, flush=True)
+        return content, status, errors
+
+
+def child_environment(part, jobs, caches):
+    """Every fresh process compiles anew what is compiled at run time, unless its job wants the caches of one before it."""
+    found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    found |= {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TRANSFORMERS_VERBOSITY": "error"}
+    folder = caches / "-".join(str(w) for w in [part, *(jobs[0][:2] if part in FRESH else [])])
+    if part in FRESH and (part, jobs[0][-1]) != ("stack", "warm"):
+        while folder.exists():
+            folder = folder.with_name(folder.name + "-again")
+    return found | {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+
+
+def merge(record, content):
+    """What a child found, into the whole."""
+    if content.get("gpu"):
+        record.content["environment"]["gpu"] = content["gpu"]
+    for name in ("ceilings", "speed", "host", "first_call", "stack", "failures", "cut"):
+        record.content[name] += content.get(name, [])
+    for name in ("numerics", "checks"):
+        record.content["correctness"][name] += content.get("correctness", {}).get(name, [])
+    variants = content.get("variants")
+    if variants:
+        before = record.content["correctness"]["variants"]
+        if before:
+            for cubin, number in before["launches"].items():
+                variants["launches"][cubin] = variants["launches"].get(cubin, 0) + number
+        record.content["correctness"]["variants"] = variants
+
+
+def together(rows):
+    """First calls, the processes of one operator and provider in one row."""
+    from gpu.timing import spread
+
+    found = {}
+    for row in rows:
+        found.setdefault((row["operator"], row["provider"]), []).append(row)
+    gathered = []
+    for (operator, provider), some in found.items():
+        times = spread([row["ms"] for row in some])
+        imports = spread([row["import_ms"] for row in some])["median"]
+        gathered.append({"operator": operator, "provider": provider, "ms": times.pop("median"), **times, "import_ms": imports})
+    return gathered
+
+
+def count_variants(record, complete):
+    """Which built variants no call reached: a failure, where every call was made."""
+    variants = record.content["correctness"]["variants"]
+    if not variants:
+        return
+    launched = variants["launches"]
+    variants["not_reached"] = [cubin for cubin in variants.pop("names") if cubin not in launched]
+    variants["reached"] = variants["built"] - len(variants["not_reached"])
+    if complete and variants["not_reached"]:
+        record.place = "numerics"
+        record.fail("variants", f"{len(variants['not_reached'])} of {variants['built']} built variants were not reached")
+
+
+def summary(record):
+    """Say how it went; the exit status."""
+    content = record.content
+    variants = content["correctness"]["variants"]
+    if variants:
+        print(f"variants reached: {variants['reached']} of {variants['built']}, sm_{variants['arch']}")
+    for failure in content["failures"]:
+        print(f"FAILED {failure['part']}: {failure['case']}: {failure['message'][:300]}")
+    what = "a dry run: no figure is from a GPU" if content["dry"] else f"{len(content['speed'])} times"
+    print(
+        f"{record.path}: {what}; {len(content['failures'])} failures, {len(content['cut'])} cut; "
+        f"{content['budget']['taken']:.0f} of {content['budget']['seconds']:.0f} s"
+    )
+    return 1 if content["failures"] else 0
+
+
+def words(job):
+    return job if isinstance(job, str) else " ".join(str(part) for part in job)
+
+
+def child(task, out):
+    """One process of one part: its jobs in order, the file whole after each."""
+    from gpu.record import Record
+
+    part, jobs, dry = task["part"], task["jobs"], task["dry"]
+    record = Record(out, dry=dry, arguments=[], environment=None, seconds=task["seconds"])
+    record.place = part
+    record.content["finished"] = finished = []
+    if part in FRESH:
+        record.say(f"{part}: {words(jobs[0])}")
+        with record.trying(words(jobs[0])):
+            {"stack": stack, "first call": first_call}[part](record, jobs[0], task)
+        finished.append(jobs[0])
+        record.write()
+        return 0
+    from gpu.machine import Dry
+    from gpu.machine import Gpu
+
+    machine = Dry() if dry else Gpu()
+    record.content["gpu"] = machine.found()
+    work = {"numerics": numerics, "behaviour": behaviour, "speed": speed, "host": host}[part](machine, record)
+    for job in jobs:
+        if record.left() <= 0:
+            record.cut(words(job))
+        else:
+            record.say(f"{part}: {words(job)}")
+            with record.trying(words(job)):
+                work(job)
+            machine.free()
+        finished.append(job)
+        record.write()
+        if not machine.alive():
+            record.say("the device no longer answers; the rest is for another process")
+            return LOST
+    return 0
+
+
+def numerics(machine, record):
+    import torch
+
+    from gpu import machine as machines
+    from gpu import numerics
+
+    torch.manual_seed(0)
+    record.content["variants"] = variants = numerics.built(machine)
+
+    def work(operator):
+        launcher = machine.launcher()
+        try:
+            numerics.numerics(machine, operator, record, launcher)
+        finally:
+            for cubin, number in machines.reached(launcher).items():
+                variants["launches"][cubin] = variants["launches"].get(cubin, 0) + number
+
+    return work
+
+
+def behaviour(machine, record):
+    import torch
+
+    from gpu import behaviour
+
+    torch.manual_seed(0)
+    checks = {behaviour.named(*c): c for c in behaviour.CHECKS}
+
+    def work(name):
+        check, subject = checks[name]
+        with record.trying(name) as outcome:
+            outcome["note"] = check(machine, subject) or ""
+        if machine.dry:
+            outcome["seconds"] = None
+        record.content["correctness"]["checks"].append({"check": check.__name__, "subject": subject, **outcome})
+
+    return work
+
+
+def speed(machine, record):
+    from gpu import timing
+
+    with machine.serving():
+        reached = timing.ceilings(machine, record)
+    functional = timing.available(machine)
+    if functional is None:
+        record.cut("liger-kernel in all cases", "it is not installed")
+    return lambda job: timing.speed(machine, record, *job, functional, reached)
+
+
+def host(machine, record):
+    from gpu import timing
+
+    functional = timing.available(machine)
+    return lambda name: timing.host_time(machine, record, name, functional)
+
+
+def stack(record, job, task):
+    from gpu import stack
+    from gpu import timing
+
+    provider, compiled, cache = job
+    row = {}
+
+    def note(found):
+        row.update(found, cache=cache)
+        record.content["stack"] = [row]
+        record.write()
+
+    started = None if task["dry"] else task["started"]
+    try:
+        stack.train(provider, compiled, started, record.ends, timing.spread, note)
+    except Exception as error:  # whatever other people's code raises; of ours it is a failure
+        if provider == stack.OURS:
+            raise
+        record.cut(stack.text(*job), f"{type(error).__name__}: {error}"[:500])
+
+
+def first_call(record, job, task):
+    from gpu import cases
+    from gpu import fresh
+
+    provider, operator = job
+    try:
+        found = fresh.measure(provider, operator, task["dry"])
+    except Exception as error:  # whatever other people's code raises; of ours it is a failure
+        if provider == cases.OURS:
+            raise
+        record.cut(f"first call: {words(job)}", f"{type(error).__name__}: {error}"[:500])
+        return
+    record.add("first_call", operator=operator, provider=provider, **found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
