@@ -9,7 +9,7 @@ TEST_ARCHS := 80,90
 # The flavour of `wheel` and `pack`: 12.6, 12.9 or 13.0; none for the wheel without a suffix. tools/flavour.py has the pins.
 CUDA ?=
 
-.PHONY: demo lint test slow wheel smoke sdist index pack bench mutate sweep docs clean
+.PHONY: demo lint test slow wheel smoke sdist index pack bench carry gpu mutate sweep docs clean
 
 $(PIP):
 	$(PYTHON) -m venv $(VENV)
@@ -90,6 +90,24 @@ pack: $(PIP)
 bench: $(VENV)/ready
 	$(call install,$(LIGER_AOT_ARCHS))
 	$(RUN) benchmarks/run.py --wheel build/wheel/*.whl --out out/bench.json
+
+# What `gpu` needs on a machine without a network: our wheel, Liger's, and which commit it is.
+CARRY ?= build/carry
+carry: $(PIP)
+	rm -rf $(CARRY)
+	LIGER_AOT_CUDA=$(CUDA) $(PIP) wheel --quiet --no-deps -C build-dir=build/cuda$(CUDA) --wheel-dir $(CARRY) .
+	$(PIP) download --quiet --no-deps --only-binary=:all: --dest $(CARRY) liger-kernel==0.8.5
+	git rev-parse HEAD > $(CARRY)/commit
+	ls -l $(CARRY)
+
+# All that needs a GPU, within ten minutes. Nothing is fetched: torch and transformers are those that PYTHON has.
+ONLY ?=
+gpu:
+	@ls $(CARRY)/liger_aot-*.whl >/dev/null 2>&1 || { echo "make gpu: no wheel of ours in $(CARRY); make carry, with a network"; exit 2; }
+	rm -rf build/gpu
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --target build/gpu $(CARRY)/*.whl
+	PYTHONPATH=build/gpu LIGER_AOT_COMMIT=$$(cat $(CARRY)/commit) \
+		$(PYTHON) benchmarks/gpu/run.py --out out/gpu.json $(if $(ONLY),--only $(ONLY))
 
 mutate: $(VENV)/ready
 	$(call install,$(TEST_ARCHS))

@@ -53,8 +53,6 @@ class Gpu:
     backend = "inductor"
 
     def __init__(self):
-        if not torch.cuda.is_available():
-            raise SystemExit("benchmarks/gpu: no CUDA device is there; --dry-run goes through the same program without one")
         torch.cuda.set_device(0)
         self.device = torch.device("cuda", 0)
         self.count = torch.cuda.device_count()

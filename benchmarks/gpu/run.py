@@ -45,6 +45,8 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     if given.child:
         return child(json.loads(given.child), given.out)
+    if not given.dry_run:
+        expect_device()
     parts = {name: share for name, (half, share) in PARTS.items() if given.only in (None, half)}
     record = Record(
         given.out, dry=given.dry_run, arguments=arguments or sys.argv[1:], environment=environment(), seconds=given.seconds
@@ -66,6 +68,13 @@ def main(arguments=None):
     return summary(record)
 
 
+def expect_device():
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/gpu: no CUDA device is there; --dry-run goes through the same program without one")
+
+
 def environment():
     import run  # the CPU benchmarks', one folder up
 
@@ -84,7 +93,7 @@ def version(package):
 def commit():
     """Of the tree, or as the folder of wheels names it, where the tree came without its history."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=BENCHMARKS, check=False)
-    return done.stdout.strip() if not done.returncode else os.environ.get("LIGER_AOT_COMMIT")
+    return done.stdout.strip() if not done.returncode else os.environ.get("LIGER_AOT_COMMIT") or None
 
 
 def listed(part):
