@@ -2,8 +2,10 @@
 
 import ast
 import doctest
+import glob
 import html
 import itertools
+import pathlib
 import re
 import subprocess
 import sys
@@ -170,8 +172,9 @@ def test_the_dtype_table_says_each_combination():
 # --- errors
 
 
-SOURCES = ROOT / "python/liger_aot"
-FILES = [p for p in sorted(SOURCES.rglob("*.py")) if "convert" not in p.parts and p.name != "_demo.py"]
+SOURCES = pathlib.Path(liger_aot.__file__).parent
+NAMES = [name for name in sorted(glob.glob("**/*.py", root_dir=SOURCES, recursive=True)) if name != "_demo.py"]  # noqa: PTH207 (follows links)
+FILES = [SOURCES / name for name in NAMES if not name.startswith(("convert", "_triton"))]
 TOOLS = [*(ROOT / "tools").glob("*.py"), *(ROOT / "csrc_triton").glob("_*.py")]
 # Of these every message: the machine, packs, the driver, the build. What a function's arguments must be stands on its own page.
 MACHINERY = [p for p in FILES if p.name[0] == "_" and p.parent in (SOURCES, SOURCES / "bind")] + [SOURCES / "export.py", *TOOLS]
