@@ -309,6 +309,7 @@ def batch(model, form, seed=0, rows=2):
     vocabulary = min(first(config, "vocab_size", "src_vocab_size") or VOCAB, VOCAB)
     fields = {key: value for part in parts(config) for key, value in vars(part).items()}
     special = {value for key, value in fields.items() if re.search("token_(id|index)$", key) and isinstance(value, int)}
+    special |= {*(fields.get("vocabulary_map") or {}).values()}
     usual = torch.tensor([i for i in range(6, vocabulary) if i not in special])
 
     def draw(*shape):
@@ -341,23 +342,27 @@ def batch(model, form, seed=0, rows=2):
 
 
 class Choices(TorchFunctionMode):
-    """The first run under it chooses with topk, the runs after it as that did: a router that chose another expert for one
-    rounding says nothing about the rounding."""
+    """The first run under it chooses and draws, the runs after it do as that did: a router that chose another expert for one
+    rounding, or drew another number for its dtype, says nothing about the rounding."""
 
     def __init__(self):
         super().__init__()
         self.made, self.next = [], None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(function, "__name__", "") != "topk":
-            return function(*args, **kwargs)
+        found, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
+        if name != "rand_like" and not (name in ("topk", "max") and hasattr(found, "indices")):
+            return found
         if self.next is None:
-            chosen = function(*args, **kwargs)
-            self.made.append(chosen.indices)
-            return chosen
-        indices, dim = next(self.next), kwargs.get("dim", args[2] if len(args) > 2 else -1)
-        return torch.return_types.topk((args[0].gather(dim, indices), indices))
+            self.made.append(found)
+            return found
+        made = next(self.next)
+        if name == "rand_like":
+            return made.to(found.dtype)
+        if name == "max":
+            return type(found)((found.values, made.indices))
+        dim = (kwargs or {}).get("dim", args[2] if len(args) > 2 else -1)
+        return type(found)((args[0].gather(dim, made.indices), made.indices))
 
     def __exit__(self, *exception):
         super().__exit__(*exception)

@@ -107,7 +107,7 @@ def test_report_is_a_table_of_groups():
         ["bound", "swiglu", "1", "x"],
         ["bound", "rms_norm", "2", "x"],
         ["bound", "rms_norm", "2", "x"],
-        ["shadowed", "-", "1", "x"],
+        ["shadowed", "swiglu", "1", "x"],
         ["bound", "rms_norm", "1", "x"],
         ["bound", "linear_cross_entropy", "1", "x"],
         ["1", "x", "fused"],

@@ -3,6 +3,7 @@
 import functools
 import random
 import types
+import warnings
 
 import numpy as np
 import peft
@@ -103,14 +104,35 @@ def test_unknown_options_are_refused(model):
     assert classes(model) == kinds
 
 
-def test_strict_raises_with_the_rows_and_leaves_the_model_unbound():
-    model = build(hidden_act="relu")
+def with_a_forward_of_an_mlp():
+    model = build()
+    model.model.layers[1].mlp.forward = lambda x: x
+    return model
+
+
+def with_eager_experts():
+    model = build("mixtral")
+    model.set_experts_implementation("eager")
+    return model
+
+
+# What an operator computes, or is a head, and is left all the same.
+MISSED = {
+    "a forward of its own": (with_a_forward_of_an_mlp, ["LlamaMLP", "forward of its own", "swiglu"], ["LlamaRMSNorm"]),
+    "float64": (lambda: build(dtype=torch.float64), ["LlamaMLP", "LlamaRMSNorm", "float32"], []),
+    "eager experts": (with_eager_experts, ["MixtralExperts", "set_experts_implementation"], ["MixtralRMSNorm"]),
+    "a quantised head": (lambda: with_head(QuantizedLinear(WIDTH, 97, bias=False)), ["QuantizedLinear"], ["LlamaMLP"]),
+}
+
+
+@pytest.mark.parametrize(("made", "shown", "hidden"), MISSED.values(), ids=MISSED)
+def test_strict_raises_with_the_rows_and_leaves_the_model_unbound(made, shown, hidden):
+    model = made()
     kinds, attributes = classes(model), [list(vars(m)) for m in model.modules()]
     with pytest.raises(RuntimeError) as raised:
         liger_aot.bind(model, strict=True)
-    assert "LlamaMLP" in str(raised.value)
-    assert "relu" in str(raised.value)
-    assert "LlamaRMSNorm" not in str(raised.value)
+    assert all(text in str(raised.value) for text in shown)
+    assert not any(text in str(raised.value) for text in hidden)
     assert classes(model) == kinds
     assert [list(vars(m)) for m in model.modules()] == attributes
 
@@ -121,8 +143,19 @@ def test_strict_binds_where_nothing_is_left(model):
     assert not report.left
 
 
+def test_strict_says_nothing_of_what_no_operator_computes():
+    """A gate of relu, MLPs without a gate, norms of other formulas, a rope of the other sign."""
+    grouped = build()
+    grouped.extra = nn.GroupNorm(2, 4)
+    for model in build(hidden_act="relu"), build("gpt2"), build("nanochat"), grouped:
+        report = liger_aot.bind(model, strict=True)
+        assert report.bound
+        assert report.left
+        assert all(found.operator is None and found.why for found in report.left)
+
+
 def test_strict_is_about_what_was_asked_for():
-    report = liger_aot.bind(build(hidden_act="relu"), strict=True, swiglu=False, geglu=False)
+    report = liger_aot.bind(with_a_forward_of_an_mlp(), strict=True, swiglu=False, geglu=False)
     assert {found.operator for found in report.bound} == {"rms_norm", "rope", "linear_cross_entropy"}
 
 
@@ -270,6 +303,22 @@ def test_a_quantised_head_is_left_with_its_reason():
     assert not report.counts
 
 
+def test_layers_that_are_no_linear_but_act_as_such_are_recognised():
+    """transformers' Conv1D, and a quantised layer of torch's that is no nn.Linear by class."""
+    found = row(liger_aot.bind(build("gpt2")), "transformer.h.0.mlp")
+    assert (found.status, found.formula) == ("left", "2 linears, gelu_tanh")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.quantize_dynamic(build().eval(), {nn.Linear}, dtype=torch.qint8)
+    ids = batch()["input_ids"]
+    expected = model(ids).logits
+    report = liger_aot.bind(model)
+    assert row(report, "model.layers.0.mlp").status == "bound"
+    assert not isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
+    assert "quantized" in row(report, "lm_head").why
+    check_equal({"logits": model(ids).logits}, {"logits": expected})
+
+
 def test_a_head_that_is_no_linear_layer_is_left_with_its_reason():
     def made():
         model = build()
@@ -296,12 +345,14 @@ def test_a_head_under_a_tensor_parallel_plan_is_left_with_its_reason(tmp_path):
     from torch.distributed import init_process_group
     from torch.distributed.device_mesh import init_device_mesh
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
-    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
     def made():
-        model, style = build(), "colwise_gather_output"
-        ALL_PARALLEL_STYLES[style].shard_param(model.lm_head, "weight", mesh)
-        return apply_tensor_parallelism(model, mesh, {"lm_head": style})
+        """What apply_tensor_parallelism does, whose arguments are others in each release."""
+        model, style = build(), ALL_PARALLEL_STYLES["colwise_gather_output"]
+        style.shard_param(model.lm_head, "weight", mesh)
+        style.install_forward(model.lm_head, mesh)
+        model.lm_head._is_hooked = True
+        return model
 
     init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:

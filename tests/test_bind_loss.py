@@ -227,6 +227,13 @@ FUSED = {
     "to its own dtype": lambda z, y: flat(z.to(torch.float32), y),
     "to its own device": lambda z, y: flat(z.to(y.device), y),
     "contiguous": lambda z, y: flat(z.contiguous(), y),
+    "made contiguous where it is not": lambda z, y: flat(z if z.is_contiguous() else z.contiguous(), y),
+    "asked of what was made of them": lambda z, y: (
+        flat((z / 2).float(), y) if (z / 2).view(2, -1, 97).is_contiguous() else None
+    ),
+    "asked of a copied part": lambda z, y: (
+        flat(z[..., :50].contiguous(), y.clamp(max=49)) if z[:, 1:].contiguous().is_contiguous() else None
+    ),
     "reshape": lambda z, y: F.cross_entropy(z.reshape(-1, VOCABULARY), y.reshape(-1)),
     "a shape in a tuple": lambda z, y: F.cross_entropy(z.view((22, VOCABULARY)), y.view(-1)),
     "input by name": lambda z, y: F.cross_entropy(input=z.view(-1, VOCABULARY), target=y.view(-1)),
@@ -466,6 +473,8 @@ EITHER = {
     "to a device by name": lambda z, y: flat(z.to("cpu"), y),
     "checkpointed": lambda z, y: torch.utils.checkpoint.checkpoint(flat, z * 2, y, use_reentrant=False),
     "asked about": lambda z, y: flat(z, y) * asked(z),
+    "asked of a part": lambda z, y: flat(z, y) * (2 + z[:, 1:].is_contiguous() + 4 * z[1:].is_contiguous()),
+    "asked of another format": lambda z, y: flat(z, y) * (2 + z[None].is_contiguous(memory_format=torch.channels_last)),
     "new tensors of its kind": lambda z, y: flat(z, y) + z.new_ones(()) + torch.zeros_like(z).sum() + torch.ones_like(z).mean(),
 }
 
@@ -680,6 +689,50 @@ def test_cross_entropy_mode_makes_logits_and_runs_liger_on_them(family):
     assert "cross_entropy" in {row.operator for row in report.bound}
 
 
+NO_LOSS = {
+    "neither loss": lambda model: liger_aot.bind(model, linear_cross_entropy=False),
+    "a head that is left": lambda model: liger_aot.bind(with_a_head_of_its_own(model)),
+}
+
+
+def with_a_head_of_its_own(model):
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    return model
+
+
+@pytest.mark.parametrize("act", NO_LOSS.values(), ids=NO_LOSS)
+@pytest.mark.parametrize("skip_logits", [True, False])
+def test_skip_logits_does_not_reach_a_model_whose_loss_is_its_own(act, skip_logits):
+    seen = []
+
+    class Strict(type(made())):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            seen.append(kwargs)
+            return super().forward(input_ids=input_ids, labels=labels, **kwargs)
+
+    model = made()
+    model.__class__ = Strict
+    act(model)
+    assert "loss=liger" not in repr(model)
+    out = model(**batch(), skip_logits=skip_logits)
+    check_equal({"loss": out.loss}, {"loss": made()(**batch()).loss})
+    assert isinstance(out.logits, torch.Tensor)
+    assert seen == [{}]
+    liger_aot.unbind(model)
+    assert type(model) is Strict
+
+
+@pytest.mark.parametrize("flags", [{}, {"linear_cross_entropy": False, "cross_entropy": True}], ids=str)
+def test_labels_of_another_kind_are_refused_in_torchs_words(flags):
+    said = []
+    inputs = {**batch(), "labels": batch()["labels"].float()}
+    for model in bound(flags=flags)[0], made():
+        with pytest.raises(RuntimeError) as raised:
+            model(**inputs)
+        said.append(str(raised.value))
+    assert said[0] == said[1]
+
+
 def test_neither_loss_leaves_the_loss_plain():
     model, report = bound(flags={"linear_cross_entropy": False})
     with operators() as seen:
@@ -696,9 +749,14 @@ def test_a_cross_entropy_module_within_the_model_compiles_whole(family):
     model, report = bound(family)
     expected = step(made(family), **batch())
     torch._dynamo.reset()
+    try:
+        step(torch.compile(made(family), fullgraph=True, backend="eager"), **batch())
+    except torch._dynamo.exc.Unsupported as error:
+        pytest.xfail(f"the unbound model does not compile whole: {error}")
+    torch._dynamo.reset()
     check_equal(step(torch.compile(model, fullgraph=True, backend="eager"), **batch()), expected)
     check_equal(step(model, **batch()), expected)
-    assert report.counts["fused"] == 1
+    assert report.counts == {"materialised: CrossEntropyLoss, traced": 1, "fused": 1}
 
 
 @pytest.mark.parametrize("family", ["cohere", "granite"])
@@ -709,6 +767,27 @@ def test_a_compiled_scale_stays_fused(family):
     compiled = torch.compile(model, fullgraph=True, backend=recorder(graphs))
     check_equal(step(compiled, **batch()), step(made(family, num_hidden_layers=1), **batch()))
     assert "linear_cross_entropy_fwd" in nodes(graphs)
+
+
+TRACED = {
+    "fused": (flat, {"fused, traced": 1}),
+    "materialised": (lambda z, y: z.topk(3, dim=-1).values.mean(), {"materialised: topk, traced": 1}),
+}
+
+
+@pytest.mark.parametrize(("loss", "counts"), TRACED.values(), ids=TRACED)
+def test_what_is_compiled_is_counted_once_for_each_graph(loss, counts):
+    model, report = bound(num_hidden_layers=1)
+    model.loss_function = lambda logits, labels, **_: loss(logits, labels)
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=recorder(graphs))
+    for _ in range(3):
+        step(compiled, **batch())
+    assert report.counts == counts
+    step(compiled, **batch(2, 7))
+    assert report.counts == {what: 2 * count for what, count in counts.items()}
+    assert len(graphs) == 4  # forward and backward, twice
 
 
 def test_two_models_count_each_for_itself():

@@ -16,27 +16,24 @@ from torch import nn
 
 from ..ops._check import FLOATS
 from . import _find as find
+from . import _swap as swaps
 from ._find import Found
 from ._report import Counts
 from ._report import Report
 from ._report import Row
-from ._swap import is_bound
-from ._swap import released
-from ._swap import rotation
-from ._swap import subclass
-from ._swap import swap
 from ._verify import Verification
-from ._verify import try_class
-from ._verify import try_function
+from ._verify import try_module
+from ._verify import try_rope
 from ._verify import verify
 
 __all__ = ["Report", "Row", "Verification", "bind", "unbind", "verify"]
 
-# What a kind of module looks like, how its formula is found, the kind of class that is swapped in, and the operators in that.
+# What a kind of module looks like, how its formula is found, what class is swapped in, how that is tried, and the operators.
 KINDS = [
-    (find.norm_like, find.find_norm, "norm", {"rms_norm", "layer_norm"}),
-    (find.glu_like, find.find_glu, "glu", {"swiglu", "geglu"}),
-    (find.experts_like, find.find_experts, "experts", {"swiglu", "geglu"}),
+    (find.norm_like, find.find_norm, swaps.norm_class, try_module, {"rms_norm", "layer_norm"}),
+    (find.glu_like, find.find_glu, swaps.glu_class, try_module, {"swiglu", "geglu"}),
+    (find.experts_like, find.find_experts, swaps.experts_class, try_module, {"swiglu", "geglu"}),
+    (find.attention_like, find.find_attention, swaps.rope_class, try_rope, {"rope"}),
 ]
 
 
@@ -60,14 +57,14 @@ def bind(
     leaves the logits real. compile "inductor" leaves norms, gated units and rope to Inductor where torch.compile traces the
     model, "liger" keeps every operator in the graph; an export always does. keep_logits computes the output's logits beside
     the fused loss. Raises ValueError on what is no module or bound already, and RuntimeError where strict is set and a module
-    that has one of the operators' forms was left alone; the model is then as it was.
+    whose formula an operator computes, or a head, was left alone; the model is then as it was.
     """
     check_module("bind", model)
     if compile not in ("inductor", "liger"):
         raise ValueError(f"bind: compile must be 'inductor' or 'liger', got {compile!r}")
     if linear_cross_entropy and cross_entropy:
         raise ValueError("bind: linear_cross_entropy and cross_entropy exclude each other, got both; set one to False")
-    bound = sum(map(is_bound, model.modules()))
+    bound = sum(map(swaps.is_bound, model.modules()))
     if bound:
         raise ValueError(f"bind: model must not be bound yet, got one with {bound} bound modules; unbind(model) takes them off")
     flags = {"rms_norm": rms_norm, "layer_norm": layer_norm, "rope": rope, "swiglu": swiglu, "geglu": geglu}
@@ -77,17 +74,18 @@ def bind(
     # Trials have gradients and dtypes of their own, wherever bind is called.
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         plan += layers(model, wanted, compile)
-    if linear_cross_entropy or cross_entropy:
-        plan += losses(model, keep_logits, "cross_entropy" if cross_entropy else "linear_cross_entropy", counts)
+    operator = "cross_entropy" if cross_entropy else "linear_cross_entropy" if linear_cross_entropy else None
+    plan += losses(model, keep_logits, operator, counts)
     report = Report([row for _, _, _, row in plan if row], base_path(model), compile, counts)
-    if strict and report.left:
-        raise RuntimeError(f"bind: strict, and these modules would be left alone:\n{Report(report.left, report.base, compile)}")
+    missed = [row for row in report.left if row.operator]
+    if strict and missed:
+        raise RuntimeError(f"bind: strict, and these modules would be left alone:\n{Report(missed, report.base, compile)}")
     done = []
     try:
         for module, cls, attributes, _ in plan:
             if cls is not None:
                 done.append(module)
-                swap(module, cls)
+                swaps.swap(module, cls)
                 vars(module).update(attributes)
     except BaseException:
         for module in done:
@@ -109,10 +107,10 @@ def check_module(function, model):
 
 
 def release(module):
-    if is_bound(module):
-        kind = type(module)._liger.kind
-        swap(module, released(type(module)))
-        if kind == "head":
+    if swaps.is_bound(module):
+        make = type(module)._liger.make
+        swaps.swap(module, swaps.released(type(module)))
+        if make is swaps.head_class:
             for name in HEAD:
                 vars(module).pop(name, None)
 
@@ -136,56 +134,31 @@ def layers(model, wanted, compile):
             known[key] = look(*args)
         return known[key]
 
-    def function_found(f):
-        found = find.find_rope(f)
-        why = found.operator and try_function(f, found.trial, rotation(f, "liger", *found.args), device)
-        return Found(None, found.formula, why) if why else found
-
     for path, module in model.named_modules():
-        kind = type(module)
-        for like, search, built, operators in KINDS:
-            if like(module):
-                if not operators & wanted:
-                    break
-                key = find.identity(module)
-                found = once(key, search, module)
-                if found.operator and found.operator not in wanted:
-                    break
-                cls = found.operator and subclass(kind, built, (compile, *found.args))
-                if why := cls and once((key, cls), try_class, module, found.trial, cls):
-                    found = Found(None, found.formula, why)
-                yield entry(path, module, found, cls)
-                break
-        else:
-            functions = find.rope_functions(kind.forward) if "rope" in wanted else {}
-            if functions:
-                found = attention(kind, {name: once(f, function_found, f) for name, f in functions.items()})
-                yield entry(path, module, found, found.operator and subclass(kind, "rope", (compile, *found.args)))
+        search, make, trial, operators = next((rest for like, *rest in KINDS if like(module)), (None, None, None, set()))
+        if not operators & wanted:
+            continue
+        key = type(module) if make is swaps.rope_class else find.identity(module)
+        found = once(key, search, module)
+        if found.operator and found.operator not in wanted:
+            continue
+        cls = None if found.args is None else swaps.subclass(type(module), make, (compile, *found.args))
+        if why := cls and once((key, cls), trial, module, found.trial, cls, device):
+            found = found._replace(args=None, why=why)
+        yield entry(path, module, found, cls)
 
 
-def attention(kind, functions):
-    """What was found of the rotations of one class, taken together."""
-    bound = {name: f for name, f in functions.items() if f.operator}
-    formula = "; ".join(dict.fromkeys(f.formula for f in (bound or functions).values() if f.formula))
-    why = "; ".join(f"{name}: {f.why}" for name, f in functions.items() if f.why)
-    if kind.forward.__closure__:
-        return Found(None, formula, "its forward is a closure")
-    args = tuple((name, *f.args) for name, f in sorted(bound.items()))
-    return Found("rope" if bound else None, formula, why, (args,))
-
-
-def entry(path, module, found, cls):
-    """The plan of one module: bound unless something of its own stands against it."""
+def entry(path, module, found, cls, of=None):
+    """The plan of one module, a part of another: bound unless something of their own stands against it."""
     status, why = "bound", found.why
-    if not found.operator:
+    if found.args is None:
         status = "left"
-    elif shadowed(module):
-        status, why = "shadowed", "this instance has a forward of its own"
+    elif own := [m for m in (module, of) if m is not None and shadowed(m)]:
+        status, why = "shadowed", f"this {type(own[0]).__name__} has a forward of its own"
     elif any(p.is_floating_point() and p.dtype not in FLOATS for p in module.parameters()):
         status, why = "left", "kernels take float32, float16 and bfloat16"
-    bound = status == "bound"
-    row = Row(path, type(module).__name__, found.operator if bound else None, status, found.formula, why)
-    return module, cls if bound else None, {}, row
+    row = Row(path, type(module).__name__, found.operator, status, found.formula, why)
+    return module, cls if status == "bound" else None, {}, row
 
 
 def shadowed(module):
@@ -205,24 +178,16 @@ def losses(model, keep_logits, operator, counts):
         head = module.get_output_embeddings()
         if head is None:
             continue
-        found = Found(operator, "lazy logits", unfit_head(model, head))
-        if found.why:
-            found = found._replace(operator=None)
-        _, _, _, row = plan = entry(paths.get(head, ""), head, found, None)
-        if row.status == "bound" and shadowed(module):
-            plan = (
-                *plan[:3],
-                row._replace(status="shadowed", operator=None, why=f"the forward of this {kind.__name__} is its own"),
-            )
-        if head not in heads:
-            heads[head] = plan
+        if operator and head not in heads:
+            why = unfit_head(model, head)
+            plan = entry(paths.get(head, ""), head, Found(operator, "lazy logits", why, None if why else ()), None, module)
+            heads[head] = plan[3].status == "bound"
             yield plan
-            if plan[3].status == "bound":
+            for linear in linears_of(head) if heads[head] else ():
                 attributes = {"lazy": set(), "real": operator == "cross_entropy", "counts": counts}
-                for linear in linears_of(head):
-                    yield linear, subclass(type(linear), "head", ()), attributes, None
-        if heads[head][3].status == "bound":
-            yield module, subclass(kind, "model", (keep_logits,)), {}, None
+                yield linear, swaps.subclass(type(linear), swaps.head_class, ()), attributes, None
+        if not shadowed(module):  # for its skip_logits, if for nothing else
+            yield module, swaps.subclass(kind, swaps.model_class, (keep_logits, heads.get(head, False))), {}, None
 
 
 def linears_of(head):

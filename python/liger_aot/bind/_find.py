@@ -20,13 +20,13 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 class Found(NamedTuple):
-    """The operator, or None; the formula's name; a remark; the arguments of the class to swap in (_swap); and a probe: its
-    module, the method to call, the input."""
+    """The operator that computes it, or None; the formula's name; why it is left, or a remark; the arguments of the class to
+    swap in (_swap), or None where it is left; and what to try that class with (_verify)."""
 
     operator: str | None
     formula: str = ""
     why: str = ""
-    args: tuple = ()
+    args: tuple | None = None
     trial: tuple = ()
 
 
@@ -45,11 +45,9 @@ def weights_of(module):
 
 def identity(module):
     """What tells modules of one class apart: attributes, buffers, the parameters' dtypes, and the same of the children."""
-    plain, nested, machinery = (bool, int, float, str, torch.dtype, types.NoneType), (list, tuple, dict, set), vars(nn.Module())
+    values, machinery = (int, float, str, torch.dtype, types.NoneType, list, tuple, dict, set), vars(nn.Module())
     own = {k: v for k, v in vars(module).items() if k not in machinery} | module._buffers
-    attributes = [
-        (k, v if isinstance(v, plain) else repr(v) if isinstance(v, nested) else id(v)) for k, v in sorted(own.items())
-    ]
+    attributes = [(k, repr(v) if isinstance(v, values) else id(v)) for k, v in sorted(own.items())]
     weights = [(name, p.dtype, tuple(p.shape)) for name, p in weights_of(module).items()]
     return type(module), *attributes, *weights, *((name, identity(child)) for name, child in module.named_children())
 
@@ -62,11 +60,10 @@ def shell(module, sizes=None, **children):
     copy = type(module).__new__(type(module))
     nn.Module.__init__(copy)
     skipped = {*vars(copy), "forward", "_old_forward", "_hf_hook"}
-    for name, value in vars(module).items():
-        if name not in skipped:
-            vars(copy)[name] = sizes.get(value, value) if sizes and type(value) is int else value
-    for name, child in module.named_children():
-        copy.register_module(name, children[name] if name in children else shell(child))
+    own = {name: value for name, value in vars(module).items() if name not in skipped}
+    vars(copy).update({name: sizes.get(v, v) if sizes and type(v) is int else v for name, v in own.items()})
+    copy._parameters.update(dict.fromkeys(module._parameters))
+    copy._modules.update({name: children.get(name) or shell(child) for name, child in module.named_children()})
     return copy
 
 
@@ -113,26 +110,21 @@ def close(a, b, truth=None):
     return bool((a.double() - exact).norm() <= torch.maximum((b.double() - exact).norm(), allowed))
 
 
-def survivors(compute, formulas, *inputs, equal=same):
-    """Those of the formulas that give what compute gives; what it raises, if it does."""
-    got = run(compute, *(x if x is None else x.clone() for x in inputs))
-    if isinstance(got, Exception):
-        return got
-    return {key: f for key, f in formulas.items() if equal(got, run(f, *inputs))}
+def survivors(compute, formulas, inputs, equal=same):
+    """Those of the formulas that give what compute gives, for all inputs, and why there are none; None where it raises."""
+    for given in inputs:
+        got = run(compute, *(x if x is None else x.clone() for x in given))
+        if isinstance(got, Exception):
+            return None, f"raises {type(got).__name__}: {got}"
+        formulas = {key: f for key, f in formulas.items() if equal(got, run(f, *given))}
+        if not formulas:
+            return {}, "equals no known formula"
+    return formulas, ""
 
 
-def nothing(left):
-    """Why no formula is left."""
-    return Found(
-        None, "", f"raises {type(left).__name__}: {left}" if isinstance(left, Exception) else "equals no known formula"
-    )
-
-
-def one(formula, ours, *probe):
+def one(formula, ours, *trial):
     """A formula, with the operator and its arguments if there is one for it."""
-    if ours is None:
-        return Found(None, formula, "no operator computes it")
-    return Found(ours[0], formula, "", ours[1:], probe)
+    return Found(ours[0], formula, "", ours[1:], trial) if ours else Found(None, formula, "no operator computes it")
 
 
 # Norms: formulas of x, weight, bias and eps; for ours the operator, and offset and casting of rms_norm.
@@ -166,15 +158,9 @@ UNWEIGHTED = {
     "layer norm": (layer_norm, ("layer_norm",)),
     "no weight, rounded rsqrt": (lambda x, w, b, eps: x * rsqrt(x, eps).to(x.dtype), None),
 }
-# dtypes of x and weight, and the size of x: eps shows where x is small. A mixture of dtypes comes last.
-NORM_INPUTS = [
-    (FP32, FP32, 1.0),
-    (FP32, FP32, 1e-3),
-    (FP32, FP32, 1e-6),
-    (BF16, BF16, 1.0),
-    (BF16, BF16, 1e-3),
-    (BF16, FP32, 1.0),
-]
+# dtypes of x and weight, and the size of x: eps shows where x is small. Then a mixture of dtypes.
+NORM_INPUTS = [(FP32, FP32, 1.0), (FP32, FP32, 1e-3), (FP32, FP32, 1e-6), (BF16, BF16, 1.0), (BF16, BF16, 1e-3)]
+MIXED = (BF16, FP32, 1.0)
 
 
 def norm_like(module):
@@ -192,33 +178,34 @@ def find_norm(module):
     n = next((p.shape[0] for p in weights.values()), (getattr(module, "normalized_shape", None) or [96])[-1])
     places = {k: v for k, v in vars(module).items() if "eps" in k.lower() and isinstance(v, (float, int, types.NoneType))}
     places = places or {eps: eps for eps in (1e-6, 1e-5, 1e-8, 1e-12)}
-    left = {}
+    every = {}
     for (name, (formula, _)), (place, value) in itertools.product(formulas.items(), places.items()):
-        left[name, place] = lambda x, w, b, f=formula, e=value: f(x, w, b, torch.finfo(FP32).eps if e is None else e)
+        every[name, place] = lambda x, w, b, f=formula, e=value: f(x, w, b, torch.finfo(FP32).eps if e is None else e)
 
-    def compute(x, *given):
-        for name, tensor in zip(("weight", "bias"), given, strict=True):
-            if name in module._parameters:
-                copy._parameters[name] = None if tensor is None else nn.Parameter(tensor)  # others patch register_parameter
-        return steady(copy, x)
-
-    mixed = left
-    for x_dtype, w_dtype, scale in NORM_INPUTS:
-        x = normal(generator, 5, 7, n, dtype=x_dtype, scale=scale, shift=0.1)
+    def inputs(x_dtype, w_dtype, scale):
         given = [
             normal(generator, n, dtype=w_dtype, scale=0.5, shift=1.2) if k in weights else None for k in ("weight", "bias")
         ]
-        if x_dtype is not w_dtype:
-            mixed = survivors(compute, left, x, *given)
-        elif not (left := survivors(compute, left, x, *given)) or isinstance(left, Exception):
-            return nothing(left)
-    name, place = next((key for key in left if isinstance(mixed, dict) and key in mixed), next(iter(left)))
+        return normal(generator, 5, 7, n, dtype=x_dtype, scale=scale, shift=0.1), *given
+
+    def compute(x, *given):
+        for name, tensor in zip(("weight", "bias"), given, strict=True):
+            if tensor is not None:
+                copy._parameters[name] = nn.Parameter(tensor)  # others patch register_parameter
+        return steady(copy, x)
+
+    left, why = survivors(compute, every, [inputs(*each) for each in NORM_INPUTS])
+    if not left:
+        return Found(None, "", why)
+    mixed, _ = survivors(compute, left, [inputs(*MIXED)])
+    name, place = next(iter(mixed or left))
+    found = one(name, formulas[name][1], copy, "forward", inputs(*NORM_INPUTS[0])[0])
+    if found.args is None:
+        return found
     # Where only a mixture of dtypes is computed otherwise, that is left to the module.
-    one_dtype = isinstance(mixed, dict) and (name, place) not in mixed
-    found = one(name, formulas[name][1], copy, "forward", x.float())
     return found._replace(
-        args=(found.operator, place, one_dtype, tuple(weights), *found.args),
-        why=found.why or ("where x has the weight's dtype" if one_dtype else ""),
+        args=(found.operator, place, not mixed, tuple(weights), *found.args),
+        why="" if mixed else "where x has the weight's dtype",
     )
 
 
@@ -241,8 +228,17 @@ HALVES = {
     "gate_up interleaved": lambda h: (h[..., ::2], h[..., 1::2]),
     "up_gate interleaved": lambda h: (h[..., 1::2], h[..., ::2]),
 }
-# A clamp shows where x is large. 16 bits may be rounded at other places than the operators', which round once, in the end.
-GLU_INPUTS = [(FP32, 1.0, same), (FP32, 30.0, same), (BF16, 1.0, close)]
+
+
+def glu_inputs(*shape):
+    """A clamp shows where x is large."""
+    generator = torch.Generator().manual_seed(0)
+    return [(normal(generator, *shape, dtype=dtype, scale=scale),) for dtype, scale in ((FP32, 1.0), (FP32, 30.0), (BF16, 1.0))]
+
+
+def same_glu(a, b):
+    """16 bits may be rounded at other places than the operators', which round once, in the end."""
+    return close(a, b) if alike(a, b) and a.dtype is BF16 else same(a, b)
 
 
 def gated(kind, act, *names):
@@ -255,10 +251,14 @@ def kinds(module, layers):
     return tuple((name, type(child)) for name, child in module.named_children() if name not in layers)
 
 
+# What the classes of linear layers, quantised ones among them, and transformers' Conv1D call their sizes.
+SIZES = [("in_features", "out_features"), ("nx", "nf")]
+
+
 def linears(module):
-    """The children that are linear layers, or adapters on them."""
-    based = {name: getattr(child, "base_layer", child) for name, child in module.named_children()}
-    return {name: child for name, child in based.items() if isinstance(child, nn.Linear)}
+    """{name: (in, out)} of the children that are linear layers of any class, or adapters on them."""
+    based = {name: vars(getattr(child, "base_layer", child)) for name, child in module.named_children()}
+    return {name: (own[i], own[o]) for name, own in based.items() for i, o in SIZES if {i, o} <= own.keys()}
 
 
 def glu_like(module):
@@ -278,25 +278,19 @@ def find_glu(module):
     others = [child for name, child in module.named_children() if name not in layers]
     if weights_of(module) or any(True for child in others for _ in child.parameters()):
         return Found(None, "", "has other weights than those of linear layers")
-    sizes = small({size for layer in layers.values() for size in (layer.in_features, layer.out_features)})
-    made = {}
-    for name, layer in layers.items():
-        shape = sizes[layer.in_features], sizes[layer.out_features]
-        made[name] = nn.Linear(*shape, bias=layer.bias is not None, device="meta")
-        for key, p in weights_of(made[name]).items():
-            made[name]._parameters[key] = nn.Parameter(normal(generator, *p.shape, scale=0.3))
-    copy, formulas, left = shell(module, sizes, **made), dict(glu_formulas(made)), {}
+    sizes = small({size for pair in layers.values() for size in pair})
+    made = {name: nn.Linear(sizes[i], sizes[o], device="meta") for name, (i, o) in layers.items()}
+    for layer in made.values():
+        for key, p in weights_of(layer).items():
+            layer._parameters[key] = nn.Parameter(normal(generator, *p.shape, scale=0.3))
+    copy, formulas, why = shell(module, sizes, **made), dict(glu_formulas(made)), "equals no known formula"
     for n in {made[names[0]].in_features for _, _, names in formulas}:
-        left = {key: f for key, f in formulas.items() if made[key[2][0]].in_features == n}
-        for dtype, scale, equal in GLU_INPUTS:
-            x = normal(generator, 3, 5, n, dtype=dtype, scale=scale)
-            left = survivors(functools.partial(steady, copy.to(dtype)), left, x, equal=equal)
-            if not left or isinstance(left, Exception):
-                break
-        else:
+        inputs = glu_inputs(3, 5, n)
+        left, why = survivors(lambda x: steady(copy.to(x.dtype), x), formulas, inputs, same_glu)
+        if left:
             kind, act, names = next(iter(left))
-            return one(f"{kind}, {act}", gated(kind, act, names, kinds(module, layers)), copy, "forward", x)
-    return nothing(left)
+            return one(f"{kind}, {act}", gated(kind, act, names, kinds(module, layers)), copy, "forward", *inputs[0])
+    return Found(None, "", why)
 
 
 def glu_formulas(layers):
@@ -323,19 +317,16 @@ def experts_like(module):
 def find_experts(module):
     if not hasattr(type(module), "_apply_gate") or not getattr(module, "has_gate", False):
         return Found(None, "experts", "no gate of its own that could be fused: no _apply_gate")
-    copy, generator = shell(module), torch.Generator().manual_seed(0)
-    left = {(k, a): lambda x, f=f, s=s: product(f, *s(x)) for k, s in HALVES.items() for a, f in ACTIVATIONS.items()}
-    for dtype, scale, equal in GLU_INPUTS:
-        x = normal(generator, 6, 64, dtype=dtype, scale=scale)
-        left = survivors(copy._apply_gate, left, x, equal=equal)
-        if not left or isinstance(left, Exception):
-            return nothing(left)
+    copy, inputs = shell(module), glu_inputs(6, 64)
+    formulas = {(k, a): lambda x, f=f, s=s: product(f, *s(x)) for k, s in HALVES.items() for a, f in ACTIVATIONS.items()}
+    left, why = survivors(copy._apply_gate, formulas, inputs, same_glu)
+    if not left:
+        return Found(None, "", why)
     kind, act = next(iter(left))
+    found = one(f"experts {kind}, {act}", gated(kind, act, kinds(module, ())), copy, "_apply_gate", *inputs[0])
     if getattr(module.config, "_experts_implementation", None) == "eager":
-        return Found(
-            None, f"experts {kind}, {act}", "eager experts call no _apply_gate: set_experts_implementation('grouped_mm')"
-        )
-    return one(f"experts {kind}, {act}", gated(kind, act, kinds(module, ())), copy, "_apply_gate", x)
+        return found._replace(args=None, why="eager experts call no _apply_gate: set_experts_implementation('grouped_mm')")
+    return found
 
 
 # Rotary embeddings: functions of q, k, cos and sin that an attention's forward finds among its globals.
@@ -389,7 +380,23 @@ def rope_functions(forward):
     return {name: f for name, f in found.items() if name in like or (callable(f) and {"cos", "sin"} <= {*parameters_of(f)})}
 
 
-def rope_inputs(batched, count, dtypes=(FP32, FP32), r=16):
+def attention_like(module):
+    return bool(rope_functions(type(module).forward))
+
+
+def find_attention(module):
+    """What the rotations of one class are, taken together."""
+    found = {name: find_rope(f) for name, f in rope_functions(type(module).forward).items()}
+    bound = {name: f for name, f in found.items() if f.operator}
+    formula = "; ".join(dict.fromkeys(f.formula for f in (bound or found).values() if f.formula))
+    why = "; ".join(f"{name}: {f.why}" for name, f in found.items() if f.why)
+    if not bound:
+        return Found(None, formula, why)
+    args = tuple((name, *f.args) for name, f in sorted(bound.items()))
+    return Found("rope", formula, why, (args,), tuple((name, f.trial) for name, f in bound.items()))
+
+
+def rope_inputs(batched, count, *dtypes, r=16):
     *heads, angles = LAYOUTS[batched]
     generator = torch.Generator().manual_seed(0)
     heads = [normal(generator, *shape, dtype=dtypes[0]) for shape in heads[:count]]
@@ -399,29 +406,23 @@ def rope_inputs(batched, count, dtypes=(FP32, FP32), r=16):
 def find_rope(function):
     names = parameters_of(function)
     count = names.index("cos") if "cos" in names else 0
-    rules = {(rotation, rule): None for rotation in ROTATIONS for rule in ("promote", "cast back", "fp32")}
-    for rotation, rule in rules:
-        rules[rotation, rule] = lambda *tensors, a=rotation, b=rule: rotated(a, b, *tensors)
+    if count not in (1, 2) or names[count : count + 2] != ["cos", "sin"]:
+        return Found(None, "", f"has the arguments {', '.join(names)}")
+    rules = {each: functools.partial(rotated, *each) for each in itertools.product(ROTATIONS, ("promote", "cast back", "fp32"))}
 
     def compute(*tensors):
         results = function(*tensors)
         return results if isinstance(results, (tuple, list)) else (results,)
 
-    if count not in (1, 2) or names[count : count + 2] != ["cos", "sin"]:
-        return Found(None, "", f"has the arguments {', '.join(names)}")
     for batched in LAYOUTS:
-        left = rules
-        for dtypes in [(FP32, FP32), (BF16, BF16), (BF16, FP32)]:
-            after = survivors(compute, left, *rope_inputs(batched, count, dtypes))
-            if dtypes[0] is dtypes[1] or not isinstance(after, Exception):
-                left = after
-            if not left or isinstance(left, Exception):
-                break
-        else:
-            key, f = next(iter(left.items()))
-            rotation, rule = key
-            partial = survivors(compute, {key: f}, *rope_inputs(batched, count, r=8)) == {key: f}
-            formula = ", ".join([rotation, rule, *["partial"] * partial, *["one tensor"] * (count == 1)])
+        left, why = survivors(compute, rules, [rope_inputs(batched, count, d, d) for d in (FP32, BF16)])
+        if left:
+            mixed, why = survivors(compute, left, [rope_inputs(batched, count, BF16, FP32)])
+            left = left if mixed is None else mixed  # some take no mixture
+        if left:
+            (rotation, rule), f = next(iter(left.items()))
+            partial, _ = survivors(compute, {0: f}, [rope_inputs(batched, count, FP32, FP32, r=8)])
+            formula = ", ".join([rotation, rule, *["partial"] * bool(partial), *["one tensor"] * (count == 1)])
             ours = ("rope", batched, count, rule == "promote") if rotation == "half" else None
-            return one(formula, ours, *rope_inputs(batched, count))
-    return nothing(left)
+            return one(formula, ours, *rope_inputs(batched, count, FP32, FP32))
+    return Found(None, "", why)

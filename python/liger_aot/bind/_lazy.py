@@ -119,6 +119,14 @@ class LazyLogits:
     def dim(self):
         return self.ndim
 
+    def is_contiguous(self, **options):
+        """Of a part of them that depends on which."""
+        made = self
+        while made.parent is not None and made.call[0] not in ("contiguous", "__getitem__"):
+            made = made.parent
+        part = made.parent is not None and made.call[0] == "__getitem__"
+        return self.compute("is_contiguous").is_contiguous(**options) if part or options else True
+
     def __len__(self):
         return self.shape[0]
 
@@ -146,7 +154,7 @@ class LazyLogits:
         if self.parent is not None:
             name, args, kwargs = self.call
             return getattr(self.parent.value, name)(*args, **kwargs)
-        self.head.count(why if self.head.real else f"materialised: {why}")
+        self.head.count(why if self.head.real else f"materialised: {why}", torch.compiler.is_compiling())
         with torch.autocast(*self.autocast):
             return self.head(self.form.hidden, use=type(self.head).logits)
 
@@ -180,10 +188,10 @@ class LazyLogits:
         self, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
     ):
         options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-        form = self.form
-        rows = self.ndim == 2 and target.dim() == 1 and form.hidden.dtype in FLOATS
+        form, classes = self.form, not target.is_floating_point()  # probabilities are torch's
+        rows = self.ndim == 2 and target.dim() == 1 and classes and form.hidden.dtype in FLOATS
         if self.head.real or not rows or form.softcap == 0 or self.computed or size_average is not None or reduce is not None:
-            loss = cross_entropy if self.head.real else F.cross_entropy
+            loss = cross_entropy if self.head.real and classes else F.cross_entropy
             return loss(self.compute("cross_entropy"), target, size_average=size_average, reduce=reduce, **options)
 
         def loss(head, hidden):
@@ -192,7 +200,7 @@ class LazyLogits:
             shape = {"softcap": form.softcap, "scale": form.scale, "loss_dtype": form.dtype}
             return linear_cross_entropy(hidden, weight, target, linear_bias=bias, **options, **shape)
 
-        self.head.count("fused")
+        self.head.count("fused", torch.compiler.is_compiling())
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()), torch.autocast(*self.autocast):
             return self.head(form.hidden, use=loss)
 

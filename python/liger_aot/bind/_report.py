@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """A module: its path and class, the operator bound into it, its formula, and a remark.
+    """A module: its path and class, the operator that computes its formula, if one does, the formula, and a remark.
 
     status is "bound", "left", or "shadowed": an instance has a forward of its own, which a class cannot change.
     """
@@ -20,7 +20,10 @@ class Row(NamedTuple):
 
 
 class Counts(collections.Counter):
-    """How often losses were fused, and logits computed and why; one for all copies of a model's head."""
+    """How often losses were fused, and logits computed and why; one for all copies of a model's head.
+
+    What torch.compile traces is counted under "..., traced", once for each graph and not at its runs.
+    """
 
     def __deepcopy__(self, memo):
         return self

@@ -7,6 +7,7 @@ import functools
 import inspect
 import threading
 import types
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Bound(NamedTuple):
     """What a bound class was made from."""
 
     original: type
-    kind: str
+    make: Callable
     args: tuple
 
 
@@ -177,13 +178,13 @@ def head_class(original):
         if use is not None or thread() not in self.lazy:
             return (use or original.forward)(self, input)
         if hooked(self):  # which would see two calls, neither of which gives logits
-            self.count("materialised: a hook on the head")
+            self.count("materialised: a hook on the head", torch.compiler.is_compiling())
             return original.forward(self, input)
         return lazy_logits(self, input)
 
-    def count(self, what):
-        if not torch.compiler.is_compiling():
-            self.counts[what] += 1
+    @torch.compiler.assume_constant_result  # torch.compile runs it as it traces
+    def count(self, what, traced):
+        self.counts[f"{what}, traced" if traced else what] += 1
 
     text = described(original, "loss=liger")
     return "LigerLMHead", {"forward": forward, "logits": original.forward, "count": count, "extra_repr": text}
@@ -195,17 +196,19 @@ def heads_of(model):
     return [] if output is None else [m for m in output.modules() if isinstance(m, nn.Linear) and hasattr(type(m), "logits")]
 
 
-def model_class(original, keep_logits):
+def model_class(original, keep_logits, fused):
     place = [*inspect.signature(original.forward).parameters].index("labels") - 1
     own_loss = "CrossEntropyLoss" in inspect.unwrap(original.forward).__code__.co_names
 
     @functools.wraps(original.forward)
     def forward(self, *args, skip_logits=None, **kwargs):
         labels = args[place] if len(args) > place else kwargs.get("labels")
-        # torch.compile cannot trace torch's module of that name with anything but a tensor.
-        if labels is None or not (self.training or skip_logits) or (own_loss and torch.compiler.is_compiling()):
+        heads, who = heads_of(self) if labels is not None and (self.training or skip_logits) else [], thread()
+        if heads and own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
+            heads[0].count("materialised: CrossEntropyLoss", True)
+            heads = []
+        if not heads:
             return original.forward(self, *args, **kwargs)
-        heads, who = heads_of(self), thread()
         eager = [head for head in heads if who not in head.lazy]
         for head in eager:
             head.lazy.add(who)
@@ -217,7 +220,7 @@ def model_class(original, keep_logits):
         drop = skip_logits if skip_logits is not None else not (keep_logits or any(head.real for head in heads))
         return without_lazy(out, drop)
 
-    text = described(original, "loss=liger")
+    text = described(original, "loss=liger" if fused else "")
     return original.__name__, {"forward": forward, "__qualname__": original.__qualname__, "extra_repr": text}
 
 
@@ -234,24 +237,14 @@ def without_lazy(out, drop):
     return out
 
 
-CLASSES = {
-    "norm": norm_class,
-    "glu": glu_class,
-    "experts": experts_class,
-    "rope": rope_class,
-    "head": head_class,
-    "model": model_class,
-}
-
-
 MADE = {}
 
 
-def subclass(original, kind, args):
-    """The class for original of that kind; one, unless the globals of an attention's forward have changed since it was made."""
-    made = MADE.get((original, kind, args))
-    if made is None or (kind == "rope" and outdated(made)):
-        made = MADE[original, kind, args] = make_subclass(original, kind, args)
+def subclass(original, make, args):
+    """What make, one of the functions above, gives for original: one class, unless its forward's globals have changed since."""
+    made = MADE.get((original, make, args))
+    if made is None or (make is rope_class and outdated(made)):
+        made = MADE[original, make, args] = make_subclass(original, make, args)
     return made
 
 
@@ -262,9 +255,9 @@ def outdated(made):
     return any(made.forward.__globals__.get(name) is not forward.__globals__.get(name) for name in names)
 
 
-def make_subclass(original, kind, args):
-    name, members = CLASSES[kind](original, *args)
-    made_of = Bound(original, kind, args)
+def make_subclass(original, make, args):
+    name, members = make(original, *args)
+    made_of = Bound(original, make, args)
 
     def reduce(self, protocol):
         """Pickled and copied as a module of the original class, whose class is then swapped."""
@@ -275,10 +268,8 @@ def make_subclass(original, kind, args):
     return type(original)(name, (original,), {**common, **members})
 
 
-def rebuilt(original, kind, args):
-    module = original.__new__(original)
-    module.__class__ = subclass(original, kind, args)
-    return module
+def rebuilt(original, make, args):
+    return original.__new__(subclass(original, make, args))
 
 
 def is_bound(module):

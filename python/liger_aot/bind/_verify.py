@@ -9,6 +9,7 @@ import torch
 from ..ops._check import FLOATS
 from ._find import close
 from ._swap import is_bound
+from ._swap import model_class
 from ._swap import released
 from ._swap import swap
 
@@ -34,14 +35,12 @@ def difference(own, ours, exact):
     return "" if all(map(close, ours, own, exact)) else "the operator computes other numbers on this device"
 
 
-def try_class(module, trial, cls):
-    """difference of module's class and cls, on module's device and in its dtypes, with the weights of a probe."""
+def try_module(module, trial, cls, device):
+    """difference of module's class and cls, on that device and in module's dtypes, with the weights of a probe."""
     (copy, method, x), weights = trial, dict(module.named_parameters())
-    devices = [p.device for p in weights.values() if not p.is_meta]
     # Quantised weights are integers, and the linear layers' own business.
     known = {name: p.dtype for name, p in weights.items() if p.dtype in FLOATS}
     x_dtype = next(iter(known.values()), x.dtype)
-    device = next((d for d in devices if d.type != "cpu"), x.device)
     dtypes = {name: known.get(name, x_dtype) for name, _ in copy.named_parameters()}
 
     def run(dtype=None):
@@ -54,11 +53,14 @@ def try_class(module, trial, cls):
     return difference(own, run(), exact)
 
 
-def try_function(function, trial, replacement, device):
-    """difference of a rotation and what would take its place."""
-    inputs = [(x.to(device), n < len(trial) - 2) for n, x in enumerate(trial)]
-    own = outcome(function, inputs)
-    return difference(own, outcome(replacement, inputs), own)
+def try_rope(module, trial, cls, device):
+    """difference of the rotations that module's class and cls call."""
+    for name, tensors in trial:
+        inputs = [(x.to(device), n < len(tensors) - 2) for n, x in enumerate(tensors)]
+        own, ours = (outcome(c.forward.__globals__[name], inputs) for c in (type(module), cls))
+        if why := difference(own, ours, own):
+            return f"{name}: {why}"
+    return ""
 
 
 class Difference(NamedTuple):
@@ -98,7 +100,7 @@ def verify(model: torch.nn.Module, batch: dict) -> Verification:
     bound = [(m, type(m)) for m in model.modules() if is_bound(m)] if isinstance(model, torch.nn.Module) else []
     if not bound:
         raise ValueError(f"verify: model must be bound, got a {type(model).__name__} that is not; bind(model) first")
-    fused = any(cls._liger.kind == "model" for _, cls in bound)
+    fused = any(cls._liger.make is model_class for _, cls in bound)
     ours = step(model, batch, **({"skip_logits": False} if fused else {}))
     with unbound(bound):
         own = step(model, batch)

@@ -14,14 +14,19 @@ class LigerCallback(TrainerCallback):
     """
 
     def __init__(self, **options):
-        self.options, self.report, self.known = options, None, lambda: None
+        self.options, self.report, self.known = options, None, None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if args.use_liger_kernel:
             raise ValueError("LigerCallback: use_liger_kernel must be False, got True, which patches the model a second time")
         # As training begins, the model may stand inside a wrapper of accelerate's or of torch.compile's.
-        if self.known() is None or all(module is not self.known() for module in model.modules()):
+        known = self.known and self.known()
+        if known is None or all(module is not known for module in model.modules()):
             self.known = weakref.ref(model)
             self.report = rebind(model, self.options)
 
     on_train_begin = on_init_end
+
+    def __getstate__(self):
+        """No weak reference can be pickled; which model was bound is this process's matter."""
+        return {**vars(self), "known": None}
