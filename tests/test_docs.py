@@ -169,6 +169,15 @@ def test_the_dtype_table_says_each_combination():
     assert not missing
 
 
+def test_the_table_of_flavours():
+    """docs/wheels.md against tools/flavour.py: assembler, architectures."""
+    flavour, text = tool("flavour"), (ROOT / "docs/wheels.md").read_text()
+    rows = re.findall(r"^\| (`X\.Y\.Z.*?) \| ([\d.]+) \| (.*?) \|", text, re.M)
+    found = {suffix: (ptxas, archs) for names, ptxas, archs in rows for suffix in re.findall(r"`X\.Y\.Z(.*?)`", names)}
+    flavours = {f"+{flavour.suffix(cuda)}": f for cuda, f in flavour.FLAVOURS.items()} | {"": flavour.FLAVOURS[flavour.PLAIN]}
+    assert found == {suffix: (f.ptxas, ", ".join(f.ships.split())) for suffix, f in flavours.items()}
+
+
 # --- errors
 
 
