@@ -9,7 +9,7 @@ TEST_ARCHS := 80,90
 # The flavour of `wheel` and `pack`: 12.6, 12.9 or 13.0; none for the wheel without a suffix. tools/flavour.py has the pins.
 CUDA ?=
 
-.PHONY: demo lint test slow wheel smoke sdist index pack bench carry gpu mutate sweep docs clean
+.PHONY: demo lint test slow wheel smoke sdist index pack bench carry gpu static plots mutate sweep docs clean
 
 $(PIP):
 	$(PYTHON) -m venv $(VENV)
@@ -108,6 +108,15 @@ gpu:
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --target build/gpu $(CARRY)/*.whl
 	PYTHONPATH=build/gpu LIGER_AOT_COMMIT=$$(cat $(CARRY)/commit) \
 		$(PYTHON) benchmarks/gpu/run.py --out out/gpu.json $(if $(ONLY),--only $(ONLY))
+
+# What the machine code of all variants says; no GPU takes part.
+static: $(VENV)/ready
+	$(call install,$(LIGER_AOT_ARCHS))
+	$(RUN) benchmarks/static.py --out out/static.json
+
+# From the figures of benchmarks/results; without one, a prediction that says it is one.
+plots: $(VENV)/demo
+	$(RUN) benchmarks/pictures.py
 
 mutate: $(VENV)/ready
 	$(call install,$(TEST_ARCHS))

@@ -70,7 +70,7 @@ def device(arch, multiprocessors, mhz, terabytes, l2, l2_per_clock, cycles, tens
         l2 * 2**20,
         l2_per_clock * clock,
         cycles / clock,
-        {"bf16": tensor * 1e12, "fp16": tensor * 1e12, "fp32": fp32 * 1e12},
+        {"bfloat16": tensor * 1e12, "float16": tensor * 1e12, "float32": fp32 * 1e12},
         sources,
     )
 

@@ -23,7 +23,7 @@ from liger_aot.ops._check import FLOATS
 
 cdiv = _runtime.cdiv
 HEAD = 128  # columns
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class Shape(torch.Tensor):
@@ -38,7 +38,7 @@ class Shape(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def shape(*sizes, dtype="bf16"):
+def shape(*sizes, dtype="bfloat16"):
     return torch.empty(sizes, dtype=DTYPES.get(dtype, dtype), device="meta").as_subclass(Shape)
 
 
@@ -228,9 +228,7 @@ def distinct(tensors):
 def launch_of(kernel, grid, values, constants, parameters):
     """The record of a launch of one of our kernels."""
     if kernel not in KERNELS:
-        raise NotImplementedError(
-            f"{kernel}: the model does not know it; say in KERNELS of benchmarks/launches.py what it writes"
-        )
+        raise NotImplementedError(f"{kernel}: unknown to the model; say in KERNELS of benchmarks/launches.py what it writes")
     known, programs = KERNELS[kernel], math.prod(grid)
     named = dict(zip((name for name, _ in parameters), values, strict=True))
     tensors = {name: t for name, t in named.items() if isinstance(t, torch.Tensor)}
@@ -352,9 +350,7 @@ def tensors_in(values):
 def trace(operator, sizes, dtype, pack, multiprocessors):
     """{"forward": Pass, "backward": Pass} of an operator where every gradient is wanted."""
     if operator not in OPERATORS:
-        raise NotImplementedError(
-            f"{operator}: the model does not know it; say in benchmarks/launches.py what it is called with"
-        )
+        raise NotImplementedError(f"{operator}: unknown to the model; say in benchmarks/launches.py what it is called with")
     function, arguments = OPERATORS[operator](sizes, dtype)
     context = Context(arguments)
     with recorded(pack, multiprocessors) as launches:

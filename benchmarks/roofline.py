@@ -104,9 +104,8 @@ class Model:
 
     def matmul(self, launch):
         m, n, k, dtype = launch.matmul
-        name = next(name for name, d in launches.DTYPES.items() if d is dtype)
         bandwidth = self.device.bandwidth * assumed("bandwidth")
-        rate = self.device.matmul[name] * assumed("matmul") / self.device.multiprocessors
+        rate = self.device.matmul[str(dtype).removeprefix("torch.")] * assumed("matmul") / self.device.multiprocessors
         arithmetic = math.inf
         for (a, b), split in itertools.product((TILE, TILE[::-1]), range(1, max(1, min(SPLITS, k // LEAST_K)) + 1)):
             waves = math.ceil(math.ceil(m / a) * math.ceil(n / b) * split / self.device.multiprocessors)
@@ -177,14 +176,14 @@ class Model:
         return {name: self.total(ps) for name, ps in chosen.items()}
 
     def bare_matmuls(self, sizes, dtype):
-        """Seconds of the three products of a linear loss over all rows at once, and nothing else."""
+        """The three products of a linear loss over all rows at once, and nothing else."""
         rows, width, classes = sizes["tokens"], sizes["hidden"], sizes["vocabulary"]
         t = launches.DTYPES[dtype]
         shapes = [(rows, classes, width), (rows, width, classes), (classes, width, rows)]
         records = [
             launches.Launch("mm", (m * k + k * n) * t.itemsize, m * n * t.itemsize, matmul=(m, n, k, t)) for m, n, k in shapes
         ]
-        return assumed("first") + 2 * assumed("next") + sum(self.time(x).seconds for x in records)
+        return self.total([launches.Pass(records, sum(x.read + x.written for x in records))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +238,7 @@ def sizes_of(operator):
 
 def cases():
     for operator in launches.OPERATORS:
-        yield from ((operator, "bf16", sizes) for sizes in sizes_of(operator))
+        yield from ((operator, "bfloat16", sizes) for sizes in sizes_of(operator))
 
 
 def identity(row):
@@ -255,7 +254,7 @@ def predictions(name):
         case = {"operator": operator, "dtype": dtype, "sizes": sizes}
         rows += [case | {"pass": what, "predicted": made} for what, made in model.predict(operator, sizes, dtype).items()]
         if operator == "linear_cross_entropy":
-            made = {"us": figures(1e6 * model.bare_matmuls(sizes, dtype))}
+            made = model.bare_matmuls(sizes, dtype)
             rows.append(case | {"provider": "bare matmuls", "pass": "both", "predicted": made})
     return {
         "label": LABEL,
@@ -288,7 +287,7 @@ def show_predictions(content):
         times = [f"{rows[name]['predicted']['us']:.1f}" for name in passes]
         rate, ratio = f"{p['least_bytes'] / p['us'] / 1e3:.0f}", f"{p['bytes'] / p['least_bytes']:.2f}"
         lines.append([rows["both"]["operator"], sizes_text(rows["both"]), *times, p["bound"], rate, ratio])
-    show.table(f"{LABEL}: {content['device']['name']}, bf16", head, lines, right=(*head[2:5], *head[6:]))
+    show.table(f"{LABEL}: {content['device']['name']}, bfloat16", head, lines, right=(*head[2:5], *head[6:]))
 
 
 def sizes_text(row):
@@ -325,7 +324,7 @@ def compare(measured, predicted):
 
 
 def show_comparison(name, pairs, without):
-    head = ["operator", "provider", "dtype", "sizes", "pass", "measured us", "predicted us", "measured / predicted"]
+    head = ["operator", "provider", "dtype", "sizes", "pass", "measured us", "predicted us", "ratio"]
     lines = [
         [
             row["operator"],
@@ -339,7 +338,7 @@ def show_comparison(name, pairs, without):
         ]
         for row, us, ratio in pairs
     ]
-    show.table(f"{name}: measured against predicted", head, lines, right=head[-3:])
+    show.table(f"{name}: measured against predicted, the ratio of the two", head, lines, right=head[-3:])
     if pairs:
         ratios = [ratio for *_, ratio in pairs]
         print(f"median {statistics.median(ratios):.2f}, from {min(ratios):.2f} to {max(ratios):.2f}, of {len(ratios)} cases")

@@ -73,9 +73,7 @@ class Code:
     def executed(self, trips):
         """How often each instruction runs, where `trips` says how often each loop's body does."""
         if len(trips) != len(self.loops):
-            raise ValueError(
-                f"the machine code has {len(self.loops)} loops, the model knows of {len(trips)}: say how often each runs"
-            )
+            raise ValueError(f"SASS: {len(self.loops)} loops, got trips of {len(trips)}; say in KERNELS how often each runs")
         times = [1.0] * len(self.instructions)
         for (start, end), trip in zip(self.loops, trips, strict=True):
             for at in range(start, end + 1):

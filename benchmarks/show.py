@@ -17,10 +17,11 @@ def table(title, head, rows, right=()):
             cells = (c.rjust(w) if h in right else c.ljust(w) for h, c, w in zip(head, line, widths, strict=True))
             print("  ".join(cells).rstrip())
         return
-    drawn = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    drawn, needed = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False), 0
     for name, *cells in zip(head, *rows, strict=True):
-        longest = max(map(len, cells), default=0)
-        drawn.add_column(escape(name), justify="right" if name in right else "left", overflow="fold", min_width=longest)
+        width = max(map(len, [*cells, *name.split()]))
+        drawn.add_column(escape(name), justify="right" if name in right else "left", min_width=width)
+        needed += width + 3
     for line in rows:
         drawn.add_row(*map(escape, line))
-    Console(width=max(128, shutil.get_terminal_size().columns)).print(drawn)
+    Console(width=max(needed, len(title), shutil.get_terminal_size().columns)).print(drawn)

@@ -93,12 +93,13 @@ def findings(r):
         yield CALLS, "calls a function: a division in software"
 
 
-def report(archs):
+def report(archs, kernels=None):
+    """A row for each variant of these kernels, or of all."""
     rows = []
     for arch in archs:
         pack = _runtime.open_pack(_runtime.pack_paths()[arch])
         moved = ratios(pack)
-        every = [(kernel, v) for kernel in pack.manifest["kernels"] for v in pack.table(kernel).values()]
+        every = [(kernel, v) for kernel in kernels or pack.manifest["kernels"] for v in pack.table(kernel).values()]
         codes = sass.disassemble(pack, every)
         rows += [row(pack, k, v, codes[v.cubin], moved[k, loops(v), v.dtypes[0]]) for k, v in every]
     return sorted(rows, key=lambda r: (-r["weight"], r["occupancy"], r["kernel"], r["variant"], r["arch"]))
