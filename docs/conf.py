@@ -14,6 +14,8 @@ smartquotes = False  # what stands here is code
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = f"liger-aot {version}"
 html_show_copyright = False
 

@@ -133,7 +133,7 @@ def page(module, table):
     formula, _, source = inspect.getdoc(module).partition("\n\n")
     public, launched = operators(module)
     name = public[0]
-    parts = [f"# {name}\n", block("text", formula), documented(source)]
+    parts = [f"# {name}\n", block("text", re.sub(" {2,}", "\n    ", formula)), documented(source)]
     parts += ["## Function\n", block("{eval-rst}", f".. autofunction:: liger_aot.{name}")]
     parts += [block("{eval-rst}", f".. autoclass:: liger_aot.nn.{layer}") for layer in layers(name)]
     for operator in public:
