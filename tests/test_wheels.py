@@ -138,7 +138,7 @@ def test_the_index_offers_each_flavour_and_pip_installs_from_it(tmp_path):
     dist.mkdir(parents=True)
     (dist / "whl").mkdir()
     (dist / "whl/cu999").mkdir()
-    for version, archs in {"1.2": "80 90 100f 120f", "1.2+cu126": "80 90", "1.1+cu126": "80 90"}.items():
+    for version, archs in {"1.2": "80 90 100f 120f", "1.2+cu126": "80 90", "1.1+cu126": "80", "0.10": "80"}.items():
         pretend(dist, version, archs)
     index.write(dist)
     pages = sorted(str(p.relative_to(dist)) for p in dist.rglob("*.html"))
@@ -165,7 +165,10 @@ def test_the_index_offers_each_flavour_and_pip_installs_from_it(tmp_path):
 
 
 BAD_WHEELS = {
-    "two architectures": ({"archs": "80 90"}, r"holds \['80', '90'\], its flavour ships 80 90 100f 120f; build it without"),
+    "two architectures": (
+        {"version": "1.10", "archs": "80 90"},
+        r"holds \['80', '90'\], its flavour ships 80 90 100f 120f; build it without",
+    ),
     "suffix": ({"version": "1.2+cu118"}, r"must end with nothing or one of cu126, cu129, cu130, plain, got \+cu118"),
     "name": ({"named": "1.3"}, r"is version 1\.2; build it again, its name says 1\.3"),
 }
@@ -174,6 +177,7 @@ BAD_WHEELS = {
 @pytest.mark.parametrize("fault", BAD_WHEELS)
 def test_the_index_refuses(tmp_path, fault):
     pretend(tmp_path, "0.9+cu126", "80 90")
+    pretend(tmp_path, "1.1")
     change, text = BAD_WHEELS[fault]
     pretend(tmp_path, **change)
     with pytest.raises(SystemExit, match=text):

@@ -29,7 +29,7 @@ def page(title, links):
 
 
 def read(wheel):
-    """(flavour, which Pythons) of a wheel; refused if it is damaged, or not what its name says."""
+    """(flavour, version, which Pythons, architectures) of a wheel; refused if it is damaged, or not what its name says."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             damaged = archive.testzip()
@@ -46,9 +46,12 @@ def read(wheel):
     if flavour not in SHIPS:
         raise SystemExit(f"{wheel}: its version must end with nothing or one of {', '.join(SHIPS)}, got +{flavour}")
     built = {m[1] for n in names if (m := re.fullmatch(r"liger_aot/cubins/sm_(\w+)\.zip", n))}
+    return flavour, [int(n) for n in re.findall(r"\d+", version.partition("+")[0])], metadata["Requires-Python"], built
+
+
+def check_architectures(wheel, flavour, built):
     if built != set(SHIPS[flavour].split()):
         raise SystemExit(f"{wheel} holds {sorted(built)}, its flavour ships {SHIPS[flavour]}; build it without LIGER_AOT_ARCHS")
-    return flavour, metadata["Requires-Python"]
 
 
 def link(wheel, python):
@@ -59,10 +62,13 @@ def link(wheel, python):
 
 def write(folder):
     """folder/whl/FLAVOUR/liger-aot/index.html for every flavour that has a wheel in the folder; nothing if one is refused."""
-    found = {}
+    found, newest = {}, {}
     for wheel in sorted(folder.glob("liger_aot-*.whl")):
-        flavour, python = read(wheel)
+        flavour, version, python, built = read(wheel)
         found.setdefault(flavour, []).append(link(wheel, python))
+        newest[flavour] = max(newest.get(flavour, ([],)), (version, wheel, built), key=lambda item: item[0])
+    for flavour, (_, wheel, built) in newest.items():  # those before it hold what their flavour shipped then
+        check_architectures(wheel, flavour, built)
     if not found:
         raise SystemExit(f"{folder} has no wheels of {PROJECT}; make some: make wheel CUDA=13.0")
     shutil.rmtree(folder / "whl", ignore_errors=True)
