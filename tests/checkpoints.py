@@ -37,7 +37,9 @@ GPT2 = {
     "layer_norm_epsilon": 1e-6,
 }
 BERT = {key: SMALL[key] for key in SMALL if key != "num_key_value_heads"} | {"layer_norm_eps": 1e-12}
-GLM = SMALL | {"head_dim": 16, "attention_bias": True, "pad_token_id": 0, "eos_token_id": 1}
+ROBERTA = BERT | {"type_vocab_size": 1, "max_position_embeddings": 66}
+# Gate and up are one matrix in HF, two in SAT: at this width a processor multiplies both by the same blocks.
+GLM = SMALL | {"intermediate_size": 128, "head_dim": 16, "attention_bias": True, "pad_token_id": 0, "eos_token_id": 1}
 VIT = {
     "hidden_size": 64,
     "intermediate_size": 88,
@@ -96,7 +98,9 @@ MODELS = {
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "gpt2-untied": ("GPT2LMHeadModel", GPT2 | {"tie_word_embeddings": False, "n_inner": 96, "vocab_size": 1024}),
     "bert": ("BertForMaskedLM", BERT),
-    "roberta": ("RobertaForMaskedLM", BERT | {"type_vocab_size": 1, "max_position_embeddings": 66}),
+    "bert-untied": ("BertForMaskedLM", BERT | {"tie_word_embeddings": False, "vocab_size": 1024}),
+    "roberta": ("RobertaForMaskedLM", ROBERTA),
+    "roberta-untied": ("RobertaForMaskedLM", ROBERTA | {"tie_word_embeddings": False}),
     "glm": ("GlmForCausalLM", GLM),
     "glm-base": (
         "GlmForCausalLM",
@@ -110,6 +114,8 @@ MODELS = {
     "cogvlm": (HubCogVLM, COGVLM),
     "cogvlm2": (HubCogVLM, COGVLM | {"num_multi_query_heads": 2}),
 }
+# Of each, what HF holds and nobody computes with: transformers takes the decoder's bias where it is not tied.
+IDLE = {"bert-untied": {"cls.predictions.bias"}, "roberta-untied": {"lm_head.bias"}}
 # SAT's classes for them; where a family cannot be seen from the configuration, it is named.
 FAMILY = {"glm": "glm", "glm-base": "glm", "chatglm2": "chatglm2", "chatglm3": "chatglm3"}
 # The names and the configuration of code that comes with the weights, for what transformers computes under names of its own.
@@ -141,7 +147,7 @@ def build(name, dtype=torch.float32, **over):
         for module in model.modules():
             if isinstance(module, Frequencies):
                 module.inv_freq = module.exact()
-        if name == "roberta":  # SAT has no place for the type's row
+        if name.startswith("roberta"):  # SAT has no place for the type's row
             model.roberta.embeddings.token_type_embeddings.weight.zero_()
     return model
 

@@ -344,5 +344,8 @@ class HubChatGLM(nn.Module):
             )
             x = scale * y + own.dense(attend(q, k, v, True))
             y = layer.post_attention_layernorm(x)
-            x = scale * y + layer.mlp.dense_4h_to_h(F.gelu(layer.mlp.dense_h_to_4h(y), approximate="tanh"))
+            y_in = layer.mlp.dense_h_to_4h(y)
+            # As the code on the hub spells it: F.gelu rounds otherwise.
+            y_in = 0.5 * y_in * (1 + torch.tanh(0.7978845608028654 * y_in * (1 + 0.044715 * y_in * y_in)))
+            x = scale * y + layer.mlp.dense_4h_to_h(y_in)
         return self.lm_head(self.transformer.final_layernorm(x))

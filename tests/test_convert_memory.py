@@ -42,7 +42,8 @@ for i in range(layers):
 writer = HFWriter(folder / "hf", {key: (shape, torch.bfloat16) for key, shape in plan.items()}, 10**9)
 for number, tensor in enumerate(writer.tensors.values()):
     tensor.fill_(number)  # each another, or the head would be tied to the embedding
-writer.close({"model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
+writer.close()
+writer.seal({"model_type": "llama", "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
               "num_attention_heads": 16, "vocab_size": vocabulary, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5})
 measured(hf_to_sat, folder / "hf", folder / "sat")
 measured(sat_to_hf, folder / "sat", folder / "back", max_shard_size="300MB")

@@ -6,6 +6,7 @@ CogVLM's model code is in no package: both of its sides are small references of 
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from references import SATCogVLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from liger_aot.convert import ConvertError
 from liger_aot.convert import hf_to_sat
@@ -38,8 +41,8 @@ needs_sat = pytest.mark.skipif(
     reason="SwissArmyTransformer is not installed: pip install --no-deps SwissArmyTransformer==0.4.12",
 )
 OWN = ("cogvlm", "cogvlm2")
-# Where SAT multiplies and adds in another order than transformers does: the addmm of GPT-2, routing, gate and up as one matrix.
-OTHER_ORDER = ("gpt2", "mixtral", "glm", "chatglm")
+# Where SAT multiplies and adds in another order than transformers does: matrices the other way round, experts one by one.
+OTHER_ORDER = ("gpt2", "mixtral")
 FILE = "1/mp_rank_00_model_states.pt"
 
 
@@ -53,7 +56,7 @@ class Pair:
         self.args = json.loads((folder / "sat/model_config.json").read_text())
         self.ids = tokens(self.args["vocab_size"])
         self.image = torch.randn(2, 3, 32, 32)
-        if name == "roberta":
+        if name.startswith("roberta"):
             self.ids[self.ids == 1] = 3  # padding, which RoBERTa counts positions around
         if name in OWN:
             torch.manual_seed(2)
@@ -86,12 +89,13 @@ class Pair:
             return self.sat(torch.zeros(2, 1, dtype=torch.long), places, torch.ones(1, 1, 17, 17), image=self.image)[0]
         if self.name == "chatglm-6b":
             return self.sat(ids, answer(ids), torch.ones(1, 1, length, length).tril())[0]
-        if self.name == "roberta":
+        if self.name.startswith("roberta"):
             return self.sat(ids, torch.arange(2, length + 2)[None].expand(2, -1), torch.ones(1, 1, length, length))[0]
         if self.name in OWN:
             return self.sat(ids, **self.extra)
-        more = {"token_type_ids": torch.zeros_like(ids)} if self.name == "bert" else {}
-        return run_sat(self.sat, ids, causal=self.name != "bert", **more)
+        bert = self.name.startswith("bert")
+        more = {"token_type_ids": torch.zeros_like(ids)} if bert else {}
+        return run_sat(self.sat, ids, causal=not bert, **more)
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[] if name in OWN else [needs_sat]) for name in MODELS])
@@ -103,8 +107,48 @@ def test_both_frameworks_compute_the_same(pair):
     ours, theirs = pair.of_sat(), pair.of_hf()
     off = (ours - theirs).abs().max().item() / theirs.abs().max().item()
     assert off <= 1e-5
-    if not pair.name.startswith((*OTHER_ORDER, "vit", "cogvlm")):
+    if not pair.name.startswith(OTHER_ORDER):
         assert off == 0
+
+
+# Those that transformers itself computes from tokens.
+READERS = ["llama", "llama-mha", "mistral", "qwen2", "gpt2", "bert", "roberta", "glm", "chatglm2", "mixtral"]
+
+
+@pytest.mark.parametrize("pair", [pytest.param(name, marks=needs_sat) for name in READERS], indirect=True)
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_padding_is_unseen_by_both(pair, left):
+    """Only what sees something is compared: what sees nothing is an average of everything in SAT."""
+    ids, length = pair.ids, pair.ids.shape[1]
+    seen = torch.ones_like(ids)
+    seen[0, :5] = seen[1, :2] = 0
+    seen = seen if left else seen.flip(-1)
+    both_ways = "bert" in pair.name
+    places = (seen.cumsum(-1) - 1).clamp(min=0) + 2 * pair.name.startswith("roberta")
+    mask = torch.ones(length, length) if both_ways else torch.ones(length, length).tril()
+    more = {"token_type_ids": torch.zeros_like(ids)} if pair.name.startswith("bert") else {}
+    with torch.no_grad():
+        theirs = pair.hf(input_ids=ids, attention_mask=seen, position_ids=places).logits[seen.bool()]
+        ours = pair.sat(ids, places, mask * seen[:, None, None], **more)[0][seen.bool()]
+        unmasked = pair.sat(ids, places, mask[None, None], **more)[0][seen.bool()]
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    if both_ways or left:
+        assert (unmasked - theirs).abs().max() > 0.1 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("pair", [pytest.param(name, marks=needs_sat) for name in READERS], indirect=True)
+def test_positions_that_begin_later_are_the_same_to_both(pair):
+    ids, length = pair.ids, pair.ids.shape[1]
+    places = torch.arange(7, 7 + length).expand(2, -1)
+    both_ways = "bert" in pair.name
+    mask = torch.ones(1, 1, length, length)
+    more = {"token_type_ids": torch.zeros_like(ids)} if pair.name.startswith("bert") else {}
+    with torch.no_grad():
+        theirs = pair.hf(input_ids=ids, position_ids=places).logits
+        ours = pair.sat(ids, places, mask if both_ways else mask.tril(), **more)[0]
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    absolute = both_ways or pair.name == "gpt2"
+    assert torch.allclose(ours, pair.of_sat(), atol=1e-3) != absolute
 
 
 def test_the_file_holds_what_the_model_has(pair):
@@ -166,18 +210,22 @@ def test_both_frameworks_compute_the_same_on_the_way_back(pair, tmp_path):
 
 
 @needs_sat
-@pytest.mark.parametrize("name", ["llama", "llama-mha"])
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "legacy", "mixtral"])
 def test_a_lost_rotary_base_is_repaired(name, tmp_path):
     """In 16 bits SAT computes with the base in its code: no error, no warning, other numbers."""
-    model = save(tmp_path / "hf", name, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    kind = "llama" if name == "legacy" else name
+    theta = 1e4 if name == "mixtral" else 5e5  # SAT's own are 1e6 and 1e4
+    model = save(tmp_path / "hf", kind, rope_parameters={"rope_type": "default", "rope_theta": theta})
     hf_to_sat(tmp_path / "hf", tmp_path / "sat", allow_rope_theta=True)
+    if name == "legacy":
+        rewrite(tmp_path / "sat", legacy)
     ids, sat = tokens(model.config.vocab_size), load_sat(tmp_path / "sat")
     wanted = run_hf(model, ids)
     assert (run_sat(sat, ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     half = sat.half()
     forget_angles(half)
     assert (run_sat(half, ids) - wanted).abs().max() > 0.2 * wanted.abs().max()
-    set_rope_theta(half, 5e5)
+    set_rope_theta(half, theta)
     rounded = (run_hf(model.half(), ids) - wanted).abs().max()
     assert (run_sat(half, ids) - wanted).abs().max() <= 4 * rounded
 
@@ -233,6 +281,91 @@ def test_verification_runs_both(name, tmp_path):
         assert ("loss" in str(report)) == (name != "vit")
 
 
+def as_pretraining(folder):
+    """BERT with its pooler and the prediction of the next sentence, as it was trained."""
+    import transformers
+
+    torch.manual_seed(0)
+    transformers.BertForPreTraining(transformers.BertConfig(**MODELS["bert"][1])).save_pretrained(folder)
+
+
+def as_base_model(folder):
+    """GPT-2 without its tied head, as the hub has it."""
+    save(folder, "gpt2")
+    state = {key.removeprefix("transformer."): tensor for key, tensor in tensors(folder).items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    rename(folder, ["GPT2Model"])
+
+
+def without_architectures(folder):
+    save(folder, "qwen2")
+    rename(folder, None)
+
+
+def rename(folder, architectures):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
+
+
+@needs_sat
+@pytest.mark.parametrize("make", [as_pretraining, as_base_model, without_architectures])
+def test_verification_takes_the_model_with_the_head_that_was_converted(make, tmp_path):
+    make(tmp_path / "hf")
+    assert "verified by running: " in str(hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True))
+    assert "verified by running: " in str(sat_to_hf(tmp_path / "sat", tmp_path / "back", verify=True))
+
+
+@needs_sat
+def test_verification_notices_a_little(tmp_path, monkeypatch):
+    """Ten times what rounding makes of these models, a hundredth of what a wrong tensor does."""
+    from liger_aot.convert.families import FAMILIES
+
+    def spoil(family, model, args):
+        model.mixins["lm"].lm_head.weight.data.mul_(1 + 2e-5)
+
+    monkeypatch.setattr(type(FAMILIES["llama"]), "prepare_sat", spoil)
+    save(tmp_path / "hf")
+    with pytest.raises(ConvertError, match=r"differ by 2e-05 of the largest(.|\n)*at most 1e-05 is rounding"):
+        hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True)
+
+
+@needs_sat
+@pytest.mark.parametrize(
+    ("convert", "moment"),
+    [("hf_to_sat", "sat.training.model_io.load_checkpoint"), ("sat_to_hf", "liger_aot.convert._verify.loss")],
+)
+def test_a_run_killed_while_both_run_leaves_nothing_loadable(convert, moment, tmp_path):
+    save(tmp_path / "hf")
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "tmp").mkdir()
+    script = f"""
+import importlib, os, signal
+from liger_aot import convert
+from liger_aot.convert import _verify
+from checkpoints import load_sat
+load_sat({str(tmp_path / "sat")!r})
+def die(*unused, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(importlib.import_module({moment.rpartition(".")[0]!r}), {moment.rpartition(".")[2]!r}, die)
+convert.{convert}({str(tmp_path / convert[:3].strip("_"))!r}, {str(tmp_path / "out/x")!r}, verify=True)
+"""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": path}, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    (left,) = (tmp_path / "out").iterdir()
+    last, also = {"hf_to_sat": ("latest", "model_config.json"), "sat_to_hf": ("config.json", "model.safetensors")}[convert]
+    assert (left / also).is_file()
+    assert not (left / last).exists()
+    for folder in (left, *(tmp_path / "tmp").iterdir()):
+        with pytest.raises((OSError, ValueError)):
+            load_sat(folder)
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(folder)
+
+
 @needs_sat
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_verification_holds_casts_to_what_was_cast(dtype, tmp_path):
@@ -276,7 +409,7 @@ def test_verification_reads_the_users_text(tmp_path):
     from transformers import PreTrainedTokenizerFast
 
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "it", "for", "long"]
-    model = models.WordLevel({word: k for k, word in enumerate(["[UNK]", *words])}, unk_token="[UNK]")
+    model = models.WordLevel({word: k for k, word in enumerate(["[UNK]", *words])} | {"far": 500}, unk_token="[UNK]")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     save(tmp_path / "hf")
@@ -284,6 +417,13 @@ def test_verification_reads_the_users_text(tmp_path):
     with pytest.raises(ConvertError, match="--text needs a tokenizer there"):
         hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, text=tmp_path / "text")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "hf")
+    for got, text in enumerate(["", "the"]):
+        (tmp_path / "short").write_text(text)
+        with pytest.raises(ConvertError, match=rf"short: must be two tokens or more, got {got}"):
+            hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, text=tmp_path / "short")
+    (tmp_path / "short").write_text("far far")
+    with pytest.raises(ConvertError, match="hf: its tokenizer makes token 500, of vocab_size 128"):
+        hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, text=tmp_path / "short")
     report = hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, text=tmp_path / "text")
     assert f"logits of 10 tokens of {tmp_path / 'text'}" in str(report)
     assert "loss" in str(report)
@@ -297,6 +437,14 @@ def test_verification_sees_the_users_picture(tmp_path):
     image.effect_noise((50, 40), 60).convert("RGB").save(tmp_path / "noise.png")
     report = hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, image=tmp_path / "noise.png")
     assert f"logits of {tmp_path / 'noise.png'} differ by" in str(report)
+
+
+def rewrite(folder, change):
+    """In another layout, by change(module, args), which returns the arguments."""
+    module = torch.load(folder / FILE, weights_only=True)["module"]
+    args = json.loads((folder / "model_config.json").read_text())
+    (folder / "model_config.json").write_text(json.dumps(change(module, args)))
+    torch.save({"module": module}, folder / FILE)
 
 
 def legacy(module, args):
@@ -332,10 +480,7 @@ def test_other_layouts_of_sat_are_read(name, change, tmp_path):
     """Made by hand; SAT's class for it says that it is the same model."""
     model = save(tmp_path / "hf", name)
     hf_to_sat(tmp_path / "hf", tmp_path / "sat", family=FAMILY.get(name, "auto"))
-    module = torch.load(tmp_path / "sat" / FILE, weights_only=True)["module"]
-    args = json.loads((tmp_path / "sat/model_config.json").read_text())
-    (tmp_path / "sat/model_config.json").write_text(json.dumps(change(module, args)))
-    torch.save({"module": module}, tmp_path / "sat" / FILE)
+    rewrite(tmp_path / "sat", change)
     ids, wanted = tokens(128), run_hf(model, tokens(128))
     assert (run_sat(load_sat(tmp_path / "sat"), ids) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     sat_to_hf(tmp_path / "sat", tmp_path / "back", family=FAMILY.get(name, "auto"))

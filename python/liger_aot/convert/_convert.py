@@ -1,8 +1,10 @@
 """Plan everything from headers, say all that is wrong, then copy one rule at a time into files of the final size."""
 
 import os
+import secrets
 import shutil
 from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,9 +18,8 @@ from ._hf import HFWriter
 from ._hf import bytes_of
 from ._hf import size
 from ._job import Job
-from ._job import carried_config
-from ._job import choose
-from ._lora import Merged
+from ._job import choose_hf
+from ._job import choose_sat
 from ._lora import without_adapters
 from ._progress import Progress
 from ._rules import Alias
@@ -29,6 +30,7 @@ from ._rules import Zeros
 from ._rules import frequencies
 from ._sat import SATSource
 from ._sat import SATWriter
+from ._verify import Shown
 from ._verify import compare_back
 from ._verify import compare_logits
 from ._verify import parts
@@ -58,15 +60,16 @@ def hf_to_sat(
     where they are installed, on the file `text` or `image` if given. `progress` is a stream to show it on. A checkpoint that
     does not fit is a ConvertError that lists every reason, before anything is written.
     """
-    source, target, dtype = Path(source), fresh(target), narrow(dtype)
+    source, target, dtype, shown = Path(source), fresh(target), narrow(dtype), Shown(verify, text, image)
     if isinstance(mp, bool) or not isinstance(mp, int) or not 1 <= mp <= 99:
         raise ConvertError(f"convert: mp must be a whole number from 1 to 99, got {mp!r}")
     hf = HFSource(source)
-    job = Job(choose(family, "claims_hf", hf.config, hf.about_model()), source, target, dtype, allow_rope_theta)
+    job = Job(choose_hf(family, hf), source, target, dtype, allow_rope_theta)
+    shown.fits(job.family)
     plan_to_sat(job, hf, mp)
     plan = sat_plan(job, hf)
     job.report.tensors, job.report.bytes = len(plan), mp * sum(map(size, plan.values()))
-    with staged(target, job.report.bytes) as folder:
+    with staged(target, job.report.bytes, SATWriter.last) as folder:
         writer = SATWriter(folder, [plan] * mp)
         bar = Progress(job.report.bytes, progress)
         for item in job.items:
@@ -77,8 +80,10 @@ def hf_to_sat(
         shutil.copyfile(hf.config.path, folder / "config.json")
         writer.close(job.args)
         if verify:
-            compare_back(job, hf, with_layout(SATSource(folder), job))
-            compare_logits(job, source, folder, text and Path(text), image)
+            sat = with_layout(SATSource(folder, writer.tag), job)
+            compare_back(job, hf, sat)
+            compare_logits(job, source, sat, shown)
+        writer.seal()
     return job.report
 
 
@@ -102,39 +107,46 @@ def sat_to_hf(
     `merge_lora` adds low-rank adapters to their weights, with the `lora_alpha` they were trained with, which no file records.
     The rest is as in hf_to_sat.
     """
-    source, target, dtype, max_bytes = Path(source), fresh(target), narrow(dtype), bytes_of(max_shard_size)
+    source, target, dtype, shown = Path(source), fresh(target), narrow(dtype), Shown(verify, text, image)
+    max_bytes = bytes_of(max_shard_size)
     sat = SATSource(source)
-    job = Job(choose(family, "claims_sat", sat.config, sat.config["model_class"]), source, target, dtype, allow_rope_theta)
+    carried = _settings.read(source / "config.json") if (source / "config.json").is_file() else None
+    job = Job(choose_sat(family, sat.config, carried), source, target, dtype, allow_rope_theta)
+    shown.fits(job.family)
     sat = without_adapters(sat, merge_lora, lora_alpha, job.report)
-    plan_to_hf(job, sat)
+    plan_to_hf(job, sat, carried)
     plan = hf_plan(job, sat)
     job.config["dtype"] = job.config["torch_dtype"] = str(next(iter(plan.values()))[1]).removeprefix("torch.")
     job.report.tensors, job.report.bytes = len(plan), sum(map(size, plan.values()))
-    with staged(target, job.report.bytes) as folder:
+    with staged(target, job.report.bytes, HFWriter.last) as folder:
         writer = HFWriter(folder, plan, max_bytes)
         bar = Progress(job.report.bytes, progress)
         for item in job.items:
             write_hf(sat, item, writer.tensors, bar)
         bar.end()
         job.report.files = carry(source, folder)
-        writer.close(job.config)
+        writer.close()
         if verify:
-            compare_back(job, HFSource(folder), sat)
-            compare_logits(job, folder, source, text and Path(text), image, isinstance(sat, Merged))
+            compare_back(job, HFSource(folder, job.config), sat)
+            compare_logits(job, folder, sat, shown)
+        writer.seal(job.config)
     return job.report
 
 
 def plan_to_sat(job, hf, ranks):
     if hf.config.get("quantization_config"):
         raise ConvertError(f"{hf.config.path}: has a quantization_config; save the model unquantised first")
+    hf.config = job.family.filled(hf.config)
     job.family.check_hf(hf.config, job.problems)
     job.problems.end()
     args = _settings.Settings(job.family.args(hf.config), hf.config.path)
     for part in (args, *(value for value in args.values() if isinstance(value, dict))):
         part["model_parallel_size"] = ranks
     job.plan(hf.config, args, ranks)
-    if hf.name_with(job.family.prefix, {name for item in job.items for name in item.hf}):
-        job.report.notes.append(f"names without {job.family.prefix!r} were taken for names with it")
+    renamed = hf.name_as({name for item in job.items for name in item.hf}, job.family.prefix, job.family.old_names)
+    if renamed:
+        old, new = next(iter(renamed.items()))
+        job.report.notes.append(f"{len(renamed)} names were taken for those of the whole model today, {old} for {new}")
     job.theta_kept()
     job.compare(hf, "hf", hf.config.path)
     job.split_evenly()
@@ -143,14 +155,17 @@ def plan_to_sat(job, hf, ranks):
     job.problems.end()
 
 
-def plan_to_hf(job, sat):
+def plan_to_hf(job, sat, carried):
     args = sat.config
-    for key in ("num_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+    for key in ("num_layers", "vocab_size"):
         args.count(key)
+    args.divide("hidden_size", "num_attention_heads")
     job.family.check_sat(args, job.problems)
     job.problems.end()
     config = _settings.Settings(job.family.config(args), args.path)
-    config = carried_config(job.family, sat.folder, config)
+    if carried is not None:
+        config = job.merged(config, args, carried)
+        job.problems.end()
     if job.family.head():
         config["tie_word_embeddings"] = False
         job.plan(config, args, len(sat.ranks))
@@ -180,27 +195,49 @@ def narrow(dtype):
 
 
 def fresh(target):
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConvertError(f"{target}: must not exist, or be an empty folder")
+    """Where a link leads, since nothing can be renamed onto a link."""
+    target = Path(os.path.realpath(target))
+    if not target.exists():
+        return target
+    if not target.is_dir():
+        raise ConvertError(f"{target}: must not exist, or be an empty folder; it is a file")
+    held = sorted(path.name for path in target.iterdir())
+    if held:
+        raise ConvertError(f"{target}: must not exist, or be an empty folder; it holds {', '.join(held[:5])}")
     return target
 
 
 @contextmanager
-def staged(target, needed):
-    """A folder beside the target that becomes the target when all of it is there."""
-    parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ConvertError(f"{target}: needs {needed:,} bytes, and {parent} has {free:,} left")
-    folder = parent / f".{target.name}.partial-{os.getpid()}"
-    folder.mkdir()
+def staged(target, needed, last):
+    """A folder that becomes the target when all of it is there.
+
+    A target that is there may be a mount point or somebody's working directory, onto which nothing can be renamed: the folder
+    is inside it then, and its files move up, `last` after the others.
+    """
+    parent = target if target.exists() else target.parent
+    made = [path for path in (parent, *parent.parents) if not path.exists()]
+    folder, moved = parent / f".{target.name}.partial-{secrets.token_hex(4)}", []
+    folder.mkdir(parents=True)
     try:
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise ConvertError(f"{target}: needs {needed:,} bytes, and {parent} has {free:,} left")
         yield folder
-        folder.rename(target)
+        if parent is not target:
+            folder.rename(target)
+            return
+        if list(target.iterdir()) != [folder]:
+            raise ConvertError(f"{target}: was empty, and no longer is")
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
+            moved.append(path.rename(target / path.name))
+        folder.rmdir()
     except BaseException:
+        for path in moved:
+            path.rename(folder / path.name)
         shutil.rmtree(folder)
+        for path in made:
+            with suppress(OSError):  # somebody else has put something there
+                path.rmdir()
         raise
 
 
@@ -240,19 +277,20 @@ def hf_plan(job, sat):
 
 def write_sat(job, hf, item, ranks, bar):
     if isinstance(item.rule, Frequencies):
-        results = [[frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"])]]
+        origin, results = "rope_theta", [[frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"])]]
     else:
-        results = item.to_sat([hf.get(key) for key in item.hf])
+        origin, results = origin_of(hf, item.hf), item.to_sat([hf.get(key) for key in item.hf])
     for key, pieces in zip(item.sat, results, strict=True):
         parts = [pieces] if job.ranks == 1 else _parallel.split(together(pieces), job.layouts[key], job.ranks)
         for rank, part in zip(ranks, parts, strict=True):
-            fill(key, rank[key], part)
+            fill(rank[key], part, origin)
             bar.add(rank[key].nbytes, key)
 
 
 def write_hf(sat, item, tensors, bar):
     if not item.hf or item.hf[0] not in tensors or isinstance(item.rule, Alias | Drop | Tied):
         return
+    origin = origin_of(sat, item.sat)
     if isinstance(item.rule, Frequencies):
         results = [[frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"])]] * len(item.hf)
     elif isinstance(item.rule, Zeros):
@@ -260,7 +298,7 @@ def write_hf(sat, item, tensors, bar):
     else:
         results = item.to_hf([sat.get(key) for key in item.sat])
     for key, pieces in zip(item.hf, results, strict=True):
-        fill(key, tensors[key], pieces)
+        fill(tensors[key], pieces, origin)
         bar.add(tensors[key].nbytes, key)
 
 
@@ -268,17 +306,23 @@ def together(pieces):
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
-def fill(key, target, pieces):
-    """The pieces below each other; a cast that overflows is an error."""
+def origin_of(source, keys):
+    return ", ".join(f"{source.place(key)}: {key}" for key in keys)
+
+
+def fill(target, pieces, origin):
+    """The pieces below each other; what is no number, or is none after a cast, is an error."""
     at = 0
     for piece in pieces:
         target[at : at + len(piece)].copy_(piece)
         at += len(piece)
-    changed = any(piece.dtype is not target.dtype for piece in pieces)
-    if changed and not finite(target) and all(map(finite, pieces)):
-        name = str(target.dtype).removeprefix("torch.")
-        wider = "bfloat16 or float32 holds it" if name == "float16" else "float32 holds more"
-        raise ConvertError(f"{key}: does not fit into {name}; --dtype {wider}")
+    if finite(target):
+        return
+    if not all(map(finite, pieces)):
+        raise ConvertError(f"{origin} holds NaN or infinity; no model computes with it")
+    name = str(target.dtype).removeprefix("torch.")
+    wider = "bfloat16 or float32 holds it" if name == "float16" else "float32 holds more"
+    raise ConvertError(f"{origin} does not fit into {name}; --dtype {wider}")
 
 
 def finite(tensor):

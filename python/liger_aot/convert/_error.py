@@ -5,6 +5,11 @@ class ConvertError(ValueError):
     """A checkpoint that cannot be converted as asked; nothing was written."""
 
 
+def said(error):
+    """The first line of another library's error; its name, if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class Problems:
     """Collected while planning, so that one message names every key that does not fit."""
 

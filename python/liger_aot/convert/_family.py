@@ -6,6 +6,7 @@ import torch
 
 from ._rules import Frequencies
 from ._rules import Tied
+from ._settings import Settings
 
 # What SAT takes where model_config.json says nothing, of the arguments that change what is computed.
 DEFAULTS = {
@@ -23,6 +24,18 @@ DEFAULTS = {
 }
 
 
+# SAT's arguments of a model's size, and what most configurations of HF call them.
+NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "inner_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "max_sequence_length": "max_position_embeddings",
+}
+TOKENS = {f"{name}_token_id": f"{name}_token_id" for name in ("bos", "eos", "pad", "mask", "gmask")}
+
+
 class Family:
     """`hf_accepts` and `sat_accepts` are the values that the other side computes; anything else is refused."""
 
@@ -36,6 +49,12 @@ class Family:
     causal = True
     sees = False
     prefix = ""  # of the names of the whole model, which the files of its base model lack
+    old_names: ClassVar[dict] = {}  # ends of names, as transformers reads them in old files
+    names: ClassVar[dict] = NAMES
+    epsilon = ("rms_norm_eps",)  # its name in HF's configuration, and what that is by default
+    order = "pre"
+    tokenizer = "fake"
+    hf_defaults: ClassVar[dict] = {}  # of each model_type, what transformers takes for what we read, where it is no other's
     hf_accepts: ClassVar[dict] = {}
     sat_accepts: ClassVar[dict] = {}
 
@@ -43,9 +62,38 @@ class Family:
         return config.get("model_type") in self.model_types
 
     def claims_sat(self, args):
-        return args.get("model_class") in self.model_classes
+        return self.sat_class(args) is not None
+
+    def sat_class(self, args):
+        """Which of the family's classes it is. Training gives a class a name that ends with its own."""
+        name = str(args.get("model_class"))
+        of = [own for own in self.model_classes if name == own or (name.startswith("FineTune") and name.endswith(own))]
+        return of[0] if of else None
+
+    def filled(self, config):
+        """With what transformers takes where the configuration says nothing."""
+        return Settings({**self.hf_defaults.get(str(config.get("model_type")), {}), **config}, config.path)
+
+    def args(self, config):
+        args = {
+            "model_class": self.model_classes[0],
+            "tokenizer_type": config.get("_name_or_path") or self.tokenizer,
+            "layernorm_order": self.order,
+            "layernorm_epsilon": config.number(*self.epsilon),
+        }
+        return copied(args | to_args(config, self.names), TOKENS, config)
+
+    def config(self, args):
+        config = {"model_type": self.model_types[0]} if self.model_types else {}
+        config |= {"architectures": [self.architecture], self.epsilon[0]: args.number("layernorm_epsilon", 1e-5)}
+        config = copied(config | to_config(args, self.names), TOKENS, args)
+        return {key: value for key, value in config.items() if (key, value) != ("pad_token_id", -1)}  # SAT's word for none
 
     def check_hf(self, config, problems):
+        kind = config.get("model_type")
+        if self.model_types and kind is not None and kind not in self.model_types:
+            own = " or ".join(map(repr, self.model_types))
+            problems.add(f"{config.path}: model_type is {kind!r}; {self.name} converts {own} alone")
         for key, accepted in self.hf_accepts.items():
             if key in config and config[key] not in accepted:
                 wanted = " or ".join(map(repr, accepted))
@@ -54,7 +102,11 @@ class Family:
             check_rope(config, problems)
 
     def check_sat(self, args, problems):
-        for key, accepted in {**{key: (value,) for key, value in DEFAULTS.items()}, **self.sat_accepts}.items():
+        if self.sat_class(args) is None:
+            own = " or ".join(self.model_classes)
+            problems.add(f"{args.path}: model_class is {args['model_class']!r}; {self.name} converts {own} alone")
+        alone = {key: (value,) for key, value in DEFAULTS.items()} | {"layernorm_order": (self.order,)}
+        for key, accepted in (alone | self.sat_accepts).items():
             value = args.get(key, DEFAULTS.get(key))
             if value not in accepted:
                 wanted = " or ".join(map(repr, accepted))
@@ -122,6 +174,16 @@ def check_window(config, problems):
             f"{config.path}: sliding_window is {window}, less than max_position_embeddings {longest}; SAT has none. "
             "Texts that are shorter than the window can be served: set max_position_embeddings to it"
         )
+
+
+def to_args(config, names):
+    return {ours: config.count(theirs) for ours, theirs in names.items()}
+
+
+def to_config(args, names):
+    """The way back; an MLP of which SAT's arguments do not say the width is four times as wide as the model."""
+    usual = {"inner_hidden_size": 4 * args.count("hidden_size")}
+    return {theirs: args.count(ours, usual.get(ours)) for ours, theirs in names.items()}
 
 
 def copied(entries, names, source):

@@ -4,11 +4,14 @@ import json
 import math
 import os
 import re
+import sys
+from pathlib import Path
 
 import torch
 
 from . import _settings
 from ._error import ConvertError
+from ._error import said
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -17,13 +20,14 @@ INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": to
 
 
 class HFSource:
-    """Shapes and dtypes of every tensor from the headers, tensors on request."""
+    """Shapes and dtypes of every tensor from the headers, tensors on request. `config` is what config.json is going to say."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, config=None):
         self.folder = folder
         if not folder.is_dir():
             raise ConvertError(f"{folder}: no such folder")
-        self.config = _settings.read(folder / "config.json")
+        self.config = config or _settings.read(folder / "config.json")
+        refuse_adapters(folder)
         self.files = {}
         self.where = self.index()
         self.stored = {key: key for key in self.where}
@@ -32,13 +36,21 @@ class HFSource:
         for key, name in self.where.items():
             if key not in self.files[name][1]:
                 raise ConvertError(f"{folder / INDEX}: puts {key} into {name}, which does not hold it")
+        for name, (_, held) in self.files.items():
+            odd = [key for key in held if self.where.get(key) != name]
+            if odd:
+                more = f" and {len(odd) - 1} more" if odd[1:] else ""
+                raise ConvertError(f"{folder / name}: holds {odd[0]}{more}, which {INDEX} does not put there")
 
     def index(self):
         single = "model.safetensors"
         if (self.folder / INDEX).is_file():
             if (self.folder / single).is_file():
                 raise ConvertError(f"{self.folder}: holds both {single} and {INDEX}, which may differ; take one of them away")
-            where = _settings.read(self.folder / INDEX)["weight_map"]
+            where = _settings.read(self.folder / INDEX).section("weight_map")
+            for key, name in where.items():
+                if not isinstance(name, str) or not name or Path(name).name != name:
+                    raise ConvertError(f"{self.folder / INDEX}: must put {key} into a file beside it, got {repr(name)[:80]}")
             missing = sorted({name for name in where.values() if not (self.folder / name).is_file()})
             if missing:
                 raise ConvertError(f"{self.folder}: {INDEX} names files that are not there: {', '.join(missing)}")
@@ -66,17 +78,24 @@ class HFSource:
         try:
             file = safe_open(path, "pt")
         except SafetensorError as error:
-            raise ConvertError(f"{path}: not a safetensors file, or cut off: {error}") from None
+            raise ConvertError(f"{path}: not a safetensors file, or cut off: {said(error)}") from None
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         self.files[name] = file, {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
 
     def about_model(self):
         return self.config.get("model_type") or ", ".join(map(str, self.config.listed("architectures"))) or "no model_type"
 
-    def name_with(self, prefix, known):
-        """The files of a base model alone lack the prefix of the whole model's names."""
-        self.stored = {prefix + key if key not in known and prefix + key in known else key: key for key in self.where}
-        return self.stored.keys() != self.where.keys()
+    def name_as(self, known, prefix, ends):
+        """What had to be renamed: files of a base model alone lack the whole one's prefix, old files have other ends."""
+        self.stored, renamed = {key: key for key in self.where}, {}
+        for key in self.where:
+            old = next((end for end in ends if key.endswith(end)), None)
+            new = key.removesuffix(old) + ends[old] if old else key
+            found = [name for name in (new, prefix + new) if name in known and name not in self.stored]
+            if key not in known and found:
+                renamed[key] = found[0]
+                self.stored[found[0]] = self.stored.pop(key)
+        return renamed
 
     def keys(self):
         return list(self.stored)
@@ -101,8 +120,31 @@ def refuse_pointer(path):
         raise ConvertError(f"{path}: a Git LFS pointer, not the file itself; fetch it with: git lfs pull")
 
 
+def refuse_adapters(folder):
+    """transformers would add them to the model that it loads from there."""
+    path = folder / "adapter_config.json"
+    if path.is_file():
+        raise ConvertError(
+            f"{path}: LoRA adapters of PEFT lie beside the model; merge them first (merge_and_unload), or take them away"
+        )
+
+
+def allocate(path):
+    """Without blocks of its own, what is copied into a mapped file ends the process (SIGBUS) where the disk is full."""
+    if sys.platform != "linux":  # macOS has no such call
+        return
+    length = path.stat().st_size
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, length)
+        except OSError as error:
+            raise ConvertError(f"{path}: needs {length:,} bytes: {error.strerror}") from None
+
+
 class HFWriter:
     """Files of the final size, mapped into memory: what is copied into `tensors` is in them."""
+
+    last = "config.json"
 
     def __init__(self, folder, plan, max_bytes):
         self.folder = folder
@@ -125,17 +167,20 @@ class HFWriter:
         path = self.folder / name
         path.write_bytes(len(text).to_bytes(8, "little") + text)
         os.truncate(path, 8 + len(text) + at)
+        allocate(path)
         whole = torch.from_file(str(path), shared=True, size=8 + len(text) + at, dtype=torch.uint8)[8 + len(text) :]
         for key, (shape, dtype) in plan.items():
             begin, end = header[key]["data_offsets"]
             self.tensors[key] = whole[begin:end].view(dtype).view(shape)
 
-    def close(self, config):
-        """The files that make the folder a checkpoint."""
+    def close(self):
         self.tensors.clear()
-        _settings.write(self.folder / "config.json", config)
         if len(set(self.index.values())) > 1:
             _settings.write(self.folder / INDEX, {"metadata": {"total_size": self.total}, "weight_map": self.index})
+
+    def seal(self, config):
+        """The file without which the folder is no checkpoint."""
+        _settings.write(self.folder / self.last, config)
 
 
 def size(about):

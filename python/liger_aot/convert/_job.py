@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from . import _parallel
-from . import _settings
 from ._error import ConvertError
 from ._error import Problems
+from ._family import DEFAULTS
 from ._hf import DTYPES
 from ._rules import Alias
 from ._rules import Drop
@@ -20,6 +20,7 @@ from ._rules import Zeros
 from ._rules import base_of
 from ._rules import expand
 from ._rules import spelled
+from ._settings import Settings
 from .families import FAMILIES
 
 HINTS = {
@@ -55,6 +56,24 @@ class Job:
         self.family, self.dtype, self.allow = family, dtype, allow_rope_theta
         self.problems = Problems(f"{source}, as {family.name}")
         self.report = Report(family.name, source, target)
+
+    def merged(self, config, args, carried):
+        """What SAT's arguments cannot say is as in the configuration that came through with the weights; they win over it."""
+        if not self.family.claims_hf(carried):
+            kind = carried.get("model_type", "no model_type")
+            self.report.notes.append(f"{carried.path} was left out: it is of {kind!r}, the weights of {self.family.name}")
+            return config
+        own = {key: carried[key] for key in ("model_type", "architectures") if key in carried}
+        # SAT scales no rotary angles, and holds no quantised weights: such keys are not about these weights.
+        kept = {key: value for key, value in carried.items() if key not in ("rope_scaling", "quantization_config")}
+        merged = self.family.filled(Settings({**kept, **config, **own}, carried.path))
+        says = self.family.args(merged)
+        for key in ("use_bias", "use_qkv_bias"):
+            here, there = args.get(key, DEFAULTS[key]), says.get(key, DEFAULTS[key])
+            if here != there:
+                kind = f"{carried.path} is of {carried.get('model_type')!r}, for which it is {there}"
+                self.problems.add(f"{args.path}: {key} is {here}; {kind}; put the weights' own there, or take it away")
+        return merged
 
     def plan(self, config, args, ranks):
         """`sizes["rope_theta"]` is what the configuration says, until the file's frequencies say something else."""
@@ -197,28 +216,25 @@ def hint(key):
     return next((text for pattern, text in HINTS.items() if re.search(pattern, key)), "")
 
 
-def choose(name, claims, config, about):
+def choose_hf(name, hf):
+    return choose(name, [family for family in FAMILIES.values() if family.claims_hf(hf.config)], hf.config, hf.about_model())
+
+
+def choose_sat(name, args, carried):
+    """Classes that several families read are those whose configuration came through with them."""
+    found = [family for family in FAMILIES.values() if carried and family.sat_class(args) and family.claims_hf(carried)]
+    found = found or [family for family in FAMILIES.values() if family.claims_sat(args)]
+    return choose(name, found, args, args["model_class"])
+
+
+def choose(name, found, config, about):
     if name != "auto":
         if name not in FAMILIES:
             raise ConvertError(f"convert: family must be auto or one of {', '.join(FAMILIES)}, got {name!r}")
         return FAMILIES[name]
-    found = [family for family in FAMILIES.values() if getattr(family, claims)(config)]
     if len(found) == 1:
         return found[0]
     if found:
         which = " or ".join(family.name for family in found)
         raise ConvertError(f"{config.path}: {about!r} may be one of several, say which: --family {which}")
     raise ConvertError(f"{config.path}: no family for {about!r}; there are {', '.join(FAMILIES)}")
-
-
-def carried_config(family, source, config):
-    """HF's own config.json, where it came through with the weights: what SAT's arguments say wins over it."""
-    if not (source / "config.json").is_file():
-        return config
-    carried = _settings.read(source / "config.json")
-    if not family.claims_hf(carried):
-        return config
-    own = {key: carried[key] for key in ("model_type", "architectures") if key in carried}
-    # SAT scales no rotary angles, and holds no quantised weights: such keys are not about these weights.
-    kept = {key: value for key, value in carried.items() if key not in ("rope_scaling", "quantization_config")}
-    return _settings.Settings({**kept, **config, **own}, config.path)

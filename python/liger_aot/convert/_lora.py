@@ -1,5 +1,6 @@
 """Low-rank adapters of SAT's LoRA mixin: W + B A alpha / r, for each of the parts that a fused weight has."""
 
+import math
 import re
 
 import torch
@@ -17,6 +18,10 @@ def adapters(keys):
 def without_adapters(sat, merge, alpha, report):
     """The source itself, or one whose adapters are merged."""
     found = adapters(sat.keys())
+    if alpha is not None and not merge:
+        raise ConvertError("convert: --lora-alpha is for --merge-lora, which was not given")
+    if merge and not found:
+        raise ConvertError(f"{sat.folder}: --merge-lora was given, and there are no LoRA adapters (matrix_A, matrix_B)")
     if not found:
         return sat
     if not merge:
@@ -29,12 +34,18 @@ def without_adapters(sat, merge, alpha, report):
     return merged
 
 
+def is_matrix(tensor):
+    return tensor is not None and tensor.dtype.is_floating_point and tensor.dim() == 2
+
+
 class Merged:
     """A SAT source whose adapters are part of the weights."""
 
     def __init__(self, sat, found, alpha):
         if alpha is None:
             raise ConvertError("convert: --merge-lora needs --lora-alpha A, what it was trained with; no file records it")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise ConvertError(f"convert: --lora-alpha must be a number above zero, got {alpha!r}")
         if len(sat.ranks) > 1:
             raise ConvertError(f"{sat.folder}: LoRA adapters in {len(sat.ranks)} model-parallel files; merge them in SAT first")
         self.sat, self.folder, self.config, self.alpha, rank = sat, sat.folder, sat.config, alpha, sat.ranks[0]
@@ -52,12 +63,12 @@ class Merged:
     def parts_of(self, name, rank):
         """(A, B) of each part, checked against the weight."""
         weight = rank.get(f"{name}.original.weight")
-        if weight is None or not weight.dtype.is_floating_point or weight.dim() != 2:
+        if not is_matrix(weight):
             raise ConvertError(f"{self.folder}: {name}.original.weight must be there, in floating point, to merge LoRA into")
         count = sum(key.startswith(f"{name}.matrix_A.") for key in rank)
         pairs = [(rank.get(f"{name}.matrix_A.{k}"), rank.get(f"{name}.matrix_B.{k}")) for k in range(count)]
-        if not pairs or any(a is None or b is None or a.dim() != 2 or b.dim() != 2 for a, b in pairs):
-            raise ConvertError(f"{self.folder}: {name}: matrix_A.k and matrix_B.k must come in pairs")
+        if not pairs or any(not is_matrix(part) for pair in pairs for part in pair):
+            raise ConvertError(f"{self.folder}: {name}: matrix_A.k and matrix_B.k must come in pairs, in floating point")
         rows, columns = sum(len(b) for _, b in pairs), {a.shape[1] for a, _ in pairs}
         if (rows, columns) != (weight.shape[0], {weight.shape[1]}) or any(b.shape[1] != len(a) for a, b in pairs):
             shapes = [(list(b.shape), list(a.shape)) for a, b in pairs]

@@ -1,8 +1,6 @@
 """A SwissArmyTransformer folder: `latest`, model_config.json and one file of torch.save per rank of model parallelism."""
 
 import mmap
-import os
-import pickle
 import zipfile
 from collections import OrderedDict
 
@@ -12,16 +10,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import _parallel
 from . import _settings
 from ._error import ConvertError
+from ._error import said
+from ._hf import allocate
+from ._hf import refuse_adapters
 from ._hf import refuse_pointer
 
 
 class SATSource:
-    def __init__(self, folder):
+    """`tag` is what `latest` is going to say."""
+
+    def __init__(self, folder, tag=None):
         self.folder = folder
         if not folder.is_dir():
             raise ConvertError(f"{folder}: no such folder")
         self.config = _settings.read(folder / "model_config.json")
-        self.tag = latest(folder)
+        self.tag = tag or latest(folder)
+        refuse_adapters(folder)
         self.ranks = [load(path) for path in self.paths()]
         self.layout = {}
         for path, rank in zip(self.paths(), self.ranks, strict=True):
@@ -93,12 +97,11 @@ def load(path):
     try:
         with torch.serialization.safe_globals(numpy_state()):
             saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        unsafe = sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - numpy_names())
-        what = f"it names {', '.join(unsafe)}" if unsafe else str(error).splitlines()[0]
-        raise ConvertError(f"{path}: refused, because reading it could run code: {what}") from None
-    except (RuntimeError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise ConvertError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged pickle is a program that may fail in any way
+        unsafe = foreign(path)
+        if unsafe:
+            raise ConvertError(f"{path}: refused, because reading it could run code: it names {', '.join(unsafe)}") from None
+        raise ConvertError(f"{path}: cannot be read: {said(error)}") from None
     if not isinstance(saved, dict) or not isinstance(saved.get("module"), dict):
         keys = ", ".join(map(str, list(saved)[:8])) if isinstance(saved, dict) else f"a {type(saved).__name__}"
         raise ConvertError(f"{path}: must hold a dict with 'module', got {keys}")
@@ -106,7 +109,18 @@ def load(path):
         if not isinstance(value, torch.Tensor):
             why = "; a quantised model, save it in 16 bits first" if "quant_state" in str(key) else ""
             raise ConvertError(f"{path}: {key} must be a tensor, got a {type(value).__name__}{why}")
-    return saved["module"]
+        if value.layout is not torch.strided or value.device.type != "cpu":
+            kind = f"{value.layout} on {value.device}".removeprefix("torch.")
+            raise ConvertError(f"{path}: {key} must be a dense tensor, got one that is {kind}")
+    return {key: value.detach() for key, value in saved["module"].items()}
+
+
+def foreign(path):
+    """What a pickle names that is neither torch's nor numpy's."""
+    try:
+        return sorted(set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - numpy_names())
+    except Exception:  # as above: it walks through the same damaged pickle
+        return []
 
 
 def numpy_state():
@@ -127,23 +141,28 @@ def numpy_names():
 class SATWriter:
     """Files of the final size, mapped into memory: what is copied into `ranks[r]` is in them."""
 
-    def __init__(self, folder, plans, iteration="1"):
-        self.folder, self.iteration = folder, iteration
-        (folder / iteration).mkdir()
+    last = "latest"
+    tag = "1"
+
+    def __init__(self, folder, plans):
+        self.folder = folder
+        (folder / self.tag).mkdir()
         self.ranks = [self.reserve(rank, plan) for rank, plan in enumerate(plans)]
 
     def reserve(self, rank, plan):
-        path = self.folder / self.iteration / f"mp_rank_{rank:02d}_model_states.pt"
+        path = self.folder / self.tag / f"mp_rank_{rank:02d}_model_states.pt"
         with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(
                 {"module": OrderedDict((key, torch.empty(shape, dtype=dtype)) for key, (shape, dtype) in plan.items())}, path
             )
+        allocate(path)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             return torch.load(path, mmap=True, weights_only=True)["module"]
 
     def close(self, config):
-        """The files that make the folder a checkpoint, `latest` last."""
         self.ranks.clear()
         _settings.write(self.folder / "model_config.json", config)
-        (self.folder / "latest.partial").write_text(self.iteration)
-        os.replace(self.folder / "latest.partial", self.folder / "latest")  # noqa: PTH105
+
+    def seal(self):
+        """The file without which the folder is no checkpoint."""
+        (self.folder / self.last).write_text(self.tag)

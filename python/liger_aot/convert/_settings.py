@@ -46,7 +46,7 @@ class Settings(dict):
     def section(self, key):
         """What stands below a key, under a name of its own."""
         if not isinstance(self[key], dict):
-            raise ConvertError(f"{self.path}: {key!r} must hold an object, got {self[key]!r}")
+            raise ConvertError(f"{self.path}: {key!r} must hold an object, got {repr(self[key])[:80]}")
         return Settings(self[key], f"{self.path}, {key}")
 
     def number(self, key, default=None):

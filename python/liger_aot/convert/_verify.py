@@ -4,20 +4,42 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 import time
 import types
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
 
+from . import _settings
 from ._error import ConvertError
+from ._error import said
+from ._lora import Merged
 from ._rules import Tied
 from ._rules import Zeros
 
-NEAR = 1e-4  # of the largest logit; a tensor in the wrong place moves logits by their own size
+NEAR = 1e-5  # of the largest logit; a tensor in the wrong place moves logits by their own size
 PACKAGES = {"transformers": "pip install transformers", "sat": "pip install --no-deps SwissArmyTransformer"}
 KERNEL = "sat.model.position_embedding.triton_rotary"
 TOKENS = 64
+
+
+class Shown:
+    """The text or the picture of the user's that the models are to see; without one, what chance gives."""
+
+    def __init__(self, verify, text, image):
+        self.text, self.image = text and Path(text), image and Path(image)
+        for path in (self.text, self.image):
+            if path and not verify:
+                raise ConvertError(f"convert: {path} is for --verify, which was not given")
+            if path and not path.is_file():
+                raise ConvertError(f"convert: {path}: no such file")
+
+    def fits(self, family):
+        wrong, takes = (self.text, "--image, a picture") if family.sees else (self.image, "--text")
+        if wrong:
+            raise ConvertError(f"convert: {wrong}: --verify of {family.name} takes {takes}")
 
 
 def compare_back(job, hf, sat):
@@ -51,25 +73,27 @@ def parts(tensor):
     return tensor.split(max(1, 2**24 // max(1, tensor[:1].numel())))
 
 
-def compare_logits(job, hf_folder, sat_folder, text, image, merged=False):
+def compare_logits(job, hf_folder, sat, shown):
     """The same input through both frameworks, in fp32; what could not be compared is said."""
     notes = job.report.notes
     if job.family.foreign:
         notes.append(f"not verified by running: {job.family.foreign}")
         return
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    merged = isinstance(sat, Merged)
     if missing or merged or job.ranks > 1:
         why = [f"{name} is not installed ({PACKAGES[name]})" for name in missing]
-        why += [f"SAT would need the adapters' own model for {sat_folder}"] * merged
+        why += [f"SAT would need the adapters' own model for {sat.folder}"] * merged
         why += ["one process cannot run model-parallel files"] * (job.ranks > 1)
         notes.append(f"not verified by running: {'; '.join(why)}")
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs, about = read_inputs(job, hf_folder, text, image)
+    config = read_config(job, hf_folder)
+    inputs, about = read_inputs(job, hf_folder, config, shown)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-    theirs, hf_time = timed(lambda: load_hf(job, hf_folder).to(device)(**inputs).logits)
+    theirs, hf_time = timed(lambda: load_hf(job, hf_folder, config).to(device)(**inputs).logits)
     positional, named = job.family.sat_inputs(inputs)
-    ours, sat_time = timed(lambda: load_sat(job, sat_folder).to(device)(*positional, **named)[0])
+    ours, sat_time = timed(lambda: load_sat(job, sat).to(device)(*positional, **named)[0])
     off = ((ours - theirs).abs().max() / theirs.abs().max()).item()
     agree = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
     losses = [loss(job.family, logits, inputs) for logits in (theirs, ours)]
@@ -90,23 +114,44 @@ def timed(run):
     return result, time.perf_counter() - start
 
 
-def load_hf(job, folder):
+def read_config(job, folder):
+    """As transformers reads it, also while the folder is not complete."""
     import transformers
 
-    names = [name for name in job.config.listed("architectures") if name in dir(transformers)]
-    model_class = getattr(transformers, (names or [job.family.architecture])[0])
-    return rounded(model_class.from_pretrained(folder, dtype=torch.float32), job.dtype)
+    with tempfile.TemporaryDirectory() as apart:
+        if not (folder / "config.json").is_file():
+            folder = Path(apart)
+            _settings.write(folder / "config.json", job.config)
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def load_sat(job, folder):
-    """SAT's own loader. Its rotary kernel runs on a GPU alone: elsewhere what it computes, in torch, takes its place."""
+def load_hf(job, folder, config):
+    """By the model's type: `architectures` may be missing, or name another model on the same weights."""
+    import transformers
+
+    kind = "ImageClassification" if job.family.sees else "CausalLM" if job.family.causal else "MaskedLM"
+    auto = getattr(transformers, f"AutoModelFor{kind}")
+    model = auto.from_pretrained(folder, config=config, dtype=torch.float32, trust_remote_code=False)
+    return rounded(model, job.dtype)
+
+
+def load_sat(job, sat):
+    """SAT's own loader, given a folder with `latest` and a link, since the target has none before all is well.
+
+    Its rotary kernel runs on a GPU alone: elsewhere what it computes, in torch, takes its place.
+    """
     os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
     if not torch.cuda.is_available() and KERNEL not in sys.modules:
         sys.modules[KERNEL] = types.ModuleType(KERNEL)
         sys.modules[KERNEL].apply_rotary = apply_rotary
-    import sat.model
+    from sat.model import AutoModel
+    from sat.training.model_io import load_checkpoint
 
-    model, _ = sat.model.AutoModel.from_pretrained(str(folder))
+    model, args = AutoModel.from_pretrained(str(sat.folder), build_only=True)
+    with tempfile.TemporaryDirectory() as apart:
+        (Path(apart) / "latest").write_text(sat.tag)
+        (Path(apart) / sat.tag).symlink_to(sat.folder.absolute() / sat.tag)
+        load_checkpoint(model, args, load_path=apart)
     job.family.prepare_sat(model, job.args)
     return rounded(model.float(), job.dtype)
 
@@ -130,26 +175,31 @@ def apply_rotary(x, cos, sin, position_ids, interleaved=False, inplace=False, **
     return out
 
 
-def read_inputs(job, folder, text, image):
+def read_inputs(job, folder, config, shown):
     """The user's own text or picture, or what chance gives; and which it was."""
     torch.manual_seed(0)
     if job.family.sees:
         size, channels = job.config["image_size"], job.config.get("num_channels", 3)
-        if image is None:
+        if shown.image is None:
             return {"pixel_values": torch.randn(1, channels, size, size)}, "a random picture"
-        return {"pixel_values": picture(folder, image, size)}, str(image)
+        return {"pixel_values": picture(folder, shown.image, size)}, str(shown.image)
     longest = job.args["max_sequence_length"] - 2  # RoBERTa counts from 2
-    if text is None:
+    if shown.text is None:
         count = min(TOKENS, longest)
         return {"input_ids": torch.randint(3, job.args["vocab_size"], (1, count))}, f"{count} random tokens"
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ConvertError(f"{folder}: --text needs a tokenizer there: {str(error).splitlines()[0]}") from None
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, :longest]
-    return {"input_ids": ids}, f"{ids.shape[1]} tokens of {text}"
+        raise ConvertError(f"{folder}: --text needs a tokenizer there: {said(error)}") from None
+    text = shown.text.read_text(encoding="utf-8", errors="replace")
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :longest]
+    if ids.shape[1] < 2:
+        raise ConvertError(f"{shown.text}: must be two tokens or more, got {ids.shape[1]}")
+    if ids.max() >= job.args["vocab_size"]:
+        raise ConvertError(f"{folder}: its tokenizer makes token {ids.max()}, of vocab_size {job.args['vocab_size']}")
+    return {"input_ids": ids}, f"{ids.shape[1]} tokens of {shown.text}"
 
 
 def picture(folder, path, size):

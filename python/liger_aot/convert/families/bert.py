@@ -65,13 +65,15 @@ class Bert(Family):
     model_classes = ("BertModel",)
     architecture = "BertForMaskedLM"
     prefix = "bert."
+    old_names: ClassVar[dict] = {f"LayerNorm.{old}": f"LayerNorm.{new}" for old, new in (("gamma", "weight"), ("beta", "bias"))}
+    epsilon = ("layer_norm_eps", 1e-12)
+    order = "post"
     hf_accepts: ClassVar[dict] = {
         "hidden_act": ("gelu",),
         "position_embedding_type": ("absolute", None),
         "is_decoder": (False,),
         "add_cross_attention": (False,),
     }
-    sat_accepts: ClassVar[dict] = {"layernorm_order": ("post",)}
     rules = (
         *encoder("bert."),
         Copy("bert.embeddings.token_type_embeddings.weight", "mixins.bert-type.type_embeddings.weight", "types hidden"),
@@ -110,35 +112,10 @@ class Bert(Family):
         }
 
     def args(self, config):
-        args = {
-            "model_class": self.model_classes[0],
-            "tokenizer_type": config.get("_name_or_path") or "fake",
-            "num_layers": config.count("num_hidden_layers"),
-            "hidden_size": config.count("hidden_size"),
-            "num_attention_heads": config.count("num_attention_heads"),
-            "vocab_size": config.count("vocab_size"),
-            "layernorm_order": "post",
-            "model_parallel_size": 1,
-            "max_sequence_length": config.count("max_position_embeddings"),
-            "inner_hidden_size": config.count("intermediate_size"),
-            "layernorm_epsilon": config.number("layer_norm_eps", 1e-12),
-        }
-        return args | {"num_types": config.count("type_vocab_size")}
+        return super().args(config) | {"num_types": config.count("type_vocab_size")}
 
     def config(self, args):
-        return {
-            "model_type": self.model_types[0],
-            "architectures": [self.architecture],
-            "num_hidden_layers": args.count("num_layers"),
-            "hidden_size": args.count("hidden_size"),
-            "intermediate_size": args.count("inner_hidden_size", 4 * args["hidden_size"]),
-            "num_attention_heads": args.count("num_attention_heads"),
-            "vocab_size": args.count("vocab_size"),
-            "max_position_embeddings": args.count("max_sequence_length"),
-            "type_vocab_size": args.count("num_types", 2),
-            "layer_norm_eps": args.number("layernorm_epsilon", 1e-5),
-            "hidden_act": "gelu",
-        }
+        return super().config(args) | {"type_vocab_size": args.count("num_types", 2), "hidden_act": "gelu"}
 
 
 class Roberta(Bert):
@@ -170,7 +147,7 @@ class Roberta(Bert):
         return (ids, places + 2, mask), {}
 
     def config(self, args):
-        return super().config(args) | {"type_vocab_size": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+        return {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2} | super().config(args) | {"type_vocab_size": 1}
 
 
 FAMILIES = (Bert(), Roberta())

@@ -6,29 +6,18 @@ others. Half of each head is rotated: in pairs (0 1)(2 3) by HF and by SAT's 2 a
 
 from typing import ClassVar
 
+from .._family import NAMES
 from .._family import Family
-from .._family import copied
 from .._rules import Copy
 from .._rules import Frequencies
 from .._rules import Halves
 from .._rules import Split
 from .._rules import Stack
-from .llama import check_head_dim
-from .llama import decoder_sizes
+from .llama import Decoder
 
 SAT = "transformer.layers.{i}."
 UP, GATE, OTHER = SAT + "mlp.dense_h_to_4h.weight", SAT + "mlp.dense_h_to_4h_gate.weight", "mixins.mlp.w2.{i}.weight"
 FREQUENCIES = "mixins.attn.rotary_pos_emb.inv_freq"
-TOKENS = {"pad_token_id": "pad_token_id", "eos_token_id": "eos_token_id"}
-# What stands where in SAT's arguments, if the two agree on what it is.
-SAME = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "vocab_size": "padded_vocab_size",
-    "max_sequence_length": "seq_length",
-    "inner_hidden_size": "ffn_hidden_size",
-}
 
 
 def gated(hf):
@@ -41,21 +30,9 @@ def gated(hf):
     )
 
 
-def where_gate_is(args):
+def where_gate_is(args, swapped):
     gated = bool(args.get("is_gated_mlp", False))
-    swapped = args["model_class"] == "ChatGLM3Model"
     return {"is_gated_mlp": gated, "gate_in_mixin": swapped and not gated, "up_in_mixin": not swapped and not gated}
-
-
-def common_args(name, config):
-    return {
-        "model_class": name,
-        "tokenizer_type": config.get("_name_or_path") or "fake",
-        "layernorm_order": "pre",
-        "model_parallel_size": 1,
-        "use_bias": False,
-        "use_qkv_bias": True,
-    }
 
 
 class ChatGLM(Family):
@@ -65,6 +42,13 @@ class ChatGLM(Family):
     architecture = "ChatGLMForConditionalGeneration"
     foreign = "the code of ChatGLM comes with its weights, and code that comes with weights is not run here"
     prefix = "transformer."
+    names: ClassVar[dict] = NAMES | {
+        "num_layers": "num_layers",
+        "inner_hidden_size": "ffn_hidden_size",
+        "vocab_size": "padded_vocab_size",
+        "max_sequence_length": "seq_length",
+    }
+    epsilon = ("layernorm_epsilon",)
     hf_accepts: ClassVar[dict] = {
         "original_rope": (True,),
         "post_layer_norm": (True,),
@@ -111,7 +95,7 @@ class ChatGLM(Family):
     def sizes(self, config, args):
         dim, heads = config.divide("hidden_size", "num_attention_heads"), config["num_attention_heads"]
         groups = config.count("multi_query_group_num") if config.get("multi_query_attention") else heads
-        return where_gate_is(args) | {
+        return where_gate_is(args, self.sat_class(args) == "ChatGLM3Model") | {
             "vocab": config.count("padded_vocab_size"),
             "hidden": config["hidden_size"],
             "inner": config.count("ffn_hidden_size"),
@@ -126,26 +110,22 @@ class ChatGLM(Family):
         }
 
     def args(self, config):
-        args = common_args(self.model_classes[0], config) | {ours: config.count(theirs) for ours, theirs in SAME.items()}
-        args["layernorm_epsilon"] = config.number("layernorm_epsilon")
+        args = super().args(config) | {"use_bias": False, "use_qkv_bias": True}
         if config.get("multi_query_attention"):
             args["num_multi_query_heads"] = config.count("multi_query_group_num")
-        return copied(args, TOKENS, config)
+        return args
 
     def config(self, args):
         groups = args.groups()
-        config = {theirs: args.count(ours) for ours, theirs in SAME.items()}
-        config |= {
-            "model_type": "chatglm",
+        keys = ("original_rope", "post_layer_norm", "rmsnorm", "add_bias_linear", "add_qkv_bias")
+        config = super().config(args) | {key: self.hf_accepts[key][0] for key in keys}
+        return config | {
             "architectures": ["ChatGLMModel"],
-            "layernorm_epsilon": args.number("layernorm_epsilon", 1e-5),
+            "apply_residual_connection_post_layernorm": False,
             "kv_channels": args.divide("hidden_size", "num_attention_heads"),
             "multi_query_attention": groups > 0,
             "multi_query_group_num": groups or 1,
         }
-        keys = ("original_rope", "post_layer_norm", "rmsnorm", "add_bias_linear", "add_qkv_bias")
-        config |= {key: self.hf_accepts[key][0] for key in keys}
-        return copied(config | {"apply_residual_connection_post_layernorm": False}, TOKENS, args)
 
 
 class ChatGLM2(ChatGLM):
@@ -171,7 +151,7 @@ class ChatGLM3(ChatGLM):
         return super().args(config) | {"base_scale": float(config.number("rope_ratio", 1.0))}
 
 
-class Glm(Family):
+class Glm(Decoder):
     """Into ChatGLM3Model, whose arguments hold the rotary base; ChatGLM2Model and ChatGLM4Model are read as well."""
 
     name = "glm"
@@ -179,7 +159,7 @@ class Glm(Family):
     model_types = ("glm",)
     model_classes = ("ChatGLM3Model", "ChatGLM2Model", "ChatGLM4Model")
     architecture = "GlmForCausalLM"
-    prefix = "model."
+    hf_defaults: ClassVar[dict] = {"glm": {"num_key_value_heads": 2, "head_dim": 128}}
     hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",), "attention_bias": (True,), "tie_word_embeddings": (False,)}
     sat_accepts: ClassVar[dict] = {"use_bias": (False,), "use_qkv_bias": (True,), "is_gated_mlp": (False, True)}
     HF = "model.layers.{i}."
@@ -202,66 +182,47 @@ class Glm(Family):
     )
 
     def claims_sat(self, args):
-        return args.get("model_class") == "ChatGLM4Model"
+        return self.sat_class(args) == "ChatGLM4Model"
 
     def check_hf(self, config, problems):
         super().check_hf(config, problems)
-        check_head_dim(config, problems)
         rotary = config.section("rope_parameters") if config.get("rope_parameters") else {}
         part = rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
         if part != 0.5:
             problems.add(f"{config.path}: partial_rotary_factor is {part}; SAT's ChatGLM models rotate half of a head")
 
     def rope_base(self, args):
-        return 10000.0 * args.number("base_scale", 1.0) if args["model_class"] == "ChatGLM3Model" else 10000.0
+        return 10000.0 * args.number("base_scale", 1.0) if self.sat_class(args) == "ChatGLM3Model" else 10000.0
 
     def set_theta(self, config, theta):
         config["rope_theta"] = theta
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}
 
     def sizes(self, config, args):
-        sizes = decoder_sizes(config) | where_gate_is(args)
+        own = self.sat_class(args)
+        sizes = super().sizes(config, args) | where_gate_is(args, own == "ChatGLM3Model")
         dim = sizes["rope_dim"]
         return sizes | {
             "head_dim": dim,
             "rope_dim": dim // 2,
             "rope_half": dim // 4,
-            "halves": args["model_class"] == "ChatGLM4Model",
+            "halves": own == "ChatGLM4Model",
         }
 
     def args(self, config):
-        args = common_args("ChatGLM3Model", config) | {
-            "num_layers": config.count("num_hidden_layers"),
-            "hidden_size": config.count("hidden_size"),
-            "num_attention_heads": config.count("num_attention_heads"),
-            "vocab_size": config.count("vocab_size"),
-            "max_sequence_length": config.count("max_position_embeddings"),
-            "inner_hidden_size": config.count("intermediate_size"),
-            "layernorm_epsilon": config.number("rms_norm_eps"),
+        return super().args(config) | {
             "num_multi_query_heads": config.count("num_key_value_heads", config["num_attention_heads"]),
             "base_scale": self.theta(config) / 10000.0,
+            "use_qkv_bias": True,
         }
-        return copied(args, TOKENS, config)
 
     def config(self, args):
-        config = {
-            "model_type": "glm",
-            "architectures": [self.architecture],
-            "num_hidden_layers": args.count("num_layers"),
-            "hidden_size": args.count("hidden_size"),
-            "intermediate_size": args.count("inner_hidden_size", 4 * args["hidden_size"]),
-            "num_attention_heads": args.count("num_attention_heads"),
-            "num_key_value_heads": args.groups() or args["num_attention_heads"],
+        return super().config(args) | {
             "head_dim": args.divide("hidden_size", "num_attention_heads"),
-            "vocab_size": args.count("vocab_size"),
-            "max_position_embeddings": args.count("max_sequence_length"),
-            "rms_norm_eps": args.number("layernorm_epsilon", 1e-5),
             "partial_rotary_factor": 0.5,
             "attention_bias": True,
-            "hidden_act": "silu",
             "tie_word_embeddings": False,
         }
-        return copied(config, TOKENS, args)
 
 
 FAMILIES = (ChatGLM2(), ChatGLM3(), Glm())

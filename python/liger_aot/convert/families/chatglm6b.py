@@ -6,8 +6,8 @@ as it is, which is wrong since.
 
 from typing import ClassVar
 
+from .._family import NAMES
 from .._family import Family
-from .._family import copied
 from .._rules import Copy
 from .._rules import Frequencies
 from .._rules import Heads
@@ -15,8 +15,6 @@ from .._rules import linear
 from .._rules import norm
 
 HF, SAT = "transformer.layers.{i}.", "transformer.layers.{i}."
-SAME = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_sequence_length", "inner_hidden_size")
-TOKENS = {f"{name}_token_id": f"{name}_token_id" for name in ("bos", "eos", "mask", "gmask", "pad")}
 
 
 class ChatGLM6B(Family):
@@ -28,7 +26,9 @@ class ChatGLM6B(Family):
     foreign = "the code of ChatGLM comes with its weights, and code that comes with weights is not run here"
     prefix = "transformer."
     hf_accepts: ClassVar[dict] = {"position_encoding_2d": (True,), "pre_seq_len": (None,), "quantization_bit": (0, None)}
-    sat_accepts: ClassVar[dict] = {"layernorm_order": ("post",)}
+    names: ClassVar[dict] = {ours: ours for ours in NAMES}
+    epsilon = ("layernorm_epsilon", 1e-5)
+    order = "post"
     rules = (
         Copy("transformer.word_embeddings.weight", "transformer.word_embeddings.weight", "vocab hidden", "vocab"),
         *norm(HF + "input_layernorm", SAT + "input_layernorm"),
@@ -70,22 +70,8 @@ class ChatGLM6B(Family):
             "i": config.each("num_layers"),
         }
 
-    def args(self, config):
-        args = {
-            "model_class": "ChatGLMModel",
-            "tokenizer_type": config.get("_name_or_path") or "fake",
-            "layernorm_order": "post",
-            "model_parallel_size": 1,
-            "layernorm_epsilon": config.number("layernorm_epsilon", 1e-5),
-        }
-        return copied(args | {name: config.count(name) for name in SAME}, TOKENS, config)
-
     def config(self, args):
-        config = {"model_type": "chatglm", "architectures": ["ChatGLMModel"], "position_encoding_2d": True}
-        config |= {name: args.count(name) for name in SAME if name != "inner_hidden_size"}
-        config["inner_hidden_size"] = args.count("inner_hidden_size", 4 * args["hidden_size"])
-        config["layernorm_epsilon"] = args.number("layernorm_epsilon", 1e-5)
-        return copied(config, TOKENS, args)
+        return super().config(args) | {"architectures": ["ChatGLMModel"], "position_encoding_2d": True}
 
 
 FAMILIES = (ChatGLM6B(),)

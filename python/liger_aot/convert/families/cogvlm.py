@@ -8,6 +8,8 @@ from typing import ClassVar
 
 from .._family import Family
 from .._family import copied
+from .._family import to_args
+from .._family import to_config
 from .._rules import Copy
 from .._rules import Frequencies
 from .._rules import linear
@@ -17,7 +19,16 @@ HF, SAT = "model.layers.{i}.", "transformer.layers.{i}."
 # The layers with experts for the image.
 HF_EXPERT = "model.layers.{k}."
 TOWER, SAT_TOWER = "model.vision.transformer.layers.{j}.", "mixins.eva.vit_model.transformer.layers.{j}."
-TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id"}
+# Of the tower, whose arguments SAT keeps under eva_args and HF under vision_config.
+SEEN_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_heads",
+    "inner_hidden_size": "intermediate_size",
+    "max_sequence_length": "num_positions",
+    "in_channels": "in_channels",
+    "patch_size": "patch_size",
+}
 QKV, SEEN = "q+kv+kv hidden", "seen+seen+seen seen"
 
 
@@ -81,16 +92,12 @@ class CogVLM(Family):
     hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",), "tie_word_embeddings": (False,)}
     sat_accepts: ClassVar[dict] = {"use_bias": (False,), "num_multi_query_heads": (0, None)}
     rules = (*language(), *experts(), *tower())
+    tokenizer = "vicuna-7b-v1.5"
     base = 10000.0
     per_place = 1  # patches that become one place of the text
 
     def claims_hf(self, config):
         return self.architecture in config.listed("architectures") and "num_multi_query_heads" not in config
-
-    def claims_sat(self, args):
-        """Training gives the class a name that ends with its own."""
-        name = str(args.get("model_class"))
-        return name in self.model_classes or (name.startswith("FineTune") and name.endswith(self.model_classes[0]))
 
     def theta(self, config):
         return self.base
@@ -139,77 +146,41 @@ class CogVLM(Family):
     def args(self, config):
         seen = self.vision(config)
         image = seen.count("image_size", round((seen.count("num_positions") - 1) ** 0.5) * seen.count("patch_size"))
-        args = {
-            "model_class": self.model_classes[0],
-            "tokenizer_type": config.get("_name_or_path") or "vicuna-7b-v1.5",
-            "num_layers": config.count("num_hidden_layers"),
-            "hidden_size": config.count("hidden_size"),
-            "num_attention_heads": config.count("num_attention_heads"),
-            "vocab_size": config.count("vocab_size"),
-            "layernorm_order": "pre",
-            "model_parallel_size": 1,
-            "max_sequence_length": config.count("max_position_embeddings"),
-            "use_bias": False,
-            "inner_hidden_size": config.count("intermediate_size"),
-            "layernorm_epsilon": config.number("rms_norm_eps"),
-            "image_length": (seen["num_positions"] - 1) // self.per_place,
-            "eva_args": {
-                "model_class": "EVA2CLIPModel",
-                "num_layers": seen.count("num_hidden_layers"),
-                "hidden_size": seen.count("hidden_size"),
-                "num_attention_heads": seen.count("num_heads"),
-                "vocab_size": 1,
-                "layernorm_order": "post",
-                "model_parallel_size": 1,
-                "max_sequence_length": seen["num_positions"],
-                "inner_hidden_size": seen.count("intermediate_size"),
-                "use_final_layernorm": False,
-                "layernorm_epsilon": seen.number("layer_norm_eps", 1e-6),
-                "row_parallel_linear_final_bias": False,
-                "image_size": [image, image],
-                "pre_len": 1,
-                "post_len": 0,
-                "in_channels": seen.count("in_channels"),
-                "patch_size": seen["patch_size"],
-            },
+        eva = {
+            "model_class": "EVA2CLIPModel",
+            "vocab_size": 1,
+            "layernorm_order": "post",
+            "use_final_layernorm": False,
+            "layernorm_epsilon": seen.number("layer_norm_eps", 1e-6),
+            "row_parallel_linear_final_bias": False,
+            "image_size": [image, image],
+            "pre_len": 1,
+            "post_len": 0,
         }
-        version = {"text_processor_version": "template_version"}
-        return copied(copied(args, TOKENS, config), version, config)
+        args = super().args(config) | {
+            "use_bias": False,
+            "image_length": (seen["num_positions"] - 1) // self.per_place,
+            "eva_args": eva | to_args(seen, SEEN_NAMES),
+        }
+        return copied(args, {"text_processor_version": "template_version"}, config)
 
     def config(self, args):
         eva = args.section("eva_args")
+        eva.divide("hidden_size", "num_attention_heads")
         width = eva.square("image_size")
-        patches = (width // eva.count("patch_size")) ** 2
-        config = {
-            "architectures": [self.architecture],
+        places = (width // eva.count("patch_size")) ** 2 + eva.count("pre_len", 1)
+        seen = {"layer_norm_eps": eva.number("layernorm_epsilon", 1e-5), "hidden_act": "gelu", "dropout_prob": 0.0}
+        eva = type(eva)({"in_channels": 3} | eva | {"max_sequence_length": places}, eva.path)
+        config = super().config(args) | {
             "auto_map": {
                 "AutoConfig": "configuration_cogvlm.CogVLMConfig",
                 "AutoModelForCausalLM": "modeling_cogvlm.CogVLMForCausalLM",
             },
-            "num_hidden_layers": args.count("num_layers"),
-            "hidden_size": args.count("hidden_size"),
-            "intermediate_size": args.count("inner_hidden_size", 4 * args["hidden_size"]),
-            "num_attention_heads": args.count("num_attention_heads"),
-            "vocab_size": args.count("vocab_size"),
-            "max_position_embeddings": args.count("max_sequence_length"),
-            "rms_norm_eps": args.number("layernorm_epsilon", 1e-5),
             "hidden_act": "silu",
             "tie_word_embeddings": False,
-            "vision_config": {
-                "num_hidden_layers": eva.count("num_layers"),
-                "hidden_size": eva.count("hidden_size"),
-                "intermediate_size": eva.count("inner_hidden_size", 4 * eva["hidden_size"]),
-                "num_heads": eva.count("num_attention_heads"),
-                "num_positions": patches + eva.count("pre_len", 1),
-                "in_channels": eva.count("in_channels", 3),
-                "patch_size": eva["patch_size"],
-                "image_size": width,
-                "layer_norm_eps": eva.number("layernorm_epsilon", 1e-5),
-                "hidden_act": "gelu",
-                "dropout_prob": 0.0,
-            },
+            "vision_config": seen | {"image_size": width} | to_config(eva, SEEN_NAMES),
         }
-        return copied(copied(config, TOKENS, args), {"template_version": "text_processor_version"}, args)
+        return copied(config, {"template_version": "text_processor_version"}, args)
 
 
 class CogVLM2(CogVLM):

@@ -3,7 +3,6 @@
 from typing import ClassVar
 
 from .._family import Family
-from .._family import copied
 from .._rules import Copy
 from .._rules import Drop
 from .._rules import Tied
@@ -11,7 +10,6 @@ from .._rules import Transpose
 from .._rules import norm
 
 HF, SAT = "transformer.h.{i}.", "transformer.layers.{i}."
-TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id"}
 
 
 def conv(hf, sat, dims, mp):
@@ -28,6 +26,14 @@ class GPT2(Family):
     model_classes = ("GPT2Model",)
     architecture = "GPT2LMHeadModel"
     prefix = "transformer."
+    names: ClassVar[dict] = {
+        "num_layers": "n_layer",
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "vocab_size": "vocab_size",
+        "max_sequence_length": "n_positions",
+    }
+    epsilon = ("layer_norm_epsilon", 1e-5)
     hf_accepts: ClassVar[dict] = {
         "activation_function": ("gelu_new",),
         "scale_attn_weights": (True,),
@@ -63,36 +69,12 @@ class GPT2(Family):
         }
 
     def args(self, config):
-        args = {
-            "model_class": "GPT2Model",
-            "tokenizer_type": config.get("_name_or_path") or "fake",
-            "num_layers": config.count("n_layer"),
-            "hidden_size": config.count("n_embd"),
-            "num_attention_heads": config.count("n_head"),
-            "vocab_size": config.count("vocab_size"),
-            "layernorm_order": "pre",
-            "model_parallel_size": 1,
-            "max_sequence_length": config.count("n_positions"),
-            "inner_hidden_size": config.count("n_inner", 4 * config["n_embd"]),
-            "layernorm_epsilon": config.number("layer_norm_epsilon", 1e-5),
-        }
-        return copied(args, TOKENS, config)
+        return super().args(config) | {"inner_hidden_size": config.count("n_inner", 4 * config["n_embd"])}
 
     def config(self, args):
-        inner = args.count("inner_hidden_size", 4 * args.count("hidden_size"))
-        config = {
-            "model_type": "gpt2",
-            "architectures": [self.architecture],
-            "n_layer": args.count("num_layers"),
-            "n_embd": args.count("hidden_size"),
-            "n_head": args.count("num_attention_heads"),
-            "n_inner": None if inner == 4 * args["hidden_size"] else inner,
-            "vocab_size": args.count("vocab_size"),
-            "n_positions": args.count("max_sequence_length"),
-            "layer_norm_epsilon": args.number("layernorm_epsilon", 1e-5),
-            "activation_function": "gelu_new",
-        }
-        return copied(config, TOKENS, args)
+        four = 4 * args.count("hidden_size")
+        inner = args.count("inner_hidden_size", four)
+        return super().config(args) | {"n_inner": None if inner == four else inner, "activation_function": "gelu_new"}
 
 
 FAMILIES = (GPT2(),)

@@ -4,14 +4,12 @@ from typing import ClassVar
 
 from .._family import Family
 from .._family import check_window
-from .._family import copied
 from .._rules import Copy
 from .._rules import Frequencies
 from .._rules import Stack
 from .._rules import Tied
 
 HF, SAT = "model.layers.{i}.", "transformer.layers.{i}."
-TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "pad_token_id"}
 
 
 def attention(hf, sat, p, when=""):
@@ -37,13 +35,56 @@ def decoder(rope, rope_when="", bias=True):
     )
 
 
-class Llama(Family):
+class Decoder(Family):
+    """What the configurations of Llama and its relatives share."""
+
+    prefix = "model."
+
+    def check_hf(self, config, problems):
+        super().check_hf(config, problems)
+        check_window(config, problems)
+        check_head_dim(config, problems)
+
+    def sizes(self, config, args):
+        dim = config.divide("hidden_size", "num_attention_heads")
+        heads = config["num_attention_heads"]
+        kv_heads = config.count("num_key_value_heads", heads)
+        return {
+            "vocab": config.count("vocab_size"),
+            "hidden": config["hidden_size"],
+            "inner": config.count("intermediate_size"),
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "q": heads * dim,
+            "kv": kv_heads * dim,
+            "rope_dim": dim,
+            "rope_half": dim // 2,
+            "i": config.each("num_hidden_layers"),
+            "tied": bool(config.get("tie_word_embeddings", False)),
+        }
+
+    def args(self, config):
+        args, heads = super().args(config) | {"use_bias": False}, config.count("num_attention_heads")
+        kv_heads = config.count("num_key_value_heads", heads)
+        return args if kv_heads == heads else args | {"num_multi_query_heads": kv_heads}
+
+    def config(self, args):
+        return super().config(args) | {
+            "num_key_value_heads": args.groups() or args["num_attention_heads"],
+            "hidden_act": "silu",
+        }
+
+
+class Llama(Decoder):
     name = "llama"
     title = "Llama 1 to 3, Vicuna, Mistral without a window, Qwen2"
     model_types = ("llama", "mistral", "qwen2")
     model_classes = ("LLaMAModel",)
     architecture = "LlamaForCausalLM"
-    prefix = "model."
+    hf_defaults: ClassVar[dict] = {
+        "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+        "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096},
+    }
     hf_accepts: ClassVar[dict] = {
         "hidden_act": ("silu",),
         "attention_bias": (False, None),
@@ -65,31 +106,22 @@ class Llama(Family):
         Copy(HF + "mlp.down_proj.weight", SAT + "mlp.dense_4h_to_h.weight", "hidden inner", "row"),
     )
 
-    def check_hf(self, config, problems):
-        super().check_hf(config, problems)
-        check_window(config, problems)
-        check_head_dim(config, problems)
-
     def sizes(self, config, args):
-        return decoder_sizes(config) | {
+        return super().sizes(config, args) | {
             "qkv_bias": args.get("use_qkv_bias", False),
             "is_rotary_emb": args.get("is_rotary_emb", False),
             "is_gated_mlp": args.get("is_gated_mlp", False),
         }
 
     def args(self, config):
-        args = decoder_args(config) | {"model_class": "LLaMAModel", "is_gated_mlp": True, "is_rotary_emb": True}
+        args = super().args(config) | {"is_gated_mlp": True, "is_rotary_emb": True}
         return args | {"use_qkv_bias": True} if config.get("model_type") == "qwen2" else args
 
     def config(self, args):
-        bias = args.get("use_qkv_bias", False)
-        kind = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
-        kind = (
-            kind
-            if bias
-            else {"model_type": "llama", "architectures": [self.architecture], "attention_bias": False, "mlp_bias": False}
-        )
-        return kind | decoder_config(args)
+        config = super().config(args)
+        if args.get("use_qkv_bias", False):
+            return config | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+        return config | {"attention_bias": False, "mlp_bias": False}
 
 
 def check_head_dim(config, problems):
@@ -100,64 +132,6 @@ def check_head_dim(config, problems):
             f"{config.path}: head_dim {dim} times num_attention_heads {heads} must be hidden_size {hidden}: "
             "SAT's rotary embedding is as wide as hidden_size / num_attention_heads"
         )
-
-
-def decoder_sizes(config):
-    dim = config.divide("hidden_size", "num_attention_heads")
-    heads = config["num_attention_heads"]
-    kv_heads = config.count("num_key_value_heads", heads)
-    return {
-        "vocab": config.count("vocab_size"),
-        "hidden": config["hidden_size"],
-        "inner": config.count("intermediate_size"),
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "q": heads * dim,
-        "kv": kv_heads * dim,
-        "rope_dim": dim,
-        "rope_half": dim // 2,
-        "i": config.each("num_hidden_layers"),
-        "tied": bool(config.get("tie_word_embeddings", False)),
-    }
-
-
-def decoder_args(config):
-    args = {
-        "model_class": "",
-        "tokenizer_type": config.get("_name_or_path") or "fake",
-        "num_layers": config.count("num_hidden_layers"),
-        "hidden_size": config.count("hidden_size"),
-        "num_attention_heads": config.count("num_attention_heads"),
-        "vocab_size": config.count("vocab_size"),
-        "layernorm_order": "pre",
-        "model_parallel_size": 1,
-        "max_sequence_length": config.count("max_position_embeddings"),
-        "use_bias": False,
-        "inner_hidden_size": config.count("intermediate_size"),
-        "layernorm_epsilon": config.number("rms_norm_eps"),
-    }
-    kv_heads = config.count("num_key_value_heads", args["num_attention_heads"])
-    if kv_heads != args["num_attention_heads"]:
-        args["num_multi_query_heads"] = kv_heads
-    return copied(args, TOKENS, config)
-
-
-def decoder_config(args):
-    config = {
-        "num_hidden_layers": args.count("num_layers"),
-        "hidden_size": args.count("hidden_size"),
-        "intermediate_size": args.count("inner_hidden_size", 4 * args.count("hidden_size")),
-        "num_attention_heads": args.count("num_attention_heads"),
-        "num_key_value_heads": args.groups() or args["num_attention_heads"],
-        "vocab_size": args.count("vocab_size"),
-        "max_position_embeddings": args.count("max_sequence_length"),
-        "rms_norm_eps": args.number("layernorm_epsilon", 1e-5),
-        "hidden_act": "silu",
-    }
-    config = copied(config, TOKENS, args)
-    if config.get("pad_token_id") == -1:  # SAT's word for none
-        del config["pad_token_id"]
-    return config
 
 
 FAMILIES = (Llama(),)

@@ -5,11 +5,8 @@ from typing import ClassVar
 from .._rules import Copy
 from .llama import HF
 from .llama import SAT
-from .llama import Llama
+from .llama import Decoder
 from .llama import decoder
-from .llama import decoder_args
-from .llama import decoder_config
-from .llama import decoder_sizes
 
 EXPERT = HF + "block_sparse_moe.experts."
 
@@ -23,12 +20,13 @@ def expert(hf, sat):
     )
 
 
-class Mixtral(Llama):
+class Mixtral(Decoder):
     name = "mixtral"
     title = "Mixtral without a window"
     model_types = ("mixtral",)
     model_classes = ("MixtralModel",)
     architecture = "MixtralForCausalLM"
+    hf_defaults: ClassVar[dict] = {"mixtral": {"num_key_value_heads": 8, "rope_theta": 1e6}}
     hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",)}
     sat_accepts: ClassVar[dict] = {"use_bias": (False,), "is_gated_mlp": (True,), "num_experts": range(1, 1000)}
     rules = (
@@ -49,20 +47,17 @@ class Mixtral(Llama):
 
     def sizes(self, config, args):
         experts = config.count("num_local_experts", most=10000)
-        return decoder_sizes(config) | {"experts": experts, "e": range(1, experts)}
+        return super().sizes(config, args) | {"experts": experts, "e": range(1, experts)}
 
     def args(self, config):
-        return decoder_args(config) | {
-            "model_class": "MixtralModel",
+        return super().args(config) | {
             "is_gated_mlp": True,
             "num_experts": config.count("num_local_experts"),
             "num_experts_per_tok": config.count("num_experts_per_tok"),
         }
 
     def config(self, args):
-        return decoder_config(args) | {
-            "model_type": "mixtral",
-            "architectures": [self.architecture],
+        return super().config(args) | {
             "num_local_experts": args.count("num_experts"),
             "num_experts_per_tok": args.count("num_experts_per_tok", 2),
             "sliding_window": None,

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 
+from .._family import NAMES
 from .._family import Family
 from .._rules import Stack
 from .._rules import View
@@ -23,6 +24,10 @@ class ViT(Family):
     model_classes = ("ViTModel",)
     architecture = "ViTForImageClassification"
     prefix = "vit."
+    names: ClassVar[dict] = {
+        ours: NAMES[ours] for ours in ("num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size")
+    }
+    epsilon = ("layer_norm_eps", 1e-12)
     hf_accepts: ClassVar[dict] = {"hidden_act": ("gelu",), "qkv_bias": (True,)}
     rules = (
         View("vit.embeddings.cls_token", "transformer.word_embeddings.weight", "1 1 hidden", "1 hidden"),
@@ -64,18 +69,10 @@ class ViT(Family):
         }
 
     def args(self, config):
-        return {
-            "model_class": "ViTModel",
+        return super().args(config) | {
             "tokenizer_type": "fake",
-            "num_layers": config.count("num_hidden_layers"),
-            "hidden_size": config.count("hidden_size"),
-            "num_attention_heads": config.count("num_attention_heads"),
             "vocab_size": 1,
-            "layernorm_order": "pre",
-            "model_parallel_size": 1,
             "max_sequence_length": (config.count("image_size") // config.count("patch_size")) ** 2 + 1,
-            "inner_hidden_size": config.count("intermediate_size"),
-            "layernorm_epsilon": config.number("layer_norm_eps", 1e-12),
             "image_size": [config["image_size"]] * 2,
             "patch_size": config["patch_size"],
             "pre_len": 1,
@@ -83,6 +80,12 @@ class ViT(Family):
             "in_channels": config.count("num_channels", 3),
             "num_classes": classes(config),
         }
+
+    def check_hf(self, config, problems):
+        super().check_hf(config, problems)
+        if config.get("id2label") and config.count("num_labels", classes(config)) != classes(config):
+            named, count = classes(config), config["num_labels"]
+            problems.add(f"{config.path}: id2label names {named} classes, num_labels is {count}; they must be as many")
 
     def check_sat(self, args, problems):
         super().check_sat(args, problems)
@@ -93,22 +96,13 @@ class ViT(Family):
             )
 
     def config(self, args):
-        names = {str(k): f"LABEL_{k}" for k in range(args.count("num_classes", most=10**6))}
-        return {
-            "model_type": "vit",
-            "architectures": [self.architecture],
-            "num_hidden_layers": args.count("num_layers"),
-            "hidden_size": args.count("hidden_size"),
-            "intermediate_size": args.count("inner_hidden_size", 4 * args["hidden_size"]),
-            "num_attention_heads": args.count("num_attention_heads"),
-            "layer_norm_eps": args.number("layernorm_epsilon", 1e-5),
+        return super().config(args) | {
+            "num_labels": args.count("num_classes", most=10**6),
             "image_size": args.square("image_size"),
             "patch_size": args.count("patch_size"),
             "num_channels": args.count("in_channels", 3),
             "hidden_act": "gelu",
             "qkv_bias": True,
-            "id2label": names,
-            "label2id": {name: int(k) for k, name in names.items()},
         }
 
 
