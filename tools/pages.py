@@ -32,10 +32,19 @@ def modules():
     return [importlib.import_module(f"{ops.__name__}.{name}") for name in names]
 
 
+def title(module):
+    return module.__name__.rpartition(".")[2]
+
+
 def operators(module):
     """(names of the differentiable operators, names of those that these launch) which a module registers."""
     own = [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
     return [name for name in own if name in _op.PUBLIC], [name for name in own if name in _op.BODIES]
+
+
+def functions(module):
+    """Those of its operators that liger_aot has as functions, with torch's arguments."""
+    return [name for name in operators(module)[0] if name in vars(functional)]
 
 
 # --- what is raised
@@ -85,11 +94,14 @@ def raised(path, name, seen):
     return found
 
 
-def refusals(module, name):
-    """What a call of liger_aot.<name> refuses, a line each."""
-    seen, places = set(), [(pathlib.Path(functional.__file__), name), (pathlib.Path(module.__file__), name)]
-    found = dict.fromkeys(item for path, function in places for item in raised(path, function, seen))
-    return "\n".join(f"{error}: {re.sub(r'^{(op|name)}', name, text)}" for error, text in found)
+def refusals(module):
+    """What calls of a module's functions refuse, a line each."""
+    places, found = [pathlib.Path(functional.__file__), pathlib.Path(module.__file__)], {}
+    for name in functions(module):
+        seen = set()
+        for error, text in (item for path in places for item in raised(path, name, seen)):
+            found[f"{error}: {re.sub(r'^{(op|name)}', name, text)}"] = None
+    return "\n".join(found)
 
 
 # --- pages
@@ -116,10 +128,10 @@ def described(name, function):
     return block("text", getattr(torch.ops.liger, name).default._schema) + (f"\n{documented(doc)}" if doc else "")
 
 
-def layers(name):
-    """The modules of liger_aot.nn that compute an operator."""
+def layers(names):
+    """The modules of liger_aot.nn that compute operators."""
     found = [c for c in vars(nn).values() if inspect.isclass(c) and c.__module__ == nn.__name__ and "forward" in vars(c)]
-    return [c.__name__ for c in found if name in c.forward.__code__.co_names]
+    return [c.__name__ for c in found if not {*names}.isdisjoint(c.forward.__code__.co_names)]
 
 
 def dtypes(name, text):
@@ -132,17 +144,16 @@ def page(module, table):
     """An operator's page, in Markdown."""
     formula, _, source = inspect.getdoc(module).partition("\n\n")
     public, launched = operators(module)
-    name = public[0]
-    parts = [f"# {name}\n", block("text", re.sub(" {2,}", "\n    ", formula)), documented(source)]
-    parts += ["## Function\n", block("{eval-rst}", f".. autofunction:: liger_aot.{name}")]
-    parts += [block("{eval-rst}", f".. autoclass:: liger_aot.nn.{layer}") for layer in layers(name)]
+    parts = [f"# {title(module)}\n", block("text", re.sub(" {2,}", "\n    ", formula)), documented(source)]
+    parts += ["## Function\n", *(block("{eval-rst}", f".. autofunction:: liger_aot.{name}") for name in functions(module))]
+    parts += [block("{eval-rst}", f".. autoclass:: liger_aot.nn.{layer}") for layer in layers(public)]
     for operator in public:
         parts += [f"## torch.ops.liger.{operator}\n", described(operator, getattr(module, operator))]
-    parts += ["## Dtypes\n", dtypes(name, table), "\nSee [](../dtypes.md) for autocast and rounding.\n"]
+    parts += ["## Dtypes\n", dtypes(title(module), table), "\nSee [](../dtypes.md) for autocast and rounding.\n"]
     parts += [
         "## What is refused\n",
         "In braces stands what the error shows of the call.\n",
-        block("text", refusals(module, name)),
+        block("text", refusals(module)),
     ]
     parts += ["## Forward and backward operators\n", "What autograd calls, and a graph holds after `run_decompositions()`:\n"]
     parts += [described(operator, getattr(module, operator)) for operator in launched]
@@ -154,7 +165,7 @@ def write(folder):
     folder.mkdir(parents=True)
     table = (DOCS / "dtypes.md").read_text()
     for module in modules():
-        (folder / f"{operators(module)[0][0]}.md").write_text(page(module, table))
+        (folder / f"{title(module)}.md").write_text(page(module, table))
 
 
 def build(out, builder="html"):
