@@ -2,9 +2,11 @@
 
 import functools
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from torch.nn.functional import logsigmoid
 
 from liger_aot import chunked_loss
 from liger_aot.chunked_loss import functional
+from liger_aot.ops import _linear
 
 from harness import average
 from harness import check as harness_check
@@ -892,6 +895,28 @@ def test_compiles_whole(name, dynamic):
             leaf.seen = [*getattr(leaf, "seen", []), gradient]
     for a, b in [*zip(got, want, strict=True), *(leaf.seen for leaf in leaves)]:
         assert torch.equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def memory():
+    path = Path(__file__).parent.parent / "benchmarks" / "chunked_loss.py"
+    spec = importlib.util.spec_from_file_location("benchmark_of_chunked_loss", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return functools.partial(module.memory, width=16, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "JSD"])
+def test_peak_memory_grows_with_the_chunk_and_not_with_the_tokens(name, memory, monkeypatch):
+    """A token more is its hidden state, the gradient of that and some numbers; a row of a chunk more is some rows of logits."""
+    classes, more = 4096, 512
+    peaks = [memory(name, tokens, classes) for tokens in (512, 512 + more)]
+    assert peaks[1] - peaks[0] < more * (3 * 16 * 4 + 128)
+    whole = [memory(name, tokens, classes, whole=True) for tokens in (512, 512 + more)]
+    assert whole[1] - whole[0] > more * classes * 4
+    monkeypatch.setattr(_linear, "TILE", 64)  # rows of a chunk on a CPU, 128 before
+    smaller = memory(name, 512, classes, **({"chunk_size": 192} if name == "JSD" else {}))
+    assert 64 * classes * 4 < peaks[0] - smaller < 64 * classes * 4 * 10
 
 
 def test_no_double_backward():

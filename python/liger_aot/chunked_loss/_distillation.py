@@ -20,17 +20,21 @@ from ._base import check_positive
 
 
 def losses_of(logits, teacher, target, soft, ignore_index, temperature, hard_weight, soft_weight, need_hard, dtype):
-    """((soft, hard), summed over a chunk's rows that are not ignored, and the gradient of their weighted sum in dtype)."""
-    valid = target != ignore_index
-    each, gradient = soft(logits / temperature, teacher / temperature)
-    total, hard = torch.where(valid, each, 0.0).sum(), torch.zeros_like(each[:1].sum())
-    gradient = gradient.mul_((soft_weight / temperature * valid)[:, None])
+    """((soft, hard), summed over a chunk's rows that are not ignored, and the gradient of their weighted sum in dtype).
+
+    The logits of both are overwritten.
+    """
+    valid, hard, hard_gradient = target != ignore_index, logits.new_zeros(()), None
     if need_hard:
         logp, entropy, lse = logprob_fwd(logits, target, ignore_index, 1.0)
         hard, none = -logp.sum(), torch.zeros_like(lse)
         upstream = torch.full_like(lse, -hard_weight), none, none
-        gradient += logprob_bwd(*upstream, logits, target, lse, entropy, ignore_index, 1.0, torch.float32)
-    return torch.stack((total, hard)), gradient.to(dtype)
+        hard_gradient = logprob_bwd(*upstream, logits, target, lse, entropy, ignore_index, 1.0, torch.float32)
+    each, gradient = soft(logits.div_(temperature), teacher.div_(temperature))
+    gradient = gradient.mul_((soft_weight / temperature * valid)[:, None])
+    if need_hard:
+        gradient += hard_gradient
+    return torch.stack((torch.where(valid, each, 0.0).sum(), hard)), gradient.to(dtype)
 
 
 class DistillationFunction(Function):

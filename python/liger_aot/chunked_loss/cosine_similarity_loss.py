@@ -1,7 +1,6 @@
 """Distillation by the cosine between the logits of student and teacher."""
 
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ._distillation import DistillationLoss
 from ._distillation import check_options
@@ -9,11 +8,11 @@ from ._distillation import distillation_loss
 
 
 def cosine(student, teacher, beta):
-    """β · (1 - cos(student, teacher)) of each row of logits, and its gradient for the student."""
-    u, v = normalize(student, dim=-1), normalize(teacher, dim=-1)
+    """β · (1 - cos(student, teacher)) of each row of logits, and its gradient for the student; both are overwritten."""
+    size, other = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (student, teacher))
+    u, v = student.div_(size), teacher.div_(other)
     cos = (u * v).sum(-1, keepdim=True)
-    size = student.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    return beta * (1 - cos[:, 0]), (v - cos * u).mul_(-beta / size)
+    return beta * (1 - cos[:, 0]), v.sub_(u.mul_(cos)).mul_(-beta / size)
 
 
 def liger_fused_linear_cosine(

@@ -13,19 +13,21 @@ from ._distillation import distillation_loss
 def jsd(student, teacher, beta):
     """β · KL(t ‖ m) + (1 - β) · KL(s ‖ m), m = β · t + (1 - β) · s, of each row of logits; and its gradient for the student.
 
-    β = 0 stands for KL(t ‖ s), β = 1 for KL(s ‖ t): the limits, divided by β and 1 - β.
+    β = 0 stands for KL(t ‖ s), β = 1 for KL(s ‖ t): the limits, divided by β and 1 - β. Both arguments are overwritten.
     """
-    s, t = student.log_softmax(-1), teacher.log_softmax(-1)
-    p, q = s.exp(), t.exp()
+    s, t = (x.sub_(x.logsumexp(-1, keepdim=True)) for x in (student, teacher))
+    p = s.exp()
     if beta == 0:
-        return (q * (t - s)).sum(-1), p - q
+        q = t.exp()
+        return t.sub_(s).mul_(q).sum(-1), p.sub_(q)
     if beta == 1:
-        less = s - t
+        less = s.sub_(t)
         losses = (p * less).sum(-1)
-        return losses, p * (less - losses[:, None])
+        return losses, less.sub_(losses[:, None]).mul_(p)
     m = logaddexp(s + math.log1p(-beta), t + math.log(beta))
-    own = (1 - beta) * p * (s - m)
-    return (own + beta * q * (t - m)).sum(-1), own - p * own.sum(-1, keepdim=True)
+    own, other = s.sub_(m).mul_(p).mul_(1 - beta), t.exp().mul_(t.sub_(m)).mul_(beta)
+    total = own.sum(-1)
+    return total + other.sum(-1), own.sub_(p.mul_(total[:, None]))
 
 
 def liger_fused_linear_jsd(
