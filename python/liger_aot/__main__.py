@@ -1,4 +1,4 @@
-"""python -m liger_aot COMMAND: status 0 where all is well, 1 where something is not, 2 for a command that is not understood."""
+"""python -m liger_aot COMMAND."""
 
 import argparse
 import importlib
@@ -13,13 +13,16 @@ COMMANDS = {
     "convert": ("convert._cli", "checkpoints of transformers to SwissArmyTransformer and back, and which tensor goes where"),
 }
 
+STATUS = "Exit status: 0 where all is well, 1 where something is not, 2 for a command that is not understood."
+
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="python -m liger_aot", description="Fused training kernels, compiled ahead of time.")
+    about = {"description": "Fused training kernels, compiled ahead of time.", "epilog": STATUS}
+    parser = argparse.ArgumentParser(prog="python -m liger_aot", **about)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        command = commands.add_parser(name, help=text, description=text, epilog=STATUS)
         if argv[:1] == [name]:
             module = importlib.import_module(f".{COMMANDS[name][0]}", __package__)
             module.add_arguments(command)

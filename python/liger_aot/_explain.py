@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import sys
+from argparse import ArgumentTypeError
 from collections import Counter
 
 import torch
@@ -76,14 +77,19 @@ def target(arch, tensors):
     raise ValueError("explain: for CPU tensors, arch must name a GPU architecture like '90', got None")
 
 
+def capability(arch):
+    """(major, minor) of a GPU architecture by name."""
+    digits = re.fullmatch(r"(\d+)\.?(\d)[af]?", str(arch))
+    if not digits:
+        raise ValueError(f"explain: arch must be a GPU architecture like '90', '100f' or '8.6', got {arch!r}")
+    return int(digits[1]), int(digits[2])
+
+
 class Target:
     """A device that need not be there."""
 
     def __init__(self, arch):
-        digits = re.fullmatch(r"(\d+)\.?(\d)[af]?", str(arch))
-        if not digits:
-            raise ValueError(f"explain: arch must be a GPU architecture like '90', '100f' or '8.6', got {arch!r}")
-        self.capability = int(digits[1]), int(digits[2])
+        self.capability = capability(arch)
         self.max_shared_memory = 1024 * SHARED_MEMORY.get(self.capability, 163)
         self.multiprocessors = ASSUMED_MULTIPROCESSORS
         self.pack = select_pack(self.capability)
@@ -132,6 +138,11 @@ class Trace:
             self.launches.append(Launch(self.device, kernel, grid, args, constants))
 
     @property
+    def chosen(self):
+        """What each launch takes: dicts of kernel, grid and cubin, which is None where no variant serves."""
+        return [{"kernel": n.kernel, "grid": n.grid, "cubin": n.variant and n.variant.cubin} for n in self.launches]
+
+    @property
     def rows(self):
         """Every candidate of every launch: dicts of launch (from 0), kernel, cubin and the reason against it, or None."""
         return [
@@ -160,30 +171,55 @@ def add_arguments(parser):
     parser.add_argument("--json", action="store_true")
     operator = parser.add_argument_group("for an operator")
     operator.add_argument("--dtype", type=parse_dtype, help="of the tensors without their own (bfloat16)")
-    operator.add_argument("--arch", help="a GPU architecture, like 90; default: that of the current device")
+    operator.add_argument("--arch", type=parse_arch, help="a GPU architecture, like 90; default: that of the current device")
     operator.add_argument("--backward", action="store_true", help="also what the gradients of the floating tensors launch")
 
 
 def parse_shape(text):
     shape, _, dtype = text.partition(":")
+    if not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ArgumentTypeError(f"must be sizes like 8x4096 or 8x4096:int64, got {text!r}")
     return [int(n) for n in shape.split("x")], parse_dtype(dtype) if dtype else None
 
 
 def parse_dtype(text):
     dtype = getattr(torch, text, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(text)
+        raise ArgumentTypeError(f"must be a dtype of torch like float32, got {text!r}")
     return dtype
+
+
+def parse_arch(text):
+    try:
+        capability(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+    return text
 
 
 def parse_option(text):
     name, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(text)
+        raise ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
+
+
+def misunderstood(args, declared):
+    """What is wrong with a command line for an operator of these arguments; None where nothing is."""
+    shaped, rest = declared[: len(args.shape)], declared[len(args.shape) :]
+    takes = f"{args.what} takes {', '.join(a.name for a in declared)}"
+    if len(args.shape) > len(declared):
+        return f"{takes}; got {len(args.shape)} shapes"
+    if other := [a.name for a in shaped if "Tensor" not in str(a.type)]:
+        return f"{takes}; a shape was given of {', '.join(other)}, which is no tensor: use --set {other[0]}=VALUE"
+    if unknown := sorted(dict(args.set).keys() - {a.name for a in rest}):
+        return f"{takes}; unknown {unknown}"
+    if missing := [a.name for a in rest if not a.has_default_value() and a.name not in dict(args.set)]:
+        return f"{takes}; missing {missing}"
+    return None if args.arch or torch.cuda.is_available() else "without a CUDA device, --arch must say for which, like 90"
 
 
 def main(args):
@@ -191,23 +227,17 @@ def main(args):
         from . import _report_config
 
         return _report_config.main(args)
-    options, declared = dict(args.set), getattr(torch.ops.liger, args.what).default._schema.arguments
-    missing = [a.name for a in declared[len(args.shape) :] if not a.has_default_value() and a.name not in options]
-    unknown = sorted(options.keys() - {a.name for a in declared[len(args.shape) :]})
-    if missing or unknown or len(args.shape) > len(declared) or not (args.arch or torch.cuda.is_available()):
-        hint = "" if args.arch else "; without a CUDA device, --arch says for which"
-        print(
-            f"explain: {args.what} takes {', '.join(a.name for a in declared)}; missing {missing}, unknown {unknown}{hint}",
-            file=sys.stderr,
-        )
+    if wrong := misunderstood(args, getattr(torch.ops.liger, args.what).default._schema.arguments):
+        print(f"explain: {wrong}", file=sys.stderr)
         return 2
-    device = "cpu" if args.arch else "cuda"
+    device = "meta" if args.arch else "cuda"  # where tensors are shapes alone, any size costs nothing
     tensors = [torch.zeros(shape, dtype=dtype or args.dtype or torch.bfloat16, device=device) for shape, dtype in args.shape]
     for t in tensors:
         t.requires_grad_(args.backward and t.is_floating_point())
-    trace = explain(args.what, *tensors, arch=args.arch, **options)
+    trace = explain(args.what, *tensors, arch=args.arch, **dict(args.set))
     if args.json:
-        print(json.dumps({"arch": trace.device.pack.arch, "packs": trace.packs, "candidates": trace.rows}, indent=1))
+        about = {"arch": trace.device.pack.arch, "packs": trace.packs, "launches": trace.chosen, "candidates": trace.rows}
+        print(json.dumps(about, indent=1))
     else:
         print(trace)
     return 0 if all(launch.variant for launch in trace.launches) else 1

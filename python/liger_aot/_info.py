@@ -13,6 +13,7 @@ from . import _build
 from ._driver import driver
 from ._explain import Target
 from ._explain import fit
+from ._explain import parse_arch
 from ._runtime import FOLDER
 from ._runtime import Device
 from ._runtime import open_pack
@@ -139,7 +140,9 @@ def show(known):
 
 
 def add_arguments(parser):
-    parser.add_argument("--arch", help="also which pack a device of this architecture would get, like 90 or 8.6")
+    parser.add_argument(
+        "--arch", type=parse_arch, help="also which pack a device of this architecture would get, like 90 or 8.6"
+    )
     parser.add_argument("--json", action="store_true")
 
 

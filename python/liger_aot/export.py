@@ -167,10 +167,10 @@ def load(path):
             names = [pathlib.PurePosixPath(name) for name in archive.namelist()]
             models, packages = ([n for n in names if n.match(form)] for form in (MODELS, PACKAGES))
             nodes = [node for name in (*models, *packages) for node in nodes_of(json.loads(archive.read(str(name))))]
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"load: {path} must be a whole .pt2 file, got one that is not ({error}); save it again") from None
+    except zipfile.BadZipFile:
+        models = packages = ()
     if not models and not packages:
-        raise ValueError(f"load: {path} must be of torch.export.save or of AOTInductor, got a file of neither")
+        raise ValueError(f"load: {path} must be a whole .pt2 file of torch.export.save or AOTInductor, got one that is not")
     if unlike := sorted({why for node in nodes if (why := difference(*node))}):
         raise RuntimeError(
             f"load: {path} was made with another version of liger-aot:\n  " + "\n  ".join(unlike) + "\n"

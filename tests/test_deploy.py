@@ -1,0 +1,363 @@
+"""Graphs that leave this machine, CUDA graphs, checkpointing, files of other versions, the command line as scripts use it."""
+
+import errno
+import functools
+import io
+import json
+import subprocess
+import sys
+import textwrap
+import zipfile
+
+import pytest
+import torch
+from test_export import OPERATORS
+from test_export import Logits
+from test_export import bodies_of
+from test_export import example
+from test_export import tiny_llama
+from test_operators import SCHEMAS
+from test_runtime import packs  # noqa: F401 (a fixture)
+from test_runtime import sum_up
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export.passes import move_to_device_pass
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+import liger_aot
+from liger_aot import _op
+from liger_aot import _runtime
+from liger_aot import export
+from liger_aot.__main__ import main
+
+from examples import EXAMPLES
+from examples import call
+from examples import leaves
+from stub import copy_pack
+from stub import stubbed
+from tiny import nodes
+from tiny import operators
+from tiny import recorder
+
+# --- a graph exported without a GPU runs on one
+
+
+def on(device, tensors):
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors)
+
+
+@OPERATORS
+def test_a_graph_exported_on_the_cpu_is_the_graph_exported_on_cuda(name):
+    """Node by node, as exported and decomposed; and it gives tensors on cuda for tensors there."""
+    module, tensors = example(name)
+    program = torch.export.export(module, tensors)
+    for ours, decompose in ((program, False), (program.run_decompositions(), True)):
+        with FakeTensorMode():
+            there = torch.export.export(module, on("cuda", tensors))
+            there = there.run_decompositions() if decompose else there
+            results = torch.fx.Interpreter(ours.graph_module).run(*on("cuda", tensors))
+        assert str(there.graph) == str(ours.graph)
+        assert {r.device.type for r in results} == {"cuda"}
+        assert not ours.constants
+
+
+def test_a_bound_model_exported_on_the_cpu_moves_as_torch_moves_programs():
+    """To another device that a machine without a GPU has."""
+    program = torch.export.export(Logits(tiny_llama()), (torch.zeros(2, 7, dtype=torch.int64),))
+    before = [str(node.target) for node in program.graph.nodes if str(node.target).startswith("liger.")]
+    moved = move_to_device_pass(program, "meta")
+    assert [str(node.target) for node in moved.graph.nodes if str(node.target).startswith("liger.")] == before
+    assert all("cpu" not in f"{node.args} {node.kwargs}" for node in moved.graph.nodes)
+    assert moved.module()(torch.zeros(2, 7, dtype=torch.int64, device="meta")).device.type == "meta"
+
+
+# --- CUDA graphs
+
+
+class Where(TorchDispatchMode):
+    """What devices the results of all operations inside are on."""
+
+    def __init__(self):
+        super().__init__()
+        self.devices = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **kwargs or {})
+        self.devices |= {r.device.type for r in torch.utils._pytree.tree_leaves(results) if isinstance(r, torch.Tensor)}
+        return results
+
+
+@OPERATORS
+def test_bodies_look_at_no_number_and_make_no_tensor_elsewhere(name):
+    """Neither waits for the device: on tensors that are shapes alone a look at a number is an error."""
+    for overload, body, tensors in bodies_of(name):
+        given = dict(zip(body.places, (t.to("meta") for t in tensors), strict=True))
+        with Where() as where:
+            _op.BODIES[overload.name().removeprefix("liger::")](*(given.get(n, a) for n, a in enumerate(body.others)))
+        assert where.devices == {"meta"}
+
+
+@OPERATORS
+def test_after_preload_a_capture_sees_launches_alone(name):
+    """No module is loaded, nothing is asked of the driver, no memory is had but from torch."""
+    arguments, options = EXAMPLES[name](torch.bfloat16)
+    arguments = leaves(arguments)
+    with stubbed() as stub:
+        liger_aot.preload()
+        stub.calls.clear()
+        stub.capturing, stub.thread.mode = True, 0
+        outputs = call(name, arguments, options)
+        wanted = [a for a in arguments if torch.is_tensor(a) and a.requires_grad]
+        torch.autograd.grad([o.sum() for o in outputs], wanted)
+    assert {function for function, _ in stub.calls} == {"cuLaunchKernel"}
+    assert len(stub.launches) == len(stub.calls) > 1
+    assert {launch.stream for launch in stub.launches} == {stub.stream}
+
+
+# --- activation checkpointing, selected by operator
+
+
+def stepped(name, saved, function):
+    """The gradients of a step in which the results of these operators are saved, the others' made anew."""
+    arguments, options = EXAMPLES[name](torch.float32)
+    arguments = leaves(arguments)
+    contexts = functools.partial(create_selective_checkpoint_contexts, saved)
+
+    def step(*given):
+        return checkpoint(lambda *a: tuple(call(name, a, options)), *given, use_reentrant=False, context_fn=contexts)
+
+    wanted = [a for a in arguments if torch.is_tensor(a) and a.requires_grad]
+    return torch.autograd.grad([o.sum() for o in function(step)(*arguments)], wanted)
+
+
+@OPERATORS
+def test_selective_checkpointing_by_name(path, name):
+    forward = getattr(torch.ops.liger, f"{name}_fwd").default
+    found = []
+    for saved in ([forward], []):
+        torch.manual_seed(0)
+        with operators() as seen:
+            found.append(stepped(name, saved, lambda step: step))
+        assert seen.count(f"{name}_fwd") == (1 if saved else 2)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+# What a gated unit and a rotation compute is no part of their gradients: there is nothing to make anew.
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name not in ("rope", "swiglu", "geglu")])
+def test_selective_checkpointing_in_compiled_graphs(name):
+    forward = getattr(torch.ops.liger, f"{name}_fwd").default
+    for saved in ([forward], []):
+        torch._dynamo.reset()
+        graphs = []
+        stepped(name, saved, functools.partial(torch.compile, fullgraph=True, backend=recorder(graphs)))
+        first, second = (f"{name}_fwd" in nodes([graph]) for graph in graphs)
+        assert (first, second) == (True, not saved)
+
+
+# --- files of other versions
+
+
+OTHER = """
+import sys, torch
+library = torch.library.Library("liger", "DEF")
+def define(schema, function):
+    name = schema.split("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"liger::{name}", function, lib=library)
+    return getattr(torch.ops.liger, name).default
+def like(x, *_, **__):
+    return torch.empty_like(x)
+renamed = define("swiglu(Tensor gate, Tensor up, *, float alpha=1.) -> Tensor", like)
+gone = define("rms_normal(Tensor x) -> Tensor", like)
+fewer = define("rope_fwd(Tensor q, Tensor k) -> (Tensor, Tensor)", lambda q, k: (like(q), like(k)))
+results = define("geglu(Tensor gate, Tensor up) -> (Tensor, Tensor)", lambda gate, up: (like(gate), like(up)))
+calls = {
+    "renamed": lambda x: renamed(x, x, alpha=3.0), "gone": gone,
+    "fewer": lambda x: fewer(x, x), "results": lambda x: results(x, x),
+    "within": lambda x: torch.cond(x.sum() > 0, lambda x: gone(x), lambda x: x + 1, (x,)),
+}
+for name, call in calls.items():
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return call(x)
+    torch.export.save(torch.export.export(Module(), (torch.ones(2, 8),)), f"{sys.argv[1]}/{name}.pt2")
+"""
+WHY = {
+    "renamed": r"liger::swiglu\(gate, up, alpha\) with 1 results, which this version has as liger::swiglu\(Tensor gate, ",
+    "gone": r"liger::rms_normal\(x\), which this version does not have",
+    "fewer": r"liger::rope_fwd\(q, k\) with 2 results, which this version has as liger::rope_fwd\(Tensor q, .* Tensor cos",
+    "results": r"liger::geglu\(gate, up\) with 2 results, which this version has as liger::geglu\(.*\) -> Tensor",
+    "within": r"liger::rms_normal\(x\), which this version does not have",
+}
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """Programs that a version with other operators exported."""
+    folder = tmp_path_factory.mktemp("others")
+    subprocess.run([sys.executable, "-c", OTHER, folder], check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("case", WHY)
+def test_programs_of_another_version_are_refused_by_operator(others, case):
+    path = others / f"{case}.pt2"
+    with pytest.raises(RuntimeError, match=WHY[case]) as error:
+        export.load(path)
+    assert str(error.value).startswith(f"load: {path} was made with another version of liger-aot:\n")
+    remedy = f"export the program again with this version, {liger_aot.__version__}, or install the one that it was made with"
+    assert str(error.value).endswith(f"\nRemedy: {remedy}")
+
+
+def test_packages_of_another_version_are_refused_by_operator(tmp_path):
+    """In the form that AOTInductor writes for operators that it calls."""
+    node = {"target": "liger::swiglu_fwd", "inputs": [{"name": name} for name in ("gate", "up")], "outputs": [{}]}
+    path = tmp_path / "package.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("package/data/aotinductor/model/c1.wrapper.json", json.dumps({"nodes": [{"name": "b", "node": node}]}))
+    with pytest.raises(RuntimeError, match=r"liger::swiglu_fwd\(gate, up\) with 1 results, which this version has as"):
+        export.load(path)
+
+
+def test_files_that_are_no_whole_programs_are_refused(tmp_path):
+    whole, weights, path = io.BytesIO(), io.BytesIO(), tmp_path / "program.pt2"
+    torch.export.save(torch.export.export(*example("rms_norm")), whole)
+    torch.save({}, weights)
+    data = whole.getvalue()
+    for wrong in (data[:-100], data[:1000], data.replace(b"torch.ops.liger", b"torch.ops.tiger"), weights.getvalue(), b""):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"program\.pt2 must be a whole \.pt2 file of torch\.export\.save or AOTInductor"):
+            export.load(path)
+
+
+def test_the_committed_schemas_are_of_every_operator_in_the_namespace():
+    registered = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("liger::")}
+    assert registered == {line.split("(")[0] for line in SCHEMAS.read_text().splitlines()}
+
+
+def test_lowering_without_triton_or_with_its_interpreter_is_refused():
+    script = """
+        import sys
+        sys.modules["triton"] = None
+        import torch
+        from liger_aot import export
+        program = torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),))
+        export.lower(program)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    assert done.stderr.endswith("RuntimeError: lower: needs Triton, which is missing: pip install triton\n")
+    text = "lower: Triton interprets kernels in this process; unset TRITON_INTERPRET and start it again"
+    with pytest.raises(RuntimeError, match=text):
+        export.lower(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)))
+
+
+# --- packs that cannot be had
+
+
+def test_a_cubin_that_the_driver_refuses_is_named():
+    with stubbed() as stub:
+        stub.failures["cuLibraryLoadData"].append(200)
+        text = (
+            r"liger_aot: column_sum-\S+\.cubin of \S+/sm_90\.zip was not loaded: cuLibraryLoadData: device kernel image is "
+            r"invalid \(CUDA driver error 200\); whether the pack is whole says python -m liger_aot verify"
+        )
+        with pytest.raises(RuntimeError, match=text):
+            sum_up()
+        assert not stub.launches
+        sum_up()
+    assert len(stub.launches) == 1
+
+
+def test_a_pack_that_went_away_is_named_and_serves_when_it_is_back(packs):  # noqa: F811
+    path = copy_pack(packs)
+    data = path.read_bytes()
+    assert _runtime.pack_paths()["90"] == path
+    path.unlink()
+    with stubbed() as stub:
+        with pytest.raises(RuntimeError, match=r"its directory of \S+/sm_90\.zip cannot be read \(.*No such file.*\); let"):
+            sum_up()
+        path.write_bytes(data)
+        sum_up()
+    assert len(stub.launches) == 1
+
+
+def test_a_pack_that_was_replaced_on_a_shared_file_system_is_named(packs, monkeypatch):  # noqa: F811
+    copy_pack(packs)
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with stubbed() as stub:
+        sum_up()
+        with monkeypatch.context() as broken:
+            broken.setattr(zipfile.ZipFile, "read", stale)
+            with pytest.raises(RuntimeError, match=r"-any\.cubin of \S+ cannot be read \(.*Stale.*or start the process again"):
+                sum_up(n=65)
+        sum_up(n=65)
+    assert len(stub.launches) == 2
+
+
+# --- the command line
+
+
+def test_explain_takes_shapes_of_any_size(capsys):
+    """Nothing of that size is allocated or computed."""
+    shapes = ["4096x4096", "262144x4096", "4096:int64"]
+    assert main(["explain", "linear_cross_entropy", *shapes, "--arch", "90", "--backward", "--json"]) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert {launch["kernel"] for launch in known["launches"]} == {
+        "cross_entropy_fwd",
+        "cross_entropy_bwd",
+        "cross_entropy_reduce",
+    }
+    assert all(launch["cubin"].endswith("-aligned.cubin") for launch in known["launches"])
+    assert known["packs"]["90"] == "exact"
+    assert [row["cubin"] for row in known["candidates"] if row["rejected"] is None] == [n["cubin"] for n in known["launches"]]
+
+
+@OPERATORS
+def test_explain_says_the_same_of_shapes_as_of_tensors(name):
+    arguments, options = EXAMPLES[name](torch.bfloat16)
+    tensors = leaves(arguments)
+    shapes = [a.detach().to("meta").requires_grad_(a.requires_grad) if torch.is_tensor(a) else a for a in tensors]
+    of_tensors, of_shapes = (liger_aot.explain(name, *given, arch="90", **options) for given in (tensors, shapes))
+    assert str(of_shapes) == str(of_tensors)
+    assert len(of_shapes.launches) > 1
+
+
+MISUNDERSTOOD = {
+    "explain rms_norm 8x64 64 1e-6 --arch 90": "must be sizes like 8x4096 or 8x4096:int64, got '1e-6'",
+    "explain rms_norm 8x64 --arch hopper": "arch must be a GPU architecture like '90', '100f' or '8.6', got 'hopper'",
+    "info --arch hopper": "arch must be a GPU architecture like '90', '100f' or '8.6', got 'hopper'",
+    "explain rms_norm 8x64 --dtype half2": "must be a dtype of torch like float32, got 'half2'",
+    "explain rms_norm 8x64 --arch 90 --set eps": "must be NAME=VALUE, got 'eps'",
+    "explain rms_norm 8x64 64 1 --arch 90": "a shape was given of eps, which is no tensor: use --set eps=VALUE",
+    "explain swiglu 8x64 --arch 90": "swiglu takes gate, up, gate_multiplier, down_multiplier; missing ['up']",
+    "explain rms_norm 1 1 1 1 1 1 --arch 90": "rms_norm takes x, weight, eps, offset, casting; got 6 shapes",
+    "explain rms_norm 8x64": "without a CUDA device, --arch must say for which, like 90",
+}
+
+
+@pytest.mark.parametrize("line", MISUNDERSTOOD)
+def test_a_command_that_is_not_understood_ends_with_2_and_says_why(line, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        status = main(line.split())
+    except SystemExit as error:
+        status = error.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert MISUNDERSTOOD[line] in captured.err
+    assert not captured.out
+
+
+@pytest.mark.parametrize("command", ["", "info", "verify", "explain"])
+def test_help_says_what_the_statuses_mean(command, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([*command.split(), "--help"])
+    assert error.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Exit status: 0 where all is well, 1 where something is not, 2 for a command that is not understood." in said
