@@ -56,6 +56,15 @@ slow: $(VENV)/ready
 	$(call install,$(TEST_ARCHS))
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 
+# The binder under the oldest transformers that pyproject.toml takes, which goes with the hub's client of its time: both in a
+# folder that Python looks into first.
+floor: $(VENV)/ready
+	$(call install,$(TEST_ARCHS))
+	rm -rf build/floor
+	$(PIP) install --quiet --target build/floor "huggingface_hub>=1.5,<2"
+	$(PIP) install --quiet --target build/floor --no-deps transformers==5.17.0
+	PYTHONPATH=$(CURDIR)/build/floor OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_bind*.py
+
 # In isolation, with the pinned requirements alone; a folder for each flavour, so that only what changed is compiled.
 wheel: $(PIP)
 	LIGER_AOT_CUDA=$(CUDA) $(PIP) wheel --verbose --no-deps -C build-dir=build/cuda$(CUDA) --wheel-dir dist .
