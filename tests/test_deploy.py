@@ -254,6 +254,15 @@ def test_lowering_without_triton_or_with_its_interpreter_is_refused():
         export.lower(torch.export.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),)))
 
 
+def test_modules_of_other_people_keep_their_names(monkeypatch):
+    """The kernel files are called rope.py and so on: a program may have a rope.py of its own, before or after."""
+    monkeypatch.setitem(sys.modules, "rope", theirs := object())
+    before = set(sys.modules)
+    assert {"rope_fwd", "swiglu_bwd"} <= export.load_sources().keys()
+    assert sys.modules["rope"] is theirs
+    assert set(sys.modules) == before
+
+
 # --- packs that cannot be had
 
 

@@ -254,9 +254,47 @@ def test_aot_inductor_packages_answer_as_eager(tmp_path):
     torch.testing.assert_close(torch._inductor.aoti_load_package(path)(ids), model(ids))
 
 
+class Everything(torch.nn.Module):
+    """A call of each operator."""
+
+    def __init__(self, modules):
+        super().__init__()
+        self.calls = torch.nn.ModuleDict(modules)
+
+    def forward(self, inputs):
+        return {name: module(*inputs[name]) for name, module in self.calls.items()}
+
+
+LOAD = """
+import sys, torch
+from liger_aot import export
+package, inputs, outputs = sys.argv[1:]
+torch.save(export.load(package)(torch.load(inputs)), outputs)
+"""
+
+
+@compiles
+def test_a_package_of_every_operator_answers_in_another_process(tmp_path):
+    """For other numbers of rows than it was made with."""
+    modules, inputs = zip(*(example(name) for name in EXAMPLES), strict=True)
+    modules, inputs = dict(zip(EXAMPLES, modules, strict=True)), dict(zip(EXAMPLES, inputs, strict=True))
+    dynamic = {name: sizes(name, inputs[name]) for name in EXAMPLES}
+    program = torch.export.export(Everything(modules), (inputs,), dynamic_shapes=(dynamic,))
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "all.pt2"))
+    more = {name: larger(inputs[name], dynamic[name]) for name in EXAMPLES}
+    torch.save(more, tmp_path / "inputs.pt")
+    subprocess.run([sys.executable, "-c", LOAD, package, tmp_path / "inputs.pt", tmp_path / "outputs.pt"], check=True)
+    got, want = torch.load(tmp_path / "outputs.pt"), Everything(modules)(more)
+    assert got.keys() == want.keys()
+    for name in EXAMPLES:
+        for g, w in zip(got[name], want[name], strict=True):
+            torch.testing.assert_close(g, w)
+
+
 @compiles
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor_compiles_every_operator_with_its_gradients(dynamic):
+def test_inductor_compiles_every_operator_with_its_gradients(dynamic, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     examples = {name: EXAMPLES[name](torch.float32) for name in EXAMPLES}
     inputs = {name: leaves(arguments) for name, (arguments, _) in examples.items()}
 
@@ -264,12 +302,18 @@ def test_inductor_compiles_every_operator_with_its_gradients(dynamic):
         outputs = [call(name, inputs[name], options) for name, (_, options) in examples.items()]
         return [output for found in outputs for output in found]
 
-    def gradients(function):
+    def gradients(function, inputs):
         wanted = [a for arguments in inputs.values() for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
         outputs = function(inputs)
         return [*outputs, *torch.autograd.grad([o.float().sum() for o in outputs], wanted)]
 
+    def with_more_rows(name, arguments):
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        more = iter(larger([t.detach() for t in tensors], sizes(name, tensors)))
+        return [next(more).requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments]
+
     torch._dynamo.reset()
-    compiled = gradients(torch.compile(everything, fullgraph=True, dynamic=dynamic))
-    for got, want in zip(compiled, gradients(everything), strict=True):
-        torch.testing.assert_close(got, want)
+    compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic)
+    for given in [inputs, {name: with_more_rows(name, inputs[name]) for name in inputs}][: 1 + dynamic]:
+        for got, want in zip(gradients(compiled, given), gradients(everything, given), strict=True):
+            torch.testing.assert_close(got, want)

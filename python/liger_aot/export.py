@@ -76,7 +76,10 @@ def sources():
 
 
 class Tracer:
-    """A launcher that puts launches into the graph that is being traced, with the options that the kernel is built with."""
+    """A launcher that puts launches into the graph that is being traced, with as many warps as the kernel is built with.
+
+    torch takes no limit of registers, which one of them is built with too: that costs time, not numbers.
+    """
 
     def __init__(self, multiprocessors):
         self.count, self.kernels = multiprocessors, sources()
