@@ -168,7 +168,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--set", nargs="*", default=[], type=parse_option, metavar="NAME=VALUE", help="other arguments, of bind for a model"
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="for programs; errors go to stderr all the same")
     operator = parser.add_argument_group("for an operator")
     operator.add_argument("--dtype", type=parse_dtype, help="of the tensors without their own (bfloat16)")
     operator.add_argument("--arch", type=parse_arch, help="a GPU architecture, like 90; default: that of the current device")

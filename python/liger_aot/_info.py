@@ -143,7 +143,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--arch", type=parse_arch, help="also which pack a device of this architecture would get, like 90 or 8.6"
     )
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="for programs; errors go to stderr all the same")
 
 
 def main(args):

@@ -93,7 +93,7 @@ def inside(path):
 
 
 def add_arguments(parser):
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="for programs; errors go to stderr all the same")
 
 
 def main(args):
