@@ -919,6 +919,33 @@ def test_peak_memory_grows_with_the_chunk_and_not_with_the_tokens(name, memory, 
     assert 64 * classes * 4 < peaks[0] - smaller < 64 * classes * 4 * 10
 
 
+def in_a_process(rank, file, inputs):
+    """The loss of this process' half, gathered."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    half = {k: v if k in ("weight", "bias") or v is None else v[2 * rank : 2 * rank + 2] for k, v in inputs.items()}
+    losses = [functional.liger_fused_linear_grpo(**half, **options, use_ref_model=False)[0] for options in NORMALISED]
+    gathered = [torch.empty(len(losses)) for _ in range(2)]
+    torch.distributed.all_gather(gathered, torch.stack(losses))
+    if rank == 0:
+        torch.save(torch.stack(gathered), f"{file}.losses")
+    torch.distributed.destroy_process_group()
+
+
+NORMALISED = {"loss_type": "dapo"}, {"loss_type": "cispo", "num_items_in_batch": 31}
+
+
+def test_a_mean_over_tokens_is_one_over_those_of_all_processes(tmp_path):
+    """The mean over processes, whose sequences have different lengths, is the loss of all sequences."""
+    made = plain(make("grpo", torch.float32))
+    inputs = {k: v for k, v in made.items() if k not in REFERENCE}
+    torch.multiprocessing.spawn(in_a_process, (str(tmp_path / "group"), inputs), nprocs=2)
+    losses = torch.load(tmp_path / "group.losses")
+    for each, options in zip(losses.unbind(1), NORMALISED, strict=True):
+        want, _ = functional.liger_fused_linear_grpo(**inputs, **options, use_ref_model=False)
+        torch.testing.assert_close(each.mean(), want)
+        assert each[0] != each[1]
+
+
 def test_no_double_backward():
     inputs = plain(make("jsd", torch.float32))
     inputs["student_input"].requires_grad_()
