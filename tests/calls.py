@@ -50,7 +50,7 @@ def layer_norm(rows):
 def rope(rows):
     widths = [(64, 64), (62, 62), (128, 64), (126, 126), (128, 128), (130, 130), (256, 256), (512, 512), (514, 514)]
     for dtype, (n, rotated) in itertools.product(DTYPES, widths):
-        tokens = rows(n)
+        tokens = rows(12 * n)  # as many numbers as a token has
         for t in dict.fromkeys([dtype, torch.float32]):
             q, k = randn(2, tokens, 9, n, dtype=dtype), randn(2, tokens, 3, n, dtype=dtype)
             angles = (randn(2, tokens, rotated, dtype=t, grad=False) for _ in ("cos", "sin"))

@@ -322,6 +322,7 @@ CHECKS = [
     *((beyond_31_bits, name) for name in ROW_WISE),
     *((autocast, name) for name in WITH_MATMULS),
 ]
+COSTLY = opcheck, compiled, bound_model  # of which a dry run tries one subject each
 
 
 def named(check, subject):

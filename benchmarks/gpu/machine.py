@@ -5,6 +5,7 @@ Both count each launch that the driver took, by variant.
 
 import contextlib
 import functools
+import subprocess
 import time
 from collections import Counter
 
@@ -47,6 +48,17 @@ def reached(launcher):
     return +found
 
 
+def release():
+    """The driver's, as nvidia-smi names it."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return done.stdout.split("\n")[0].strip() or None
+
+
 class Gpu:
     dry, computes = False, True
     autocast = "cuda"
@@ -82,7 +94,7 @@ class Gpu:
             "multiprocessors": p.multi_processor_count,
             "L2_MiB": p.L2_cache_size / MiB,
             "devices": self.count,
-            "driver": f"CUDA {_runtime.version_text(backend.version)}",
+            "driver": release() or f"CUDA {_runtime.version_text(backend.version)}",
             "cuda": torch.version.cuda,
             "backend": backend.backend.name,
         }

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 import time
 import traceback
@@ -11,11 +12,11 @@ LISTS = "ceilings", "speed", "host", "first_call", "stack"
 
 
 class Record:
-    """`seconds` is the budget of the whole run; a part that is over early leaves its time to those after it."""
+    """`seconds` is the budget of the whole run."""
 
     def __init__(self, path, *, dry, arguments, environment, seconds):
         self.path, self.started, self.seconds = path, time.monotonic(), seconds
-        self.budget = {"seconds": seconds, "taken": None, "parts": []}
+        self.budget = {"seconds": seconds, "taken": 0.0, "parts": []}
         self.ends = self.started + seconds
         self.content = {"schema": SCHEMA, "dry": dry, "arguments": arguments, "environment": environment}
         self.content |= {"budget": self.budget, "correctness": {"variants": None, "numerics": [], "checks": []}}
@@ -31,16 +32,17 @@ class Record:
 
     @contextlib.contextmanager
     def part(self, name, share):
-        """A part of the run, and how many seconds it may take, as far as the whole has them."""
+        """A part of the run, and how much of the time that is left it may take."""
         began = time.monotonic()
-        self.place, self.ends = name, min(began + share, self.started + self.seconds)
-        self.say(f"{name}: {max(self.left(), 0):.0f} s at most")
+        allowed = max(self.started + self.seconds - began, 0.0) * share
+        self.place, self.ends = name, began + allowed
+        self.say(f"{name}: {allowed:.0f} s at most")
         try:
             with self.trying(name):
                 yield
         finally:
-            self.budget["parts"].append({"part": name, "share": share, "taken": round(time.monotonic() - began, 2)})
-            self.budget["taken"] = round(time.monotonic() - self.started, 2)
+            self.budget["parts"].append({"part": name, "share": round(allowed, 1), "taken": round(time.monotonic() - began, 1)})
+            self.budget["taken"] = round(time.monotonic() - self.started, 1)
             self.place = None
             self.write()
 
@@ -73,5 +75,14 @@ class Record:
     def write(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(".part")
-        unfinished.write_text(json.dumps(self.content, indent=1, allow_nan=False) + "\n")
+        unfinished.write_text(json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n")
         unfinished.replace(self.path)
+
+
+def finite(content):
+    """content with words for what JSON has no numbers for, such as the error of a result that is infinite."""
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return str(content) if isinstance(content, float) and not math.isfinite(content) else content

@@ -10,6 +10,7 @@ import torch
 from .machine import MiB
 
 LAYERS, TOKENS, STEPS, LONGEST = 4, 8192, 12, 2**20
+SEARCH = 25  # seconds for the longest sequence
 SHAPE = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -125,7 +126,7 @@ def train(provider, compiled, started, deadline, spread, note):
     row["peak_MiB"] = None if dry else torch.cuda.max_memory_allocated() / MiB
     note(row)
     if not compiled:  # a length of its own each would be compiled anew
-        row["longest"] = None if dry else longest(training, row["tokens"], deadline)
+        row["longest"] = None if dry else longest(training, row["tokens"], min(deadline, time.monotonic() + SEARCH))
         if dry:
             training.fits(row["tokens"])
         note(row)

@@ -1,0 +1,412 @@
+"""The program that measures on a GPU, as far as a CPU goes: a dry run of all of it, and its arithmetic on made-up clocks."""
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from liger_aot import _jit
+from liger_aot import _op
+from liger_aot import _runtime
+
+from calls import CALLS
+from examples import EXAMPLES
+from stub import copy_pack
+
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+from gpu import behaviour
+from gpu import cases
+from gpu import fresh
+from gpu import numerics
+from gpu import run
+from gpu import stack
+from gpu import table
+from gpu import timing
+from gpu.machine import Dry
+from gpu.record import Record
+
+BENCHMARKS = pathlib.Path(run.__file__).parent.parent
+README = BENCHMARKS.parent / "README.md"
+# Every figure that is measured, which no dry run may have.
+FIGURES = {
+    "us", "low", "high", "GBps", "TFLOPs", "fraction", "bound", "peak_MiB", "difference", "value", "host_us", "ms", "import_ms",
+    "step_ms", "tokens_per_s", "longest", "seconds_to_first_step", "import_seconds", "loss",
+}  # fmt: skip
+
+
+def program(out, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, BENCHMARKS / "gpu/run.py", "--dry-run", "--out", out, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    out = tmp_path_factory.mktemp("gpu") / "dry.json"
+    done = program(out)
+    assert out.exists(), done.stderr
+    return done, json.loads(out.read_text())
+
+
+def test_a_dry_run_ends_well(dry):
+    done, content = dry
+    assert content["failures"] == []
+    assert done.returncode == 0
+    assert "a dry run: no figure is from a GPU; 0 failures" in done.stdout
+    assert {c["why"] for c in content["cut"]} <= {"a dry run tries fewer of its kind"} | without_liger(content)
+
+
+def without_liger(content):
+    return {c["why"] for c in content["cut"] if c["case"].startswith("liger-kernel")}
+
+
+def test_a_dry_run_has_no_figure(dry):
+    _, content = dry
+    assert content["dry"] is True
+    assert content["environment"].get("gpu") is None
+    lists = ["ceilings", "speed", "host", "first_call", "stack"]
+    for row in itertools.chain.from_iterable(content[name] for name in lists):
+        assert {k: v for k, v in row.items() if k in FIGURES and v is not None} == {}
+        assert row.get("samples", 0) == 0
+    assert all(check["seconds"] is None for check in content["correctness"]["checks"])
+    assert table.render(pathlib.Path(dry[0].args[4]).parent) == table.NONE
+
+
+def test_every_shipped_variant_is_reached(dry):
+    variants = dry[1]["correctness"]["variants"]
+    pack = _runtime.open_pack(_runtime.pack_paths()["90"])
+    built = {v.cubin for kernel in pack.manifest["kernels"] for v in pack.table(kernel).values()}
+    assert variants["launches"].keys() == built
+    assert min(variants["launches"].values()) > 0
+    assert (variants["arch"], variants["built"], variants["reached"], variants["not_reached"]) == (
+        "90",
+        len(built),
+        len(built),
+        [],
+    )
+
+
+def test_everything_planned_was_done(dry):
+    _, content = dry
+    assert numerics.HELD.keys() == CALLS.keys() == set(_op.PUBLIC)
+    assert [row["operator"] for row in content["correctness"]["numerics"]] == list(numerics.HELD)
+    assert all(row["calls"] > 20 and not row["failed"] and 0 < row["worst"] <= 1 for row in content["correctness"]["numerics"])
+    checks = {f"{c['check']}: {c['subject']}" for c in content["correctness"]["checks"]}
+    assert checks | {c["case"] for c in content["cut"]} >= {behaviour.named(*c) for c in behaviour.CHECKS}
+    assert {c for c, _ in behaviour.CHECKS} == {getattr(behaviour, c["check"]) for c in content["correctness"]["checks"]}
+    timed = {(row["operator"], json.dumps(row["stands_for"])) for row in content["speed"]}
+    assert timed == {(operator, json.dumps(sizes)) for operator, sizes in cases.plan()}
+    for operator in cases.BUILD:
+        rows = {(row["provider"], row["pass"]) for row in content["speed"] if row["operator"] == operator}
+        assert rows >= set(itertools.product([cases.OURS, cases.EAGER, cases.COMPILED], timing.PASSES)), operator
+    assert {row["operator"] for row in content["host"]} == EXAMPLES.keys() - {"linear_logprob"}
+    assert {row["what"] for row in content["ceilings"]} == {"copy", "matmul"}
+    assert content["first_call"]
+    assert content["stack"][0]["provider"] == cases.OURS
+
+
+def test_every_field_is_documented(dry):
+    """README's list of the file's fields is that of the file."""
+    text = (BENCHMARKS / "gpu/README.md").read_text()
+    _, content = dry
+    lists = ("ceilings", "speed", "host", "first_call", "stack")
+    fields = {*content, *itertools.chain.from_iterable(row for name in lists for row in content[name])}
+    fields |= {*content["correctness"], *content["correctness"]["variants"], *content["budget"]}
+    fields |= {*content["correctness"]["numerics"][0], *content["correctness"]["checks"][0]}
+    assert {f for f in fields if not re.search(rf"\b{f}\b", text)} == set()
+
+
+def test_a_failure_is_reported_and_does_not_stop_the_rest(tmp_path):
+    copy_pack(tmp_path)  # of one kernel alone, in place of all
+    out = tmp_path / "out.json"
+    done = program(out, "--only", "correctness", "--match", "swiglu", LIGER_AOT_PACKS=str(tmp_path))
+    content = json.loads(out.read_text())
+    assert done.returncode == 1
+    assert "FAILED numerics: swiglu: float32[5, 64]" in done.stdout
+    assert all("swiglu_fwd: not in sm_90.zip" in f["message"] for f in content["failures"])
+    assert {f["part"] for f in content["failures"]} == {"numerics", "behaviour"}
+    (row,) = content["correctness"]["numerics"]
+    assert row["failed"] == row["calls"] == 24
+    outcomes = {c["check"]: c["ok"] for c in content["correctness"]["checks"]}
+    assert outcomes["cuda_graph"] is False
+    assert outcomes["opcheck"] is True
+
+
+def test_what_no_time_was_left_for_is_listed(tmp_path):
+    done = program(out := tmp_path / "out.json", "--seconds", "0")
+    content = json.loads(out.read_text())
+    assert done.returncode == 0
+    assert not content["speed"]
+    assert {c["case"] for c in content["cut"] if c["why"] == "no time was left"} >= {"rms_norm", "cuda_graph: rope"}
+    assert len(content["cut"]) == sum(len(run.listed(part)) for part in run.PARTS)
+
+
+@pytest.fixture
+def record(tmp_path):
+    return Record(tmp_path / "record.json", dry=False, arguments=[], environment={}, seconds=1000.0)
+
+
+def test_the_file_holds_what_is_no_number(record):
+    record.add("speed", difference=float("inf"), low=[float("nan")], us=1.5)
+    record.write()
+    assert json.loads(record.path.read_text())["speed"] == [{"difference": "inf", "low": ["nan"], "us": 1.5}]
+
+
+def test_what_a_part_leaves_the_others_have(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    record = Record(tmp_path / "r.json", dry=False, arguments=[], environment={}, seconds=100.0)
+    with record.part("a", 0.5):
+        assert record.left() == 50
+        now[0] = 10.0
+    with record.part("b", 1.0):
+        assert record.left() == 90
+        now[0] = 120.0
+        assert record.left() < 0
+    assert [(p["share"], p["taken"]) for p in record.budget["parts"]] == [(50, 10), (90, 110)]
+
+
+def test_a_process_that_dies_takes_one_job_with_it(record, monkeypatch):
+    children = iter(
+        [
+            ({"finished": ["a"], "failures": []}, -11, "Segmentation fault"),
+            ({"finished": ["c"], "failures": [{"case": "c"}]}, run.LOST, ""),
+            ({"finished": ["d", "e"]}, 0, ""),
+        ]
+    )
+    asked = []
+    monkeypatch.setattr(run, "run_child", lambda record, part, jobs, *_: asked.append(jobs) or next(children))
+    with record.part("numerics", 0.5):
+        run.run_part(record, "numerics", list("abcde"), False, None)
+    assert asked == [list("abcde"), list("cde"), list("de")]
+    assert [f["case"] for f in record.content["failures"]] == ["b", "c"]
+    assert "status -11: Segmentation fault" in record.content["failures"][0]["message"]
+
+
+def test_a_variant_that_is_not_reached_is_a_failure(record):
+    record.content["correctness"]["variants"] = {"arch": "90", "built": 2, "names": ["a", "b"], "launches": {"b": 3}}
+    run.count_variants(record, complete=True)
+    assert record.content["correctness"]["variants"]["not_reached"] == ["a"]
+    assert "1 of 2 built variants were not reached" in record.content["failures"][0]["message"]
+    assert run.summary(record) == 1
+
+
+class Interpreted(Dry):
+    """Launches give numbers: the kernels are interpreted."""
+
+    computes = True
+
+    @contextlib.contextmanager
+    def launching(self, launcher):
+        with _jit.interpreted():
+            yield
+
+
+def test_wrong_numbers_are_failures(record, monkeypatch):
+    numerics.numerics(Interpreted(), "swiglu", record, None)
+    held = numerics.HELD["swiglu"]
+
+    def wrong(*arguments, **options):
+        function, formula, inputs, how = held(*arguments, **options)
+        return lambda *a: 1.02 * function(*a), formula, inputs, how
+
+    monkeypatch.setitem(numerics.HELD, "swiglu", wrong)
+    numerics.numerics(Interpreted(), "swiglu", record, None)
+    right, bad = record.content["correctness"]["numerics"]
+    assert (right["calls"], right["failed"], bad["failed"]) == (24, 0, 24)
+    assert right["worst"] < 1 < bad["worst"]
+    assert len(record.content["failures"]) == 24
+    assert "error" in record.content["failures"][0]["message"]
+
+
+class Clocked(Dry):
+    """Ends of forwards and of backwards are 10 and 30 us apart; a call takes 1 MiB."""
+
+    dry, computes = False, True
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.steps = 0, itertools.cycle([5, 10, 30])
+
+    def serving(self):
+        return contextlib.nullcontext()
+
+    def mark(self):
+        self.now += next(self.steps)
+        return self.now
+
+    def between(self, start, end):
+        return end - start
+
+    def allocated(self):
+        return 0
+
+    def peak(self):
+        return 2**20
+
+    def clock(self):
+        return 0.0
+
+    def since(self, start):
+        return timing.CALLS * 7e-6
+
+
+def test_times_bytes_and_fractions(record):
+    reached = {"copy": 100.0, "matmul": 1.0}
+    with record.part("speed", 0.5):
+        timing.speed(Clocked(), record, "rms_norm", {"tokens": 1000, "hidden": 64}, None, reached)
+    assert record.content["failures"] == []
+    rows = {(r["provider"], r["pass"]): r for r in record.content["speed"]}
+    ours = {which: rows[cases.OURS, which] for which in timing.PASSES}
+    assert [ours[which]["us"] for which in timing.PASSES] == [10, 30, 40]
+    assert [ours[which]["bytes"] for which in timing.PASSES] == [2 * 128000, 3 * 128000, 5 * 128000]
+    assert ours["forward"]["GBps"] == 25.6
+    assert (ours["forward"]["fraction"], ours["forward"]["bound"]) == (0.256, "bytes")
+    assert ours["both"]["peak_MiB"] == 1
+    assert ours["both"]["samples"] in timing.ROUNDS
+    assert rows[cases.EAGER, "both"]["difference"] == 0
+    assert 0 < ours["both"]["difference"] < 0.01
+
+
+def test_matmuls_are_one_call(record, monkeypatch):
+    monkeypatch.setattr(Clocked, "between", lambda *_: 4.0)
+    with record.part("speed", 0.5):
+        sizes = {"tokens": 10, "hidden": 20, "vocabulary": 30}
+        timing.speed(Clocked(), record, "linear_cross_entropy", sizes, None, {"copy": 100.0, "matmul": 1.0})
+    rows = {(r["provider"], r["pass"]): r for r in record.content["speed"]}
+    assert [which for provider, which in rows if provider == cases.MATMULS] == ["both"]
+    assert rows[cases.MATMULS, "both"]["flops"] == 6 * 10 * 20 * 30
+    assert rows[cases.OURS, "both"]["bound"] == "bytes"
+
+
+def test_a_provider_that_fails_is_left_out_and_ours_is_a_failure(record, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("so")
+
+    monkeypatch.setitem(cases.IN_TORCH, "swiglu", cases.IN_TORCH["swiglu"])
+    monkeypatch.setattr(cases, "ours", lambda name, **_: broken)
+    with record.part("speed", 0.5):
+        liger = type("Liger", (), {"liger_swiglu": staticmethod(broken)})
+        timing.speed(Clocked(), record, "swiglu", {"tokens": 4, "hidden": 64}, liger, {"copy": 1.0, "matmul": 1.0})
+    assert {r["provider"] for r in record.content["speed"]} == {cases.EAGER, cases.COMPILED}
+    assert [c["case"] for c in record.content["cut"]] == ["swiglu tokens 4, hidden 64: liger-kernel"]
+    assert [f["case"] for f in record.content["failures"]] == ["swiglu tokens 4, hidden 64: liger-aot"]
+
+
+def test_what_is_spoilt_is_restored(record):
+    """Liger computes in place of its inputs and of the upstream gradient: the next sample has them as they were."""
+
+    def spoil(gate, up):
+        gate.detach().zero_()
+        return gate * up
+
+    liger = type("Liger", (), {"liger_swiglu": staticmethod(spoil)})
+    bench = timing.Bench(Clocked(), "swiglu", {"tokens": 4, "hidden": 64}, liger, False)
+    before = [i.detach().clone() for i in bench.inputs]
+    bench.warm_up(record, "swiglu")
+    bench.rounds(0.0)
+    assert all(torch.equal(i, b) for i, b in zip(bench.inputs, before, strict=True))
+
+
+def test_host_time(record):
+    with record.part("host", 0.5):
+        timing.host_time(Clocked(), record, "rms_norm", None)
+    rows = record.content["host"]
+    assert {(r["provider"], r["pass"]) for r in rows} == set(itertools.product([cases.OURS, cases.EAGER], ["forward", "both"]))
+    assert all(r["host_us"] == pytest.approx(7.0) and r["samples"] == timing.HOST_ROUNDS for r in rows)
+
+
+def test_ceilings(record, monkeypatch):
+    monkeypatch.setattr(Clocked, "between", lambda *_: 2.0)
+    monkeypatch.setattr(timing, "copying", lambda machine, numbers: timing.rate(machine, lambda: None, 8000, 1e9))
+    monkeypatch.setattr(timing, "multiplying", lambda machine, n: timing.rate(machine, lambda: None, 6e6, 1e12))
+    assert timing.ceilings(Clocked(), record) == {"copy": pytest.approx(4.0), "matmul": pytest.approx(3.0)}
+    assert [row["samples"] for row in record.content["ceilings"]] == [20, 20]
+
+
+def test_spread():
+    assert timing.spread([5.0, 1.0, 2.0, 3.0, 4.0, 100.0]) == {"median": 3.5, "low": 2.0, "high": 5.0, "samples": 6}
+    assert timing.spread([None]) == {"median": None, "low": None, "high": None, "samples": 0}
+
+
+@pytest.mark.parametrize("limit", [0, 8192, 12000, 100000, 2**30])
+def test_the_longest_sequence(limit):
+    class Training:
+        def __init__(self):
+            self.tried = []
+
+        def fits(self, tokens):
+            self.tried.append(tokens)
+            return tokens <= limit
+
+    training = Training()
+    found = stack.longest(training, 8192, float("inf"))
+    if limit < 8192:
+        assert found is None
+    else:
+        assert found <= min(limit, stack.LONGEST)
+        assert found == stack.LONGEST or found * 9 / 8 + 256 > limit
+    assert len(training.tried) == len(set(training.tried)) < 14
+    assert stack.longest(training, 8192, 0.0) is None
+
+
+def test_first_calls_of_one_operator_are_one_row():
+    rows = [{"operator": "a", "provider": "p", "ms": ms, "import_ms": 5.0} for ms in (3.0, 1.0)]
+    assert run.together(rows) == [
+        {"operator": "a", "provider": "p", "ms": 2.0, "low": 1.0, "high": 3.0, "samples": 2, "import_ms": 5.0}
+    ]
+    assert fresh.measure(cases.OURS, "rms_norm", dry=True) == {"import_ms": None, "ms": None}
+
+
+def test_caches_are_empty_unless_they_are_wanted(tmp_path):
+    def folder(part, job):
+        found = run.child_environment(part, [job], tmp_path)["TRITON_CACHE_DIR"]
+        pathlib.Path(found).mkdir(parents=True)
+        return found
+
+    cold = [folder("stack", [provider, False, "cold"]) for provider in ("liger-kernel", "liger-aot", "liger-kernel")]
+    assert len(set(cold)) == 3
+    assert run.child_environment("stack", [["liger-kernel", False, "warm"]], tmp_path)["TRITON_CACHE_DIR"] == cold[0]
+    assert folder("first call", ["liger-kernel", "rope"]) != folder("first call", ["liger-kernel", "rms_norm"])
+
+
+def test_the_table(tmp_path):
+    row = {"operator": "rms_norm", "sizes": {"tokens": 8, "hidden": 64}, "pass": "both", "fraction": 0.91, "bound": "bytes"}
+    gpu = {"name": "NVIDIA H200", "driver": "CUDA 13.0"}
+    content = {
+        "dry": False,
+        "environment": {"when": "2026-12-01T10:00:00+00:00", "commit": "0123456789abcdef", "torch": "2.11.0", "gpu": gpu},
+        "ceilings": [{"what": "copy", "value": 4300.0, "unit": "GB/s"}],
+        "speed": [
+            row | {"provider": "liger-aot", "us": 100.0, "peak_MiB": 32.0},
+            row | {"provider": "liger-kernel", "us": 150.0, "peak_MiB": 32.0},
+        ],
+        "failures": [],
+    }
+    (tmp_path / "h200.json").write_text(json.dumps(content))
+    (tmp_path / "dry.json").write_text(json.dumps(content | {"dry": True}))
+    text = table.render(tmp_path)
+    assert text.startswith("NVIDIA H200, 2026-12-01, commit 0123456789ab, driver CUDA 13.0, torch 2.11.0.")
+    assert "copy 4300 GB/s. No failures." in text
+    assert text.endswith("| `rms_norm` | tokens 8, hidden 64 | 100 | 91 % of bytes | 32 | 1.50 x | | |")
+    assert table.render(tmp_path / "none") == table.NONE
+
+
+def test_readme_shows_no_other_figure():
+    """Its table is what the committed files give; with none it says that no figure exists."""
+    text, found = README.read_text(), table.render()
+    if found == table.NONE:
+        assert re.search(r"no\s+(> )?GPU figure exists", text)
+        assert not re.search(r"\bH[12]00\b[^.]*\d (µs|us|GB/s|TFLOP/s)\b", text)
+    else:
+        assert found in text
