@@ -142,20 +142,21 @@ def twice(v):
 
 
 def row(v, *names):
-    """Bytes of a program's rows of these tensors."""
-    return v["ROWS"] * v["n"] * sum(v[name].element_size() for name in names)
+    """Bytes of one row of these tensors."""
+    return v["n"] * sum(v[name].element_size() for name in names)
 
 
 def again_forward(name):
-    return lambda v: (v["rows"] * row(v, name), row(v, name)) if v["LOOP"] else (0, 0)
+    return lambda v: (v["rows"] * row(v, name), v["ROWS"] * row(v, name)) if v["LOOP"] else (0, 0)
 
 
 def again_backward(v):
-    """The rows once more, and in a loop the program's share of the weights' gradients for each row, read and written."""
+    """The rows once more, and the program's share of the weights' gradients, read and written for each of its turns but one."""
     if not v["LOOP"]:
         return 0, 0
     share = 4 * v["n"] * (v["need_dw"] + v.get("need_db", 0))
-    return v["rows"] * row(v, "x", "dy") + 2 * share * (groups(v) - v["programs"]), row(v, "x", "dy") + share
+    rows = row(v, "x", "dy")
+    return v["rows"] * rows + 2 * share * (groups(v) - v["programs"]), v["ROWS"] * rows + share
 
 
 def turns(v):

@@ -1,6 +1,6 @@
 """A table in the terminal: with rich where it is installed, else in plain text."""
 
-import shutil
+import sys
 
 
 def table(title, head, rows, right=()):
@@ -17,11 +17,10 @@ def table(title, head, rows, right=()):
             cells = (c.rjust(w) if h in right else c.ljust(w) for h, c, w in zip(head, line, widths, strict=True))
             print("  ".join(cells).rstrip())
         return
-    drawn, needed = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False), 0
+    drawn, natural = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False), 0
     for name, *cells in zip(head, *rows, strict=True):
-        width = max(map(len, [*cells, *name.split()]))
-        drawn.add_column(escape(name), justify="right" if name in right else "left", min_width=width)
-        needed += width + 3
+        drawn.add_column(escape(name), justify="right" if name in right else "left", overflow="fold")
+        natural += max(map(len, [name, *cells])) + 3
     for line in rows:
         drawn.add_row(*map(escape, line))
-    Console(width=max(needed, len(title), shutil.get_terminal_size().columns)).print(drawn)
+    Console(width=None if sys.stdout.isatty() else max(natural, len(title))).print(drawn)

@@ -5,6 +5,7 @@ python benchmarks/static.py [--arch 90] [--out out/static.json] [--lines 40]
 
 import argparse
 import collections
+import itertools
 import json
 import pathlib
 
@@ -90,7 +91,7 @@ def findings(r):
     if r["moved_to_least"] > MOVED:
         yield MOVES, f"moves over {MOVED} times the least bytes"
     if r["calls"]:
-        yield CALLS, "calls a function: a division in software"
+        yield CALLS, "calls a function: a division has a slow path"
 
 
 def report(archs, kernels=None):
@@ -109,10 +110,11 @@ HEAD = "sm", "kernel", "variant", "regs", "shared", "threads", "programs", "warp
 
 
 def short(r):
-    """A variant without what its kernel's others have too."""
-    *dtypes, alignment = r["variant"].split("-")
-    parts = [p for p in dict.fromkeys(dtypes) if not p.endswith("False") and p != "i64"]
-    return " ".join([*parts, *(["any"] if alignment == "any" else [])])
+    """A variant in few words: dtypes with how many pointers in a row have them, and the constants that are not False."""
+    *parts, alignment = r["variant"].split("-")
+    runs = [(name, len(list(same))) for name, same in itertools.groupby(parts)]
+    words = [name if count == 1 else f"{name}x{count}" for name, count in runs if not name.endswith("False")]
+    return " ".join([*words, *(["any"] if alignment == "any" else [])])
 
 
 def widths_text(widths):

@@ -18,6 +18,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import devices
 import launches
 import pictures
+import proposals
 import roofline
 import sass
 import static
@@ -361,6 +362,27 @@ def test_tables_say_that_they_predict(capsys):
     out = capsys.readouterr().out
     assert out.startswith("PREDICTION, not measured: H200")
     assert "predicted" in out.partition("\n")[2].partition("rms_norm")[0]
+
+
+def test_proposals_change_what_they_say_and_nothing_else():
+    sizes, before = {"tokens": 2048, "hidden": 16384}, roofline.Model("H200").trace("rms_norm", SIZES, "bfloat16")
+    changed = proposals.Changed("H200", proposals.column_sum(128, 32))
+    (bwd, total), (old, sums) = changed.trace("rms_norm", SIZES, "bfloat16")["backward"].launches, before["backward"].launches
+    assert bwd == old
+    assert (sums.programs, sums.trips) == (32, (9,))  # 264 rows of sums of 4096 columns
+    assert (total.programs, total.trips, total.read) == (128, (3,), sums.read)
+    share, x = 4 * 16384, 2048 * 16384 * 2
+    plain = changed.trace("rms_norm", sizes, "bfloat16")["backward"].launches[0]
+    with proposals.rows_in_loop(2, 2):
+        pairs = changed.predict("rms_norm", sizes, "bfloat16")["backward"]
+        halved = changed.trace("rms_norm", sizes, "bfloat16")["backward"].launches[0]
+    assert plain.again == 2 * x + 2 * share * (2048 - 264)
+    assert halved.again == 2 * x + 2 * share * (1024 - 264)
+    assert pairs["us"] < changed.predict("rms_norm", sizes, "bfloat16")["backward"]["us"]
+    with proposals.chunks_of(2048):
+        assert len(changed.trace("linear_logprob", SIZES, "bfloat16")["forward"].launches) == 10
+    assert len(changed.trace("linear_logprob", SIZES, "bfloat16")["forward"].launches) == 20
+    assert changed.trace("rms_norm", sizes, "bfloat16")["backward"].launches[0] == plain
 
 
 # --- measured against predicted
