@@ -9,7 +9,7 @@ TEST_ARCHS := 80,90
 # The flavour of `wheel` and `pack`: 12.6, 12.9 or 13.0; none for the wheel without a suffix. tools/flavour.py has the pins.
 CUDA ?=
 
-.PHONY: demo lint test slow wheel smoke sdist index pack bench carry gpu static plots mutate sweep docs clean
+.PHONY: demo lint test floor slow wheel smoke sdist index pack bench carry gpu static plots mutate sweep docs clean
 
 $(PIP):
 	$(PYTHON) -m venv $(VENV)
