@@ -500,7 +500,7 @@ def test_names_of_a_base_model_are_taken(hf, tmp_path, llama):
     from safetensors.torch import save_file
 
     save_file({key.removeprefix("model."): tensor for key, tensor in tensors(hf).items()}, hf / "model.safetensors")
-    assert "20 names were taken for those of the whole model today, " in str(hf_to_sat(hf, tmp_path / "sat"))
+    assert "20 names, old ones or of a base model, were read as today's: " in str(hf_to_sat(hf, tmp_path / "sat"))
     assert identical(state(llama / "sat"), state(tmp_path / "sat")) == []
 
 
@@ -553,8 +553,9 @@ def test_what_is_not_said_is_what_transformers_takes(name, tmp_path):
     import transformers
 
     save(tmp_path / "hf", name)
-    path, family = tmp_path / "hf/config.json", FAMILIES[family_of(name)]
-    entries, taken = json.loads(path.read_text()), []
+    path, taken = tmp_path / "hf/config.json", []
+    entries = Settings(json.loads(path.read_text()), path)
+    (family,) = (family for family in FAMILIES.values() if family.claims_hf(entries))
     for key in entries.keys() - {"model_type"}:
         path.write_text(json.dumps({other: value for other, value in entries.items() if other != key}))
         try:
@@ -568,14 +569,6 @@ def test_what_is_not_said_is_what_transformers_takes(name, tmp_path):
         assert ours == computed(family, Settings(read, path)), key
         taken.append(key)
     assert len(taken) > 5
-
-
-def family_of(name):
-    return FAMILY.get(name) or next(
-        family.name
-        for family in FAMILIES.values()
-        if name.startswith(family.name) or (family.name == "llama" and name.startswith(("mistral", "qwen2")))
-    )
 
 
 def computed(family, config):
@@ -667,7 +660,7 @@ def test_names_of_old_files_are_taken(name, tmp_path):
         copy(tmp_path / "hf", tmp_path / case)
         save_file({key.removeprefix(prefix): tensor for key, tensor in old.items()}, tmp_path / case / "model.safetensors")
         report = hf_to_sat(tmp_path / case, tmp_path / f"{case}-sat", verify=True)
-        assert "names were taken for those of the whole model today, " in str(report)
+        assert "names, old ones or of a base model, were read as today's: " in str(report)
         assert identical(state(tmp_path / "sat"), state(tmp_path / f"{case}-sat")) == []
     key = f"{name}.embeddings.LayerNorm.weight"
     put_hf(tmp_path / "old", {key: kept[key]})
@@ -1197,6 +1190,16 @@ def test_a_configuration_of_another_family_is_left_out_and_said(sat, tmp_path):
     edit(sat / "config.json", model_type="gpt2")
     assert "config.json was left out: it is of 'gpt2', the weights of llama" in str(sat_to_hf(sat, tmp_path / "hf"))
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "llama"
+
+
+def test_code_that_came_through_is_named_as_it_was(tmp_path):
+    """CogVLM's configuration says which of the files beside it is its code."""
+    save(tmp_path / "hf", "cogvlm")
+    own = {"AutoModelForCausalLM": "mine.Model"}
+    edit(tmp_path / "hf/config.json", auto_map=own)
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    sat_to_hf(tmp_path / "sat", tmp_path / "back")
+    assert json.loads((tmp_path / "back/config.json").read_text())["auto_map"] == own
 
 
 def test_what_came_through_is_named_where_it_does_not_fit(sat):

@@ -316,6 +316,32 @@ def test_verification_takes_the_model_with_the_head_that_was_converted(make, tmp
 
 
 @needs_sat
+def test_verification_says_what_a_framework_has_against_it(tmp_path):
+    save(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | {"use_cache": "never"}))
+    with pytest.raises(
+        ConvertError, match=r"sat: verification failed, nothing was written\n  transformers cannot run it: .*use_cache"
+    ):
+        hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True)
+    del config["model_type"]
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    report = hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, family="llama")
+    assert "not verified by running: " in str(report)
+    assert "has no model_type, by which transformers chooses the model" in str(report)
+
+
+@needs_sat
+def test_verification_says_that_sat_lacks_a_class_of_the_users(tmp_path):
+    save(tmp_path / "hf", "glm")
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    config = json.loads((tmp_path / "sat/model_config.json").read_text()) | {"model_class": "FineTuneChatGLM3Model"}
+    (tmp_path / "sat/model_config.json").write_text(json.dumps(config))
+    report = sat_to_hf(tmp_path / "sat", tmp_path / "back", verify=True)
+    assert "not verified by running: SAT has no FineTuneChatGLM3Model, which derives from one of its classes" in str(report)
+
+
+@needs_sat
 def test_verification_notices_a_little(tmp_path, monkeypatch):
     """Ten times what rounding makes of these models, a hundredth of what a wrong tensor does."""
     from liger_aot.convert.families import FAMILIES

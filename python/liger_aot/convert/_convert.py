@@ -33,7 +33,7 @@ from ._sat import SATWriter
 from ._verify import Shown
 from ._verify import compare_back
 from ._verify import compare_logits
-from ._verify import parts
+from ._verify import finite
 
 NARROW = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
@@ -64,7 +64,7 @@ def hf_to_sat(
     if isinstance(mp, bool) or not isinstance(mp, int) or not 1 <= mp <= 99:
         raise ConvertError(f"convert: mp must be a whole number from 1 to 99, got {mp!r}")
     hf = HFSource(source)
-    job = Job(choose_hf(family, hf), source, target, dtype, allow_rope_theta)
+    job = Job(choose_hf(family, hf.config), source, target, dtype, allow_rope_theta)
     shown.fits(job.family)
     plan_to_sat(job, hf, mp)
     plan = sat_plan(job, hf)
@@ -146,7 +146,7 @@ def plan_to_sat(job, hf, ranks):
     renamed = hf.name_as({name for item in job.items for name in item.hf}, job.family.prefix, job.family.old_names)
     if renamed:
         old, new = next(iter(renamed.items()))
-        job.report.notes.append(f"{len(renamed)} names were taken for those of the whole model today, {old} for {new}")
+        job.report.notes.append(f"{len(renamed)} names, old ones or of a base model, were read as today's: {old} as {new}")
     job.theta_kept()
     job.compare(hf, "hf", hf.config.path)
     job.split_evenly()
@@ -323,10 +323,6 @@ def fill(target, pieces, origin):
     name = str(target.dtype).removeprefix("torch.")
     wider = "bfloat16 or float32 holds it" if name == "float16" else "float32 holds more"
     raise ConvertError(f"{origin} does not fit into {name}; --dtype {wider}")
-
-
-def finite(tensor):
-    return all(bool(part.isfinite().all()) for part in parts(tensor))
 
 
 def carry(source, folder):

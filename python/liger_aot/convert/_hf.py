@@ -82,9 +82,6 @@ class HFSource:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         self.files[name] = file, {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
 
-    def about_model(self):
-        return self.config.get("model_type") or ", ".join(map(str, self.config.listed("architectures"))) or "no model_type"
-
     def name_as(self, known, prefix, ends):
         """What had to be renamed: files of a base model alone lack the whole one's prefix, old files have other ends."""
         self.stored, renamed = {key: key for key in self.where}, {}

@@ -60,10 +60,10 @@ class Job:
     def merged(self, config, args, carried):
         """What SAT's arguments cannot say is as in the configuration that came through with the weights; they win over it."""
         if not self.family.claims_hf(carried):
-            kind = carried.get("model_type", "no model_type")
-            self.report.notes.append(f"{carried.path} was left out: it is of {kind!r}, the weights of {self.family.name}")
+            other, own = kind_of(carried), self.family.name
+            self.report.notes.append(f"{carried.path} was left out: it is of {other!r}, the weights of {own}")
             return config
-        own = {key: carried[key] for key in ("model_type", "architectures") if key in carried}
+        own = {key: carried[key] for key in ("model_type", "architectures", "auto_map") if key in carried}
         # SAT scales no rotary angles, and holds no quantised weights: such keys are not about these weights.
         kept = {key: value for key, value in carried.items() if key not in ("rope_scaling", "quantization_config")}
         merged = self.family.filled(Settings({**kept, **config, **own}, carried.path))
@@ -71,7 +71,7 @@ class Job:
         for key in ("use_bias", "use_qkv_bias"):
             here, there = args.get(key, DEFAULTS[key]), says.get(key, DEFAULTS[key])
             if here != there:
-                kind = f"{carried.path} is of {carried.get('model_type')!r}, for which it is {there}"
+                kind = f"{carried.path} is of {kind_of(carried)!r}, for which it is {there}"
                 self.problems.add(f"{args.path}: {key} is {here}; {kind}; put the weights' own there, or take it away")
         return merged
 
@@ -216,8 +216,12 @@ def hint(key):
     return next((text for pattern, text in HINTS.items() if re.search(pattern, key)), "")
 
 
-def choose_hf(name, hf):
-    return choose(name, [family for family in FAMILIES.values() if family.claims_hf(hf.config)], hf.config, hf.about_model())
+def kind_of(config):
+    return config.get("model_type") or ", ".join(map(str, config.listed("architectures"))) or "no model_type"
+
+
+def choose_hf(name, config):
+    return choose(name, [family for family in FAMILIES.values() if family.claims_hf(config)], config, kind_of(config))
 
 
 def choose_sat(name, args, carried):
