@@ -946,9 +946,11 @@ def test_a_mean_over_tokens_is_one_over_those_of_all_processes(tmp_path):
         assert each[0] != each[1]
 
 
-def test_no_double_backward():
+def test_no_double_backward_and_no_transform():
     inputs = plain(make("jsd", torch.float32))
     inputs["student_input"].requires_grad_()
     loss = functional.liger_fused_linear_jsd(**inputs)
     with pytest.raises(RuntimeError, match="distillation: double backward is not supported"):
         torch.autograd.grad(loss, inputs["student_input"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"liger_fused_linear_jsd: torch\.func transforms are not supported"):
+        torch.func.grad(lambda x: functional.liger_fused_linear_jsd(**{**inputs, "student_input": x}))(inputs["student_input"])

@@ -190,6 +190,24 @@ def main(folder):
     print(json.dumps(results))
 
 
+def test_losses_of_liger_kernel_are_ours(tmp_path):
+    """By any path, while liger_aot answers for liger_kernel."""
+    from test_ways_in import alone
+    from test_ways_in import without
+
+    code = """if True:
+        import liger_aot
+        with liger_aot.as_liger():
+            from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+            from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
+            from liger_kernel.chunked_loss.functional import liger_fused_linear_kto
+        for name in LigerFusedLinearDPOLoss, LigerFusedLinearGRPOFunction, liger_fused_linear_kto:
+            print(name.__module__)
+    """
+    modules = [f"liger_aot.chunked_loss.{name}_loss" for name in ("dpo", "grpo", "kto")]
+    assert alone(code, without(tmp_path, "liger_kernel", "trl", "transformers")).split() == modules
+
+
 @pytest.mark.skipif(
     "LIGER_AOT_TRL_1_12" not in os.environ,
     reason="TRL from 1.13 on has losses of its own alone; to run this: pip install --no-deps --target DIR trl==1.12.0, and "

@@ -7,6 +7,7 @@ well. Backward multiplies them by what the mean and the upstream gradient ask fo
 import torch
 
 from .._op import Function
+from .._op import needs_grad
 from ..ops._linear import Gradients
 from ..ops._linear import autocast
 from ..ops._linear import check_linear
@@ -19,45 +20,55 @@ from ._base import Loss
 from ._base import check_positive
 
 
-def losses_of(logits, teacher, target, soft, ignore_index, temperature, hard_weight, soft_weight, need_hard, dtype):
-    """((soft, hard), summed over a chunk's rows that are not ignored, and the gradient of their weighted sum in dtype).
+def losses_of(logits, teacher, target, soft, options, need_hard, dtype):
+    """((soft, hard), summed over a chunk's rows that are not ignored, the gradient of their weighted sum in dtype or None).
 
     The logits of both are overwritten.
     """
-    valid, hard, hard_gradient = target != ignore_index, logits.new_zeros(()), None
+    ignore_index, temperature, hard_weight, soft_weight = options
+    valid, hard, more = target != ignore_index, logits.new_zeros(()), 0.0
     if need_hard:
         logp, entropy, lse = logprob_fwd(logits, target, ignore_index, 1.0)
         hard, none = -logp.sum(), torch.zeros_like(lse)
+    if need_hard and dtype:
         upstream = torch.full_like(lse, -hard_weight), none, none
-        hard_gradient = logprob_bwd(*upstream, logits, target, lse, entropy, ignore_index, 1.0, torch.float32)
+        more = logprob_bwd(*upstream, logits, target, lse, entropy, ignore_index, 1.0, torch.float32)
     each, gradient = soft(logits.div_(temperature), teacher.div_(temperature))
-    gradient = gradient.mul_((soft_weight / temperature * valid)[:, None])
-    if need_hard:
-        gradient += hard_gradient
-    return torch.stack((torch.where(valid, each, 0.0).sum(), hard)), gradient.to(dtype)
+    sums = torch.stack((torch.where(valid, each, 0.0).sum(), hard))
+    if not dtype:
+        return sums, None
+    return sums, gradient.mul_((soft_weight / temperature * valid)[:, None]).add_(more).to(dtype)
+
+
+def compute(student, weight, bias, teacher, teacher_weight, teacher_bias, target, soft, chunk_size, options, need_hard, needed):
+    """((loss, soft loss, hard loss), the number of rows that they are means over, the gradients of the loss's sum)."""
+    gradients = Gradients(student, weight, bias, *needed)
+    sums = student.new_zeros(2, dtype=torch.float32)
+    for start in range(0, student.shape[0], chunk_size):
+        rows = slice(start, min(start + chunk_size, student.shape[0]))
+        logits = logits_of(student[rows], weight, bias)
+        others = logits_of(teacher[rows], teacher_weight, teacher_bias)
+        both, gradient = losses_of(
+            logits, others, target[rows], soft, options, need_hard, weight.dtype if any(needed) else None
+        )
+        sums += both
+        if any(needed):
+            gradients.add(rows, gradient)
+        del logits, others, gradient  # before the next chunk's are made
+    ignore_index, _, hard_weight, soft_weight = options
+    count = (target != ignore_index).sum().clamp(min=1)
+    soft_loss, hard_loss = (sums / count).unbind()
+    return (hard_weight * hard_loss + soft_weight * soft_loss, soft_loss, hard_loss), count, gradients.results
 
 
 class DistillationFunction(Function):
     @staticmethod
-    def forward(ctx, student, weight, bias, teacher, teacher_weight, teacher_bias, target, soft, chunk_size, options):
-        ctx.needed, ctx.dtypes = ctx.needs_input_grad[:3], (student.dtype, weight.dtype, None if bias is None else bias.dtype)
-        gradients = Gradients(student, weight, bias, *ctx.needed)
-        sums = student.new_zeros(2, dtype=torch.float32)
-        for start in range(0, student.shape[0], chunk_size):
-            rows = slice(start, min(start + chunk_size, student.shape[0]))
-            logits = logits_of(student[rows], weight, bias)
-            others = logits_of(teacher[rows], teacher_weight, teacher_bias)
-            both, gradient = losses_of(logits, others, target[rows], soft, *options, weight.dtype)
-            sums += both
-            if any(ctx.needed):
-                gradients.add(rows, gradient)
-            del logits, others, gradient  # before the next chunk's are made
-        ignore_index, _, hard_weight, soft_weight, _ = options
-        count = (target != ignore_index).sum().clamp(min=1)
-        soft_loss, hard_loss = (sums / count).unbind()
-        ctx.save_for_backward(count, *gradients.results)
-        ctx.mark_non_differentiable(soft_loss, hard_loss)
-        return hard_weight * hard_loss + soft_weight * soft_loss, soft_loss, hard_loss
+    def forward(ctx, *arguments):
+        ctx.needed, ctx.dtypes = ctx.needs_input_grad[:3], [None if t is None else t.dtype for t in arguments[:3]]
+        losses, count, gradients = compute(*arguments, ctx.needed)
+        ctx.save_for_backward(count, *gradients)
+        ctx.mark_non_differentiable(*losses[1:])
+        return losses
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -67,7 +78,7 @@ class DistillationFunction(Function):
             linear_cross_entropy_scale(dloss / count, g, dtype) if need else None
             for g, dtype, need in zip(made, ctx.dtypes, ctx.needed, strict=True)
         )
-        return (*scaled, None, None, None, None, None, None, None)
+        return *scaled, *[None] * 8
 
 
 def check_options(op, beta, temperature, chunk_size):
@@ -113,9 +124,12 @@ def distillation_loss(
     target = check_classes(op, target, student_input.shape[:-1], student_input)
     student = autocast(student_input.flatten(0, -2), student_weight, student_bias)
     teacher = autocast(*(t if t is None else t.detach() for t in (teacher_input.flatten(0, -2), teacher_weight, teacher_bias)))
-    need_hard = hard_weight != 0 or return_soft_hard_loss
-    options = ignore_index, temperature, hard_weight, soft_weight, need_hard
-    results = DistillationFunction.apply(*student, *teacher, target.flatten(), soft, chunk_size, options)
+    options = ignore_index, temperature, hard_weight, soft_weight
+    arguments = *student, *teacher, target.flatten(), soft, chunk_size, options, hard_weight != 0 or return_soft_hard_loss
+    if needs_grad(op, *student):
+        results = DistillationFunction.apply(*arguments)
+    else:
+        results, _, _ = compute(*arguments, (False, False, False))
     return results if return_soft_hard_loss else results[0]
 
 
