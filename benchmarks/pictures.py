@@ -1,6 +1,6 @@
 """Pictures of the committed figures of real GPUs; of a prediction, which says so, where there is none.
 
-python benchmarks/pictures.py [--results benchmarks/results] [--predictions benchmarks/predictions] [--out docs/pictures]
+python benchmarks/pictures.py [--results DIR] [--prediction benchmarks/predictions/H200.json] [--out docs/pictures]
 """
 
 import argparse
@@ -187,21 +187,17 @@ def slug(name):
     return "-".join(name.lower().split())
 
 
-def draw(results, predictions, out):
-    """Write the pictures; [what was drawn or why not]."""
+def draw(results, prediction, out):
+    """Write the pictures; [what was drawn, or why not]."""
     out.mkdir(parents=True, exist_ok=True)
     notes, measured = [], measured_files(results)
     for name, content in measured.items():
         for what, drawn in of_measured(name, content).items():
-            path = out / f"{what}-{slug(name)}.png"
-            drawn.savefig(path, dpi=150)
+            drawn.savefig(path := out / f"{what}-{slug(name)}.png", dpi=150)
             notes.append(f"{path}")
     if not measured:
-        for path in sorted(predictions.glob("*.json")):
-            content = json.loads(path.read_text())
-            path = out / f"predicted-roofline-{slug(content['device']['name'])}.png"
-            of_predicted(content).savefig(path, dpi=110)
-            notes.append(f"{path}: {LABEL}")
+        of_predicted(json.loads(prediction.read_text())).savefig(path := out / "predicted-roofline.png", dpi=110)
+        notes.append(f"{path}: {LABEL}")
         notes.append(f"no picture of speed-up or memory: {results} holds no figure of a GPU; `make gpu` on one makes it")
     return notes
 
@@ -209,10 +205,10 @@ def draw(results, predictions, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=pathlib.Path, default=HERE / "results")
-    parser.add_argument("--predictions", type=pathlib.Path, default=HERE / "predictions")
+    parser.add_argument("--prediction", type=pathlib.Path, default=HERE / "predictions/H200.json")
     parser.add_argument("--out", type=pathlib.Path, default=HERE.parent / "docs/pictures")
     given = parser.parse_args()
-    print("\n".join(draw(given.results, given.predictions, given.out)))
+    print("\n".join(draw(given.results, given.prediction, given.out)))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ SPLITS, LEAST_K = 8, 1024  # the longer dimension may be split, which costs part
 # Of a multiprocessor, a clock: lanes of any instruction, of comparisons and logic, of special functions (CUDA C++ Programming
 # Guide, "Throughput of Native Arithmetic Instructions"); bytes from the L2 (NVIDIA's V100 whitepaper).
 LANES, HALF, MUFU, FROM_L2 = 128, 64, 16, 64
+FLOAT = {"80": 64}  # lanes of multiply-adds; elsewhere LANES
 
 
 def assumed(name):
@@ -141,6 +142,7 @@ class Model:
                 "bytes": (once + missed) / (d.bandwidth * assumed("bandwidth")),
                 "L2": (once + launch.again) / l2,
                 "instructions": warps * executed.issued / (busy * LANES),
+                "floats": warps * executed.floats / (busy * FLOAT.get(d.arch, LANES)),
                 "comparisons": warps * executed.half_rate / (busy * HALF),
                 "MUFU": warps * executed.mufu / (busy * MUFU),
                 "latency": waves * alone,
@@ -191,6 +193,7 @@ class Work:
     """Of one warp: how many instructions of a kind it issues, and how often it waits for memory."""
 
     issued: float
+    floats: float
     half_rate: float
     mufu: float
     rounds: float
@@ -198,16 +201,17 @@ class Work:
 
 def work(code, trips):
     times, rounds = code.executed(trips), {}
-    issued = half_rate = mufu = 0.0
+    issued = floats = half_rate = mufu = 0.0
     for at, (i, n) in enumerate(zip(code.instructions, times, strict=True)):
         if i.opcode == "NOP":
             continue
         issued += n
+        floats += n * (sass.CLASS_OF[i.opcode] == "float")
         half_rate += n * (i.opcode in sass.HALF_RATE)
         mufu += n * (i.opcode == "MUFU")
         if i.opcode == "LDG":  # loads of one turn of a loop are under way together
             rounds[next((loop for loop in code.loops if loop[0] <= at <= loop[1]), None)] = n
-    return Work(issued, half_rate, mufu, sum(rounds.values()))
+    return Work(issued, floats, half_rate, mufu, sum(rounds.values()))
 
 
 def figures(x):
