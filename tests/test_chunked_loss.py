@@ -557,12 +557,13 @@ def test_a_sequence_without_tokens_has_no_part():
 @pytest.mark.parametrize("loss_type", GRPO)
 def test_what_the_mask_leaves_out_has_no_part(loss_type):
     """Infinite numbers and ids that no class has, which leave none of Liger's clipped losses finite."""
-    case = policy(loss_type)
+    case = policy(loss_type, extra={"vllm_is_ratio": importance(BATCH, LENGTH)})
     inputs = plain(case.inputs(torch.float32))
     keep = inputs["attention_mask"] != 0
     assert not keep.all()
     want, *_ = ours(case, inputs)(*inputs.values())
     inputs["old_per_token_logps"][~keep] = -torch.inf
+    inputs["vllm_is_ratio"][~keep] = torch.inf
     inputs["selected_token_ids"][~keep] = CLASSES + 7
     inputs["_input"][~keep] = 1e6
     inputs["_input"].requires_grad_()
@@ -571,6 +572,7 @@ def test_what_the_mask_leaves_out_has_no_part(loss_type):
     assert torch.equal(got, want)
     assert torch.equal(inputs["_input"].grad[~keep], torch.zeros(int((~keep).sum()), WIDTH))
     inputs["selected_token_ids"][~keep] = 0
+    inputs["vllm_is_ratio"][~keep] = 1.0
     assert liger(case, inputs)(*inputs.values())[0].isfinite() == (loss_type not in CLIPPED)
 
 
@@ -754,7 +756,11 @@ REFUSED = [
         "dpo: ref_input (..., H) and ref_weight (V, H) must agree, got (4, 6, 32), (50, 31)",
         False,
     ),
-    (call("dpo", ref_input=lambda x: x[:, 1:]), "dpo: target must have shape (4, 5), got (4, 6)", False),
+    (
+        call("dpo", ref_input=lambda x: x[:, 1:]),
+        "dpo: ref_input must be (4, 6) sequences and tokens like _input, got (4, 5)",
+        False,
+    ),
     (
         call("dpo", weight=lambda w: w.bfloat16()),
         "dpo: weight must be torch.float32 like _input, got torch.bfloat16; cast one or use autocast",
@@ -808,6 +814,11 @@ REFUSED = [
     (call("grpo", {"delta": -1.0}), "grpo: delta must be positive, got -1.0", True),
     (call("grpo", {"temperature": 0.0}), "grpo: temperature must be positive, got 0.0", False),
     (call("grpo", {"sapo_temperature_neg": 0.0}), "grpo: sapo_temperature_neg must be positive, got 0.0", True),
+    (
+        call("grpo", selected_token_ids=lambda t: t[:, 1:]),
+        "grpo, selected_token_ids: target must have shape (4, 6), got (4, 5)",
+        False,
+    ),
     (call("grpo", attention_mask=lambda m: m[:, 1:]), "grpo: attention_mask must have shape (4, 6), got (4, 5)", False),
     (call("grpo", advantages=lambda a: a[:, None]), "grpo: advantages must have shape (4,), got (4, 1)", True),
     (
@@ -850,7 +861,7 @@ REFUSED = [
         "jsd: teacher_bias must have shape (50,), got (49,)",
         False,
     ),
-    (call("jsd", true_labels=lambda t: t[1:]), "jsd: target must have shape (24,), got (23,)", False),
+    (call("jsd", true_labels=lambda t: t[1:]), "jsd, true_labels: target must have shape (24,), got (23,)", False),
 ]
 
 

@@ -9,7 +9,6 @@ from torch.nn.functional import logsigmoid
 
 from ..functional import linear_logprob
 from ..ops._linear import check_linear
-from ..ops._loss import check_classes
 
 
 class Loss(torch.nn.Module):
@@ -32,12 +31,11 @@ def check_positive(op, **values):
             raise ValueError(f"{op}: {name} must be positive, got {value}")
 
 
-def check_sequences(op, name, x, weight, bias, target, prefix=""):
-    """x (batch, length, H), weight (V, H), bias (V,) and target (batch, length) agree."""
+def check_sequences(op, name, x, weight, bias, prefix=""):
+    """x (batch, length, H), weight (V, H) and bias (V,) agree."""
     if x.dim() != 3:
         raise ValueError(f"{op}: {name} must be (batch, length, H), got {tuple(x.shape)}; unflatten it, one row a sequence")
     check_linear(op, name, x, weight, bias, prefix)
-    return check_classes(op, target, x.shape[:-1], x)
 
 
 def check_reference(op, use_ref_model, input, weight, **others):
@@ -52,18 +50,21 @@ def check_reference(op, use_ref_model, input, weight, **others):
         raise ValueError(f"{op}: {', '.join(given)} must be None where use_ref_model is False; set use_ref_model=True")
 
 
+@torch.no_grad()
+def reference_logps(op, x, weight, bias, target, **options):
+    """(batch, length): the log-probabilities that a reference gives the tokens, without gradients."""
+    check_sequences(op, "ref_input", x, weight, bias, "ref_")
+    if x.shape[:2] != target.shape:
+        raise ValueError(
+            f"{op}: ref_input must be {tuple(target.shape)} sequences and tokens like _input, got {tuple(x.shape[:2])}"
+        )
+    return linear_logprob(x, weight, target, bias=bias, **options)[0]
+
+
 def sequence_logps(logps, valid, average):
     """(batch,): the sum, or the mean, of the log-probabilities of each sequence's tokens; 0 for one without tokens."""
     total = logps.sum(-1)
     return total / valid.sum(-1).clamp(min=1) if average else total
-
-
-def reference_logps(op, x, weight, bias, target, ignore_index, average):
-    """The same of the reference, without gradients."""
-    with torch.no_grad():
-        check_sequences(op, "ref_input", x, weight, bias, target, "ref_")
-        logps, _, _ = linear_logprob(x, weight, target, bias=bias, ignore_index=ignore_index)
-        return sequence_logps(logps, target != ignore_index, average)
 
 
 @torch.no_grad()

@@ -121,7 +121,7 @@ def distillation_loss(
             f"{op}: student_input and teacher_input must have the same tokens, got {tuple(student_input.shape)} and "
             f"{tuple(teacher_input.shape)}"
         )
-    target = check_classes(op, target, student_input.shape[:-1], student_input)
+    target = check_classes(f"{op}, true_labels", target, student_input.shape[:-1], student_input)
     student = autocast(student_input.flatten(0, -2), student_weight, student_bias)
     teacher = autocast(*(t if t is None else t.detach() for t in (teacher_input.flatten(0, -2), teacher_weight, teacher_bias)))
     options = ignore_index, temperature, hard_weight, soft_weight

@@ -4,6 +4,7 @@ import torch
 
 from ..functional import linear_cross_entropy
 from ..functional import linear_logprob
+from ..ops._loss import check_classes
 from ._base import check_sequences
 from ._base import logits_sums
 from ._base import reference_logps
@@ -19,13 +20,17 @@ def preference_loss(
     are the sequences' log-probabilities, less those of the reference (input, weight, bias), if there is one. The metrics have
     no gradient: log-probabilities of chosen and rejected, mean logits of both, the NLL, then what losses gives.
     """
-    target = check_sequences(op, "_input", _input, weight, bias, target)
+    check_sequences(op, "_input", _input, weight, bias)
+    target = check_classes(op, target, _input.shape[:2], _input)
     if target.shape[0] % 2:
         raise ValueError(f"{op}: _input must hold pairs, chosen then rejected, got an odd batch of {target.shape[0]}")
     pairs, valid = target.shape[0] // 2, target != ignore_index
     logps, _, _ = linear_logprob(_input, weight, target, bias=bias, ignore_index=ignore_index)
     sequences = sequence_logps(logps, valid, average)
-    ratios = sequences if reference is None else sequences - reference_logps(op, *reference, target, ignore_index, average)
+    ratios = sequences
+    if reference is not None:
+        others = reference_logps(op, *reference, target, ignore_index=ignore_index)
+        ratios = sequences - sequence_logps(others, valid, average)
     each, *more = losses(ratios[:pairs], ratios[pairs:])
     loss, nll_loss = each.mean(), torch.zeros_like(sequences[0])
     if nll and nll_target is None:

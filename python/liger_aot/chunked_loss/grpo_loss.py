@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from ..functional import linear_logprob
+from ..ops._loss import check_classes
 from ._base import Loss
 from ._base import check_positive
 from ._base import check_reference
 from ._base import check_sequences
+from ._base import reference_logps
 
 CLIPPED = "grpo", "bnpo", "dr_grpo", "dapo", "luspo"  # on both sides, and with an upper limit on the ratio if asked
 TOKEN_LEVEL = "cispo", "sapo", "vespo"
@@ -42,13 +44,12 @@ def check_values(op, shape, **tensors):
 
 
 @torch.no_grad()
-def gamma_weights(log_ratio, mask, advantages, vllm_is_ratio, k_pos, lambda_pos, k_neg, lambda_neg):
+def gamma_weights(log_ratio, advantages, vllm_is_ratio, k_pos, lambda_pos, k_neg, lambda_neg):
     """VESPO's e^λ · w^k · e^(-λ·w) of the ratio w of each whole sequence, (batch, 1)."""
     lowest, highest = math.log(1e-8), 20.0
     log_w = log_ratio.clamp(-highest, highest).sum(-1, keepdim=True)
     if vllm_is_ratio is not None:
-        log_is = vllm_is_ratio.log().clamp(lowest, highest)
-        log_w = log_w + (log_is * mask if log_is.shape == mask.shape else log_is).sum(-1, keepdim=True)
+        log_w = log_w + vllm_is_ratio.log().clamp(lowest, highest).sum(-1, keepdim=True)
     log_w = log_w.clamp(lowest, highest)
     k = torch.where(advantages >= 0, k_pos, k_neg)
     rate = torch.where(advantages >= 0, lambda_pos, lambda_neg).clamp(min=1e-4)
@@ -84,6 +85,7 @@ def tokens_of_all(mask, num_items_in_batch):
 
 
 def average(loss_type, losses, mask, max_completion_length, num_items_in_batch):
+    """What each loss type divides by: this is where most of them differ."""
     sums = (losses * mask).sum(-1)
     if loss_type in ("grpo", "sapo"):
         return (sums / mask.sum(-1).clamp(min=1)).mean()
@@ -135,9 +137,9 @@ def liger_fused_linear_grpo(
     (batch,), vllm_is_ratio (batch,), (batch, 1) or (batch, length). The ratio π / π_old, 1 without old_per_token_logps, is of
     each token, or the geometric mean of a sequence's (GSPO, arXiv:2507.18071). Losses: grpo (2402.03300, mean over sequences of
     means), bnpo (mean over the batch's tokens), dr_grpo (2503.20783, over batch · max_completion_length), dapo (2503.14476,
-    over num_items_in_batch), luspo (2602.05261, sums of sequences), with delta as in 2505.07291; cispo (2506.13585), sapo
-    (2511.20347), vespo (2602.10693). The reference is ref_per_token_logps, or a head. Metrics: the KL if beta is not 0, the
-    share of clipped tokens.
+    over num_items_in_batch, else the tokens of all processes), luspo (2602.05261, mean over sequences of sums), with delta as
+    in 2505.07291; cispo (2506.13585), sapo (2511.20347), vespo (2602.10693). The reference is ref_per_token_logps, or a head.
+    Metrics: the KL if beta is not 0, the share of clipped tokens.
     """
     op = "liger_fused_linear_grpo"
     check_options(
@@ -151,7 +153,8 @@ def liger_fused_linear_grpo(
     )
     if loss_type == "dr_grpo" and max_completion_length is None:
         raise ValueError(f"{op}: max_completion_length must be given with loss_type 'dr_grpo', got None")
-    ids = check_sequences(op, "_input", _input, weight, bias, selected_token_ids)
+    check_sequences(op, "_input", _input, weight, bias)
+    ids = check_classes(f"{op}, selected_token_ids", selected_token_ids, _input.shape[:2], _input)
     check_values(
         op,
         ids.shape,
@@ -167,15 +170,17 @@ def liger_fused_linear_grpo(
     elif ref_input is not None:
         raise ValueError(f"{op}: ref_input must be None where ref_per_token_logps is given; give one of the two")
 
+    # What the mask leaves out counts nowhere, be it infinite: it is set to what has no effect.
     keep = attention_mask != 0
     mask, ids = keep.float(), torch.where(keep, ids, -100)
     advantages = advantages.detach()[:, None].float()
     if vllm_is_ratio is not None:
         vllm_is_ratio = vllm_is_ratio.detach().reshape(mask.shape[0], -1)
+        if vllm_is_ratio.shape == mask.shape:
+            vllm_is_ratio = torch.where(keep, vllm_is_ratio, 1.0)
 
     logps, _, _ = linear_logprob(_input, weight, ids, bias=bias, temperature=temperature)
     old = logps if old_per_token_logps is None else old_per_token_logps
-    # What the mask leaves out counts nowhere, be it infinite.
     log_ratio = torch.where(keep, logps - old.detach(), 0.0)
     if importance_sampling_level == "sequence":
         ratio = (log_ratio.sum(-1) / mask.sum(-1).clamp(min=1)).exp()[:, None]
@@ -184,7 +189,7 @@ def liger_fused_linear_grpo(
     weights = None
     if loss_type == "vespo":
         shapes = vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg
-        weights = gamma_weights(log_ratio, mask, advantages, vllm_is_ratio, *shapes)
+        weights = gamma_weights(log_ratio, advantages, vllm_is_ratio, *shapes)
     slopes = sapo_temperature_pos, sapo_temperature_neg
     limits = epsilon_low, epsilon_high, delta
     losses, clipped = policy_losses(loss_type, logps, ratio, advantages, *limits, slopes, weights)
@@ -195,9 +200,7 @@ def liger_fused_linear_grpo(
     if beta != 0:
         reference = ref_per_token_logps if use_ref_model else logps
         if reference is None:
-            with torch.no_grad():
-                check_sequences(op, "ref_input", ref_input, ref_weight, ref_bias, ids, "ref_")
-                reference, _, _ = linear_logprob(ref_input, ref_weight, ids, bias=ref_bias, temperature=temperature)
+            reference = reference_logps(op, ref_input, ref_weight, ref_bias, ids, temperature=temperature)
         less = torch.where(keep, reference.detach() - logps, 0.0)
         kl = less.exp() - less - 1
         if use_bias_correction_kl:

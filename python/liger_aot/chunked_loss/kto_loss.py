@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..functional import linear_logprob
+from ..ops._loss import check_classes
 from ._base import Loss
 from ._base import check_reference
 from ._base import check_sequences
@@ -43,14 +44,16 @@ def liger_fused_linear_kto(
     log-probabilities, logits, rewards.
     """
     op = "liger_fused_linear_kto"
-    target = check_sequences(op, "_input", _input, weight, bias, target)
+    check_sequences(op, "_input", _input, weight, bias)
+    target = check_classes(op, target, _input.shape[:2], _input)
     check_labels(op, preference_labels, target.shape[0])
     check_reference(op, use_ref_model, ref_input, ref_weight, ref_bias=ref_bias)
+    valid = target != ignore_index
     logps, _, _ = linear_logprob(_input, weight, target, bias=bias, ignore_index=ignore_index)
-    sequences = sequence_logps(logps, target != ignore_index, average_log_prob)
-    ratios = sequences
+    ratios = sequences = sequence_logps(logps, valid, average_log_prob)
     if use_ref_model:
-        ratios = sequences - reference_logps(op, ref_input, ref_weight, ref_bias, target, ignore_index, average_log_prob)
+        others = reference_logps(op, ref_input, ref_weight, ref_bias, target, ignore_index=ignore_index)
+        ratios = sequences - sequence_logps(others, valid, average_log_prob)
     margins = beta * (ratios if kl is None else ratios - kl.detach())
     losses = torch.where(preference_labels, -margins, margins).sigmoid()
     summed = sequences, logits_sums(_input, weight, bias), beta * ratios

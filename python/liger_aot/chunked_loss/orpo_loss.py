@@ -8,7 +8,7 @@ from ._preference import preference_loss
 
 
 def log_odds(logp):
-    return logp - (-logp.exp()).log1p()
+    return logp - (-logp.expm1()).log()
 
 
 def liger_fused_linear_orpo(
