@@ -351,13 +351,13 @@ class Choices(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         found, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
-        if name != "rand_like" and not (name in ("topk", "max") and hasattr(found, "indices")):
+        if name not in ("rand_like", "gt", "__gt__") and not (name in ("topk", "max") and isinstance(found, tuple)):
             return found
         if self.next is None:
             self.made.append(found)
             return found
         made = next(self.next)
-        if name == "rand_like":
+        if isinstance(made, torch.Tensor):
             return made.to(found.dtype)
         if name == "max":
             return type(found)((found.values, made.indices))
@@ -415,12 +415,13 @@ def worst(got, want):
     return max(((d, name) for name, d in apart.items()), default=(0.0, ""))
 
 
-def bf16_ratio(model, form, seeds=range(6)):
+def bf16_ratio(model, form, least=6, most=32):
     """How many times the unbound model's error the bound one's is, both in bfloat16; its standard error; what was the truth.
 
     An error is the distance in norm of the loss or of one parameter's gradient for one batch; the ratios of all are averaged
     as logarithms. So each counts the same: where a model is so badly conditioned that rounding is all there is of a gradient,
     that decides no more than the others, whichever of the two it favours. The truth is float64, float32 where a model cannot.
+    There are as many batches as it takes to tell on which side of BF16 it is, 32 at most.
     """
     plain, bound = as_dtype(model, torch.bfloat16), as_dtype(model, torch.bfloat16)
     bind(bound)
@@ -430,7 +431,8 @@ def bf16_ratio(model, form, seeds=range(6)):
     if not finite(exact, inputs_as(batch(model, form), dtype)):
         exact, dtype = as_dtype(plain, torch.float32), torch.float32
     ratios = []
-    for seed in seeds:
+    while len(ratios) < least or (len(ratios) < most and abs(average(ratios) - BF16) < 2 * standard_error(ratios)):
+        seed = len(ratios)
         given, choices = batch(model, form, seed, 8), Choices()
         with choices:
             truth = forward_backward(exact, inputs_as(given, dtype))
@@ -439,7 +441,15 @@ def bf16_ratio(model, form, seeds=range(6)):
             with choices:
                 apart.append(distances(forward_backward(each, inputs_as(given, torch.bfloat16)), truth))
         ratios.append(statistics.fmean(math.log(b / a) for a, b in zip(*apart, strict=True)))
-    return math.exp(statistics.fmean(ratios)), statistics.stdev(ratios) / len(ratios) ** 0.5, dtype
+    return average(ratios), standard_error(ratios), dtype
+
+
+def average(logarithms):
+    return math.exp(statistics.fmean(logarithms))
+
+
+def standard_error(values):
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 def distances(run, truth):
@@ -528,12 +538,21 @@ def one(module, name, bf16=True):
     except Exception as error:  # that binding broke a model is what this looks for
         return {"inputs": form.kind, "fp32": f"differs: {said(error)}"}
     if bf16:
-        try:
-            ratio, error, truth = bf16_ratio(spare, form)
-            row["bf16"] = f"{ratio:.2f} ± {error:.2f}{'' if truth is torch.float64 else ' of float32'}"
-        except Exception as error:  # a model that has no bfloat16 says why; it has run in float32
-            row["bf16"] = said(error)
+        row["bf16"] = bf16_of(spare, form)
     return row
+
+
+def bf16_of(model, form):
+    """The cell of that column."""
+    try:
+        forward_backward(as_dtype(model, torch.bfloat16), inputs_as(batch(model, form), torch.bfloat16))
+    except Exception as error:  # a model that has no bfloat16 says why; it has run in float32
+        return f"unbound raises {said(error)}"
+    try:
+        ratio, error, truth = bf16_ratio(model, form)
+    except Exception as error:  # that binding broke a model is what this looks for
+        return f"differs: {said(error)}"
+    return f"{ratio:.2f} ± {error:.2f}{'' if truth is torch.float64 else ' of float32'}"
 
 
 LOSS, GRADIENT, BF16 = 1e-5, 1e-4, 1.1
@@ -585,8 +604,9 @@ def line(row):
 
 def verdict(row):
     """What makes a row a failure; empty where nothing does."""
-    if row["fp32"].startswith("differs"):
-        return row["fp32"]
+    for column in ("fp32", "bf16"):
+        if row.get(column, "").startswith("differs"):
+            return row[column]
     measured = re.match(r"([\d.]+) ± ([\d.]+)", row.get("bf16", ""))
     if measured and float(measured[1]) - 2 * float(measured[2]) > BF16:
         return f"in bfloat16 its error is {measured[0]} times the unbound model's"

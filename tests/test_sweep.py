@@ -16,7 +16,8 @@ CLASSES = {
     "Qwen3MoeForCausalLM": "swiglu: experts",
     "GPTNeoXForCausalLM": "layer_norm; rope: half, promote, partial",
     "ModernBertForMaskedLM": "geglu: gate_up, gelu",
-    "MoonshineForConditionalGeneration": "swiglu: up_gate; geglu: 3 linears, gelu; sound",
+    "MoonshineForConditionalGeneration": "swiglu: up_gate; sound",
+    "GteForMaskedLM": "geglu: 3 linears, gelu",
     "Qwen2VLForConditionalGeneration": "rope: half, fp32; an image",
     "CohereForCausalLM": "logits that are scaled",
     "BartForConditionalGeneration": "logits with a bias; a loss in the model itself",
@@ -49,6 +50,11 @@ def test_row_is_as_committed(name, table, places):
         "Gemma2ForCausalLM": {"rms_norm", "geglu", "cross_entropy"},
         "Qwen3MoeForCausalLM": {"swiglu"},
         "GPTNeoXForCausalLM": {"layer_norm", "rope"},
+        "Gemma4ForCausalLM": {"rms_norm", "rope", "geglu"},
+        "ModernBertForMaskedLM": {"geglu"},
+        "MoonshineForConditionalGeneration": {"swiglu"},
+        "GteForMaskedLM": {"geglu"},
+        "Qwen2VLForConditionalGeneration": {"rms_norm", "layer_norm", "rope"},
     }.items(),
 )
 def test_kernels_compute_the_same(name, kernels, places, interpreted):
@@ -77,3 +83,17 @@ def test_faults_are_seen(name, fault, seen, places, monkeypatch):
     assert row["fp32"].startswith("differs")
     assert seen in row["fp32"]
     assert sweep.verdict(row)
+
+
+def test_a_model_without_bfloat16_and_a_bound_one_that_breaks_are_told_apart(places, monkeypatch):
+    def raising(model):
+        bind(model)
+        model.forward = lambda **given: 1 / 0
+
+    model = sweep.build(places["FNetForMaskedLM"], "FNetForMaskedLM")
+    assert sweep.bf16_of(model, sweep.Form("text")).startswith("unbound raises RuntimeError: Unsupported dtype")
+    monkeypatch.setattr(sweep, "bind", raising)
+    model = sweep.build(places["LlamaForCausalLM"], "LlamaForCausalLM")
+    said = sweep.bf16_of(model, sweep.Form("text"))
+    assert said.startswith("differs: ZeroDivisionError")
+    assert sweep.verdict({"fp32": "equal", "bf16": said}) == said

@@ -149,7 +149,6 @@ WEIGHTED = {
     "gemma": (lambda x, w, b, eps: ((1.0 + w.float()) * unit(x, eps)).to(x.dtype), ("rms_norm", 1.0, "gemma")),
     "layer norm": (layer_norm, ("layer_norm",)),
     "gemma, 1 + weight rounded": (lambda x, w, b, eps: ((1.0 + w).float() * unit(x, eps)).to(x.dtype), None),
-    "rounded rsqrt": (lambda x, w, b, eps: w * (x * rsqrt(x, eps).to(x.dtype)), None),
     "no upcast": (lambda x, w, b, eps: w * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), None),
     "layer norm, 1 + weight": (lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w + 1, b, eps), None),
 }
@@ -218,15 +217,12 @@ ACTIVATIONS = {
     "relu": F.relu,
     "relu squared": lambda x: F.relu(x).square(),
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "sigmoid": torch.sigmoid,
     "identity": lambda x: x,
 }
 GATED = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu"}
 HALVES = {
     "gate_up": lambda h: h.chunk(2, -1),
     "up_gate": lambda h: h.chunk(2, -1)[::-1],
-    "gate_up interleaved": lambda h: (h[..., ::2], h[..., 1::2]),
-    "up_gate interleaved": lambda h: (h[..., 1::2], h[..., ::2]),
 }
 
 
@@ -243,7 +239,7 @@ def same_glu(a, b):
 
 def gated(kind, act, *names):
     """What is ours of gated units."""
-    return (GATED[act], kind, act, *names) if act in GATED and kind in ("3 linears", "gate_up", "up_gate") else None
+    return (GATED[act], kind, act, *names) if act in GATED and kind != "2 linears" else None
 
 
 def kinds(module, layers):

@@ -20,7 +20,7 @@ WHOLE = slice(None)
 class Form(NamedTuple):
     """dtype(softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)), of the first `classes` rows of weight and bias.
 
-    softcap 0 means that the tanh was taken, and its factor has not been met yet.
+    softcap 0 means that the tanh was taken, and its factor has not been met yet; part, that these may be strided.
     """
 
     hidden: Tensor
@@ -29,6 +29,7 @@ class Form(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
     bias: Tensor | None = None
+    part: bool = False
 
 
 # What a method makes of a form: another form, or None where that cannot say it.
@@ -58,11 +59,11 @@ def indexed(form, index):
     items[at : at + 1] = [WHOLE] * (form.hidden.dim() - used)
     last = items[-1]
     if isinstance(last, slice) and last == WHOLE:
-        return form._replace(hidden=form.hidden[index])
+        return form._replace(hidden=form.hidden[index], part=True)
     if not isinstance(last, slice) or any(not isinstance(i, slice) or i != WHOLE for i in items[:-1]):
         return None
     start, stop, step = last.indices(form.classes)
-    return form._replace(classes=stop) if (start, step) == (0, 1) and stop else None
+    return form._replace(classes=stop, part=True) if (start, step) == (0, 1) and stop else None
 
 
 def scaled(form, factor, inverse=False):
@@ -82,7 +83,7 @@ divided = functools.partial(scaled, inverse=True)
 RECORDED = {
     "to": cast,
     "float": lambda form: cast(form, torch.float32),
-    "contiguous": lambda form: form,
+    "contiguous": lambda form: form._replace(part=False),
     "view": shaped,
     "reshape": shaped,
     "__getitem__": indexed,
@@ -120,12 +121,7 @@ class LazyLogits:
         return self.ndim
 
     def is_contiguous(self, **options):
-        """Of a part of them that depends on which."""
-        made = self
-        while made.parent is not None and made.call[0] not in ("contiguous", "__getitem__"):
-            made = made.parent
-        part = made.parent is not None and made.call[0] == "__getitem__"
-        return self.compute("is_contiguous").is_contiguous(**options) if part or options else True
+        return self.compute("is_contiguous").is_contiguous(**options) if self.form.part or options else True
 
     def __len__(self):
         return self.shape[0]
