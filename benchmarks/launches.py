@@ -270,8 +270,20 @@ class Launcher:
 
 ALLOCATES = {"empty", "empty_like", "new_empty", "empty_strided"}
 FILLS = {"zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "fill_", "zero_"}
-MATMULS = {"mm", "addmm", "addmm_"}
-OVERWRITES = {"copy_", "fill_", "zero_"}  # the first argument, which they do not read
+ADDS = {"addmm", "addmm_"}
+MATMULS = {"mm", *ADDS}
+
+
+def tensors_in(values):
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def read_by(name, args, kwargs):
+    """The tensors that an operator of ATen reads; `out` is none of them."""
+    if name in FILLS:
+        return []
+    unread = name == "copy_" or (name in ADDS and kwargs.get("beta", 1) == 0)
+    return tensors_in(args)[unread:]
 
 
 class Aten(TorchDispatchMode):
@@ -285,22 +297,14 @@ class Aten(TorchDispatchMode):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         name = function.name().removeprefix("aten::").partition(".")[0]
-        if name in ALLOCATES or function.is_view:
+        written = distinct(tensors_in(result if isinstance(result, tuple) else (result,)))
+        if name in ALLOCATES or function.is_view or not written:
             return result
-        given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-        out = kwargs.get("out", args[0] if name in OVERWRITES else None)
-        accumulates = name in ("addmm", "addmm_") and kwargs.get("beta", 1) != 0
-        if name == "addmm" and out is args[0]:
-            read = given[:-1] if accumulates else [g for g in given if g is not out]
-        elif name == "addmm_" and not accumulates:
-            read = given[1:]
-        else:
-            read = [] if name in FILLS else [g for g in given if g is not out]
-        written = [t for t in (result if isinstance(result, tuple) else (result,)) if isinstance(t, torch.Tensor)]
-        a, b = given[1:3] if name.startswith("addmm") else (given[:2] if name in MATMULS else (None, None))
-        matmul = (a.shape[0], b.shape[1], a.shape[1], a.dtype) if name in MATMULS else ()
-        if distinct(written):
-            self.launches.append(Launch(f"aten.{name}", distinct(read), distinct(written), matmul=matmul))
+        matmul = ()
+        if name in MATMULS:
+            a, b = tensors_in(args)[-2:]
+            matmul = a.shape[0], b.shape[1], a.shape[1], a.dtype
+        self.launches.append(Launch(f"aten.{name}", distinct(read_by(name, args, kwargs)), written, matmul=matmul))
         return result
 
 
@@ -342,10 +346,6 @@ def recorded(pack, multiprocessors):
     launcher = Launcher(pack, multiprocessors)
     with torch.no_grad(), _runtime.kernels.launched_by(launcher), Aten(launcher.launches):
         yield launcher.launches
-
-
-def tensors_in(values):
-    return [v for v in values if isinstance(v, torch.Tensor)]
 
 
 def trace(operator, sizes, dtype, pack, multiprocessors):

@@ -115,7 +115,7 @@ def test_loops_of_a_cubin(pack):
 
 
 def test_whole_pack_at_once_reads_as_one_cubin_does(pack):
-    of = [variant for kernel in ("rope", "rms_norm_bwd", "cross_entropy_fwd") for variant in list(variants(pack, kernel))[:2]]
+    of = [next(variants(pack, kernel)) for kernel in ("rope", "rms_norm_bwd", "cross_entropy_fwd")]
     codes = sass.disassemble(pack, of)
     for kernel, v in of:
         cubin = pack.read(v.cubin)
