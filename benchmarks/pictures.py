@@ -110,7 +110,8 @@ def speedup(title, rows):
             if OURS in found and provider != OURS:
                 factors.setdefault(operator, {}).setdefault(provider, []).append(us / found[OURS])
     operators = sorted(factors, reverse=True)
-    style = styles(sorted({provider for found in factors.values() for provider in found}))
+    style = styles(sorted({row["provider"] for row in rows}))  # as in the picture of memory
+    style.pop(OURS, None)
     drawn = figure(9, 1.4 + 0.62 * len(operators))
     axes = drawn.subplots()
     for at, operator in enumerate(operators):
@@ -144,7 +145,8 @@ def memory(title, rows):
         size, peaks = max(sizes.items(), key=lambda item: (len(item[1]), sum(item[1].values())))
         chosen[operator + "\n" + ", ".join(f"{key} {value}" for key, value in json.loads(size).items())] = peaks
     names = sorted(chosen, reverse=True)
-    style = styles(sorted({provider for peaks in chosen.values() for provider in peaks}))
+    style = styles(sorted({row["provider"] for row in rows}))
+    style = {provider: of for provider, of in style.items() if any(provider in peaks for peaks in chosen.values())}
     drawn = figure(9, 1.4 + 0.72 * len(names))
     axes = drawn.subplots()
     height = 0.8 / max(1, len(style))

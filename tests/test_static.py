@@ -21,6 +21,7 @@ import pictures
 import proposals
 import roofline
 import sass
+import show
 import static
 
 ARCH = "90"
@@ -383,6 +384,12 @@ def test_proposals_change_what_they_say_and_nothing_else():
         assert len(changed.trace("linear_logprob", SIZES, "bfloat16")["forward"].launches) == 10
     assert len(changed.trace("linear_logprob", SIZES, "bfloat16")["forward"].launches) == 20
     assert changed.trace("rms_norm", sizes, "bfloat16")["backward"].launches[0] == plain
+
+
+def test_tables_without_rich(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.box", None)
+    show.table("Title", ["name", "us"], [["a", "1"], ["longer", "23"]], right=("us",))
+    assert capsys.readouterr().out == "Title\nname    us\na        1\nlonger  23\n"
 
 
 # --- measured against predicted
