@@ -1,6 +1,7 @@
 """The program that measures on a GPU, as far as a CPU goes: a dry run of all of it, and its arithmetic on made-up clocks."""
 
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -30,6 +31,7 @@ from gpu import stack
 from gpu import table
 from gpu import timing
 from gpu.machine import Dry
+from gpu.machine import Gpu
 from gpu.record import Record
 
 BENCHMARKS = pathlib.Path(run.__file__).parent.parent
@@ -149,6 +151,7 @@ def test_what_no_time_was_left_for_is_listed(tmp_path):
     assert not content["speed"]
     assert {c["case"] for c in content["cut"] if c["why"] == "no time was left"} >= {"rms_norm", "cuda_graph: rope"}
     assert len(content["cut"]) == sum(len(run.listed(part)) for part in run.PARTS)
+    assert content["budget"]["seconds"] == 0
 
 
 @pytest.fixture
@@ -191,6 +194,26 @@ def test_a_process_that_dies_takes_one_job_with_it(record, monkeypatch):
     assert asked == [list("abcde"), list("cde"), list("de")]
     assert [f["case"] for f in record.content["failures"]] == ["b", "c"]
     assert "status -11: Segmentation fault" in record.content["failures"][0]["message"]
+
+
+def test_a_process_that_is_late_is_cut(record, monkeypatch):
+    children = iter([({"finished": ["a"]}, None, ""), ({"finished": ["c"]}, 0, "")])
+    monkeypatch.setattr(run, "run_child", lambda *_: next(children))
+    with record.part("behaviour", 0.5):
+        run.run_part(record, "behaviour", list("abc"), False, None)
+    assert record.content["failures"] == []
+    assert record.content["cut"] == [{"part": "behaviour", "case": "b", "why": "its time was over"}]
+
+
+def test_the_gpu_and_what_stands_for_it_are_used_alike():
+    """No check can call what one of them lacks; what a dry run does not reach is what the GPU has for its own use."""
+
+    def methods(cls):
+        return {n: inspect.signature(f) for n, f in inspect.getmembers(cls, inspect.isfunction) if not n.startswith("_")}
+
+    gpu, stand_in = methods(Gpu), methods(Dry)
+    assert stand_in.items() <= gpu.items()
+    assert gpu.keys() - stand_in.keys() == {"over"}
 
 
 def test_a_variant_that_is_not_reached_is_a_failure(record):

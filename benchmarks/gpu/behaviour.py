@@ -195,6 +195,18 @@ def other_device(machine, name):
     return "one device: over the stub"
 
 
+def back_ends(machine, name):
+    """Every way to the driver launches the same."""
+    arguments, options = example(machine, name)
+    function, results = of(name, options), {}
+    for back_end, launcher in machine.back_ends().items():
+        with machine.launching(launcher):
+            results[back_end] = outcome(function, arguments)
+    for got in results.values():
+        machine.same(got, outcome(function, arguments))
+    return ", ".join(results)
+
+
 def preload(machine, _):
     """Everything is loaded at once; no call loads anything after it."""
     launcher = machine.launcher()
@@ -314,6 +326,7 @@ CHECKS = [
     *((two_streams, name) for name in EXAMPLES),
     *((two_threads, name) for name in THREADED),
     (thread_without_a_context, "rms_norm"),
+    (back_ends, "rms_norm"),
     (other_device, "rms_norm"),
     *((same_bits, name) for name in ROW_WISE),
     *((opcheck, name) for name in EXAMPLES),

@@ -4,6 +4,7 @@ Both count each launch that the driver took, by variant.
 """
 
 import contextlib
+import ctypes
 import functools
 import subprocess
 import time
@@ -73,8 +74,16 @@ class Gpu:
 
     def launcher(self):
         """One that has loaded nothing yet."""
-        driver = _driver.Driver(_driver.driver().backend)
+        return self.over(_driver.driver().backend)
+
+    def over(self, backend):
+        driver = _driver.Driver(backend)
         return counted(_runtime.Cuda(lambda: driver))
+
+    def back_ends(self):
+        """{name: a launcher over it} of each way to the driver: the one that is served, and ctypes."""
+        found = {_driver.driver().backend.name: self.launcher()}
+        return found | {"ctypes": self.over(_driver.Ctypes(ctypes.CDLL("libcuda.so.1")))}
 
     @contextlib.contextmanager
     def launching(self, launcher):
@@ -204,6 +213,9 @@ class Dry:
 
     def launcher(self):
         return counted(Launcher(Stub()))
+
+    def back_ends(self):
+        return {"stub": self.launcher()}
 
     @contextlib.contextmanager
     def launching(self, launcher):

@@ -22,12 +22,12 @@ LOST = 3  # a child's exit status where the device no longer answers
 PARTS = {
     "numerics": ("correctness", 100),
     "behaviour": ("correctness", 75),
-    "speed": ("speed", 180),
-    "host": ("speed", 15),
+    "speed": ("speed", 195),
     "stack": ("speed", 140),
     "first call": ("speed", 50),
 }
-FRESH = "stack", "first call"
+FRESH = {"stack": 2, "first call": 1}  # and how many a dry run tries
+HOST = "host time"
 SECONDS, ENDLESS = 560.0, 86400.0
 GRACE = 20  # seconds that a child may take longer than its part, before it is ended
 
@@ -108,22 +108,21 @@ def listed(part):
         return [behaviour.named(*c) for c in behaviour.CHECKS]
     from gpu import cases
 
+    names = [operator for operator, _ in cases.FIRST if operator != "linear_logprob"]
     if part == "speed":
-        return [list(case) for case in cases.plan()]
+        first, others = cases.plan()[: len(cases.FIRST)], cases.plan()[len(cases.FIRST) :]
+        return [*map(list, first), *([HOST, name] for name in names), *map(list, others)]
     if part == "stack":
         from gpu import stack
 
         return [list(job) for job in stack.JOBS]
-    names = [operator for operator, _ in cases.FIRST if operator != "linear_logprob"]
-    if part == "host":
-        return names
     return [[provider, name] for name in names for provider in (cases.OURS, cases.LIGER)] * 2
 
 
 def tried_dry(part, jobs):
-    """What a dry run tries, and what it does without: processes like the two before them, other subjects of costly checks."""
+    """What a dry run tries, and what it does without: processes like those before them, other subjects of costly checks."""
     if part in FRESH:
-        return jobs[:2], jobs[2:]
+        return jobs[: FRESH[part]], jobs[FRESH[part] :]
     left_out = []
     if part == "behaviour":
         from gpu import behaviour
@@ -145,12 +144,16 @@ def run_part(record, part, jobs, dry, caches):
         finished = content["finished"]
         merge(record, content)
         jobs = jobs[len(finished) :]
-        if status != 0 and status != LOST and len(finished) < len(some):
-            record.fail(words(some[len(finished)]), f"its process ended with status {status}: {errors[-1500:]}")
+        if status != LOST and len(finished) < len(some):
+            if status is None:
+                record.cut(words(some[len(finished)]), "its time was over")
+            else:
+                record.fail(words(some[len(finished)]), f"its process ended with status {status}: {errors[-1500:]}")
             jobs = jobs[1:]
 
 
 def run_child(record, part, jobs, dry, caches):
+    """(what the child wrote, its exit status or None if it was too late, what it said)."""
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder, "child.json")
         task = {"part": part, "jobs": jobs, "dry": dry, "seconds": record.left(), "started": time.time()}
@@ -167,7 +170,7 @@ def run_child(record, part, jobs, dry, caches):
             )
             status, errors = done.returncode, done.stderr
         except subprocess.TimeoutExpired as error:
-            status, errors = "none, being too late", (error.stderr or b"").decode(errors="replace")
+            status, errors = None, (error.stderr or b"").decode(errors="replace")
         content = json.loads(out.read_text()) if out.exists() else {"finished": []}
         for line in errors.splitlines():
             if line.startswith("["):
@@ -271,7 +274,7 @@ def child(task, out):
 
     machine = Dry() if dry else Gpu()
     record.content["gpu"] = machine.found()
-    work = {"numerics": numerics, "behaviour": behaviour, "speed": speed, "host": host}[part](machine, record)
+    work = {"numerics": numerics, "behaviour": behaviour, "speed": speed}[part](machine, record)
     for job in jobs:
         if record.left() <= 0:
             record.cut(words(job))
@@ -335,14 +338,15 @@ def speed(machine, record):
     functional = timing.available(machine)
     if functional is None:
         record.cut("liger-kernel in all cases", "it is not installed")
-    return lambda job: timing.speed(machine, record, *job, functional, reached)
 
+    def work(job):
+        what, of = job
+        if what == HOST:
+            timing.host_time(machine, record, of, functional)
+        else:
+            timing.speed(machine, record, what, of, functional, reached)
 
-def host(machine, record):
-    from gpu import timing
-
-    functional = timing.available(machine)
-    return lambda name: timing.host_time(machine, record, name, functional)
+    return work
 
 
 def stack(record, job, task):
