@@ -616,6 +616,17 @@ def test_reference_and_metrics_have_no_gradient(name):
         assert v.dtype is torch.int64 or v.dtype is torch.bool or (v.grad is None) == fixed_for_good, key
 
 
+def test_parts_of_a_distillation_have_no_gradient():
+    """Liger's have one, which is zero."""
+    case = Case("jsd", {"return_soft_hard_loss": True})
+    inputs = plain(make("jsd", torch.float32))
+    inputs["student_input"].requires_grad_()
+    assert [x.requires_grad for x in functional.liger_fused_linear_jsd(**inputs, **case.options)] == [True, False, False]
+    _, soft, _ = by_keywords("jsd")(**inputs, **case.options)
+    (gradient,) = torch.autograd.grad(soft, inputs["student_input"])
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize("chunk_size", [1, 5, 24, 1024])
 def test_chunks_of_a_distillation_join(chunk_size):
     case = Case("jsd", {"chunk_size": chunk_size})
