@@ -235,6 +235,64 @@ class Interpreted(Dry):
             yield
 
 
+class Exact(Interpreted):
+    """Bits are compared, as on a GPU; a captured graph writes its results anew where they were."""
+
+    same = Gpu.same
+
+    def on(self, stream):
+        return contextlib.nullcontext()
+
+    def launched_on(self, launcher, streams):
+        pass
+
+    def capture(self, function):
+        results = function()
+        return lambda: [old.copy_(new) for old, new in zip(results, function(), strict=True)], results
+
+    def loads(self, launcher):
+        return 1
+
+    def context(self):
+        return 0
+
+    def leave_context(self):
+        pass
+
+
+HELD_BY_BITS = [
+    *((check, "rms_norm") for check in (behaviour.first_call_in_a_graph, behaviour.thread_without_a_context)),
+    *((behaviour.cuda_graph, name) for name in ("fused_add_rms_norm", "swiglu", "linear_logprob")),
+    *((behaviour.two_streams, name) for name in ("rms_norm", "geglu", "linear_cross_entropy")),
+    *((behaviour.same_bits, name) for name in ("rms_norm", "swiglu")),
+    *((behaviour.beyond_31_bits, name) for name in behaviour.ROW_WISE),
+    *((behaviour.autocast, name) for name in behaviour.WITH_MATMULS),
+]
+
+
+@pytest.mark.parametrize(("check", "subject"), HELD_BY_BITS, ids=lambda c: getattr(c, "__name__", c))
+def test_what_checks_demand_is_what_kernels_do(check, subject):
+    """Each comparison of bits holds for the kernels themselves, interpreted."""
+    check(Exact(), subject)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu"])
+def test_a_launch_that_misses_its_graph_or_stream_is_seen(name, monkeypatch):
+    monkeypatch.setattr(Exact, "capture", lambda self, function: (lambda: None, function()))
+    with pytest.raises(AssertionError):
+        behaviour.cuda_graph(Exact(), name)
+    monkeypatch.setattr(behaviour, "refill", lambda *_: None)  # what a launch before the copy would see
+    with pytest.raises(AssertionError):
+        behaviour.two_streams(Exact(), name)
+
+
+def test_a_bound_model_as_on_a_gpu(monkeypatch):
+    """In both dtypes and against float64, over the CPU kernels, which are quicker than interpreted ones."""
+    monkeypatch.setattr(Exact, "dry", False)
+    monkeypatch.setattr(Exact, "launching", lambda *_: contextlib.nullcontext())
+    assert behaviour.bound_model(Exact(), "llama") == "0 launches"
+
+
 def test_wrong_numbers_are_failures(record, monkeypatch):
     numerics.numerics(Interpreted(), "swiglu", record, None)
     held = numerics.HELD["swiglu"]
