@@ -106,7 +106,7 @@ carry: $(PIP)
 	rm -rf $(CARRY)
 	LIGER_AOT_CUDA=$(CUDA) $(PIP) wheel --quiet --no-deps -C build-dir=build/cuda$(CUDA) --wheel-dir $(CARRY) .
 	$(PIP) download --quiet --no-deps --only-binary=:all: --dest $(CARRY) liger-kernel==0.8.5
-	git rev-parse HEAD > $(CARRY)/commit
+	git describe --always --dirty --abbrev=40 --exclude '*' > $(CARRY)/commit
 	ls -l $(CARRY)
 
 # All that needs a GPU, within ten minutes. Nothing is fetched: torch and transformers are those that PYTHON has.

@@ -109,6 +109,8 @@ def build_rows(log):
 
 def environment():
     def output(*command):
+        if shutil.which(command[0]) is None:
+            return None
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         return done.stdout.strip() if not done.returncode else None
 

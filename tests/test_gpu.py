@@ -4,11 +4,13 @@ import contextlib
 import inspect
 import itertools
 import json
+import math
 import os
 import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -439,6 +441,61 @@ def test_the_longest_sequence(limit):
         assert found == stack.LONGEST or found * 9 / 8 + 256 > limit
     assert len(training.tried) == len(set(training.tried)) < 14
     assert stack.longest(training, 8192, 0.0) is None
+
+
+def test_the_commit_of_a_tree_without_history(monkeypatch):
+    import run as on_a_cpu
+
+    monkeypatch.setattr(on_a_cpu.shutil, "which", lambda _: None)
+    for carried, expected in (("0123", ("0123", False)), ("0123-dirty", ("0123", True)), ("", (None, None))):
+        monkeypatch.setenv("LIGER_AOT_COMMIT", carried)
+        found = run.environment()
+        assert (found["commit"], found["changed since"]) == expected
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    """What the parts with processes of their own ask of torch.cuda, on a CPU."""
+    for module in stack, fresh:
+        monkeypatch.setitem(module.DEVICE, False, "cpu")
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
+
+
+def test_training_measured(no_cuda, monkeypatch):
+    monkeypatch.setattr(stack, "SHAPE", stack.SHAPE | stack.TINY)
+    monkeypatch.setattr(stack, "TOKENS", 64)
+    monkeypatch.setattr(stack, "LONGEST", 256)
+    rows, now = [], time.time()
+    stack.train(stack.OURS, False, now - 5, float("inf"), timing.spread, lambda row: rows.append(dict(row)))
+    first, steps, last = rows
+    assert 5 < first["import_seconds"] < first["seconds_to_first_step"] < 5 + time.time() - now
+    assert first["loss"] == pytest.approx(math.log(128), rel=0.1)
+    assert steps["samples"] == stack.STEPS
+    assert steps["tokens_per_s"] == pytest.approx(64e3 / steps["step_ms"])
+    assert (steps["peak_MiB"], steps["layers"], steps["tokens"]) == (3, stack.LAYERS, 64)
+    assert last["longest"] == 256
+
+
+def test_memory_that_does_not_suffice(no_cuda):
+    class Model(torch.nn.Linear):
+        config = type("Config", (), {"vocab_size": 7})
+
+        def forward(self, input_ids, labels):
+            if input_ids.shape[1] > 9:
+                raise torch.OutOfMemoryError
+            return type("Output", (), {"loss": super().forward(torch.ones(1)).sum()})
+
+    training = stack.Training(Model(1, 1), dry=False)
+    assert [training.fits(tokens) for tokens in (9, 10, 9)] == [True, False, True]
+    assert training.model.weight.grad is None
+
+
+def test_a_first_call_measured(no_cuda):
+    found = fresh.measure(cases.OURS, "rms_norm", dry=False)
+    assert 0 < found["ms"] < 60000
+    assert found["import_ms"] > 0
 
 
 def test_first_calls_of_one_operator_are_one_row():

@@ -7,10 +7,12 @@ import torch
 
 from . import cases
 
+DEVICE = {False: "cuda", True: "cpu"}  # of a dry run or not
+
 
 def measure(provider, operator, dry):
     """{import_ms, ms} of this process, which must not have called anything before; without figures in a dry run."""
-    device = torch.device("cpu" if dry else "cuda")
+    device = torch.device(DEVICE[dry])
     torch.empty(1, device=device)
     start = time.perf_counter()
     call = prepared(provider, operator, dry)

@@ -37,14 +37,14 @@ def many(n):
 @contextlib.contextmanager
 def poisoned():
     """Uninitialised memory is NaN: an output that is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
 def rms_norm(x, weight, eps=rms.DEFAULT_EPS, casting="none"):

@@ -78,7 +78,11 @@ def expect_device():
 def environment():
     import run  # the CPU benchmarks', one folder up
 
-    return run.environment() | {name: version(name) for name in ("transformers", "quack-kernels")} | {"commit": commit()}
+    found = run.environment() | {name: version(name) for name in ("transformers", "quack-kernels")}
+    if found["commit"] is None:  # the tree came without its history; the wheels say what they are of
+        carried, dirty, _ = os.environ.get("LIGER_AOT_COMMIT", "").partition("-dirty")
+        found |= {"commit": carried or None, "changed since": bool(dirty) if carried else None}
+    return found
 
 
 def version(package):
@@ -88,12 +92,6 @@ def version(package):
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def commit():
-    """Of the tree, or as the folder of wheels names it, where the tree came without its history."""
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=BENCHMARKS, check=False)
-    return done.stdout.strip() if not done.returncode else os.environ.get("LIGER_AOT_COMMIT") or None
 
 
 def listed(part):

@@ -20,6 +20,7 @@ SHAPE = {
     "max_position_embeddings": LONGEST,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
+DEVICE = {False: "cuda", True: "cpu"}  # of a dry run or not
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
 HF, LIGER, OURS = "transformers", "liger-kernel", "liger-aot"
 # (provider, compiled, caches of the one before it); the first three before the compiled, which take longer to start.
@@ -54,7 +55,7 @@ def model_of(provider, compiled, dry):
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device("cpu" if dry else "cuda"):
+        with torch.device(DEVICE[dry]):
             model = LlamaForCausalLM(config).train()
     finally:
         torch.set_default_dtype(before)
@@ -73,7 +74,7 @@ class Training:
 
     def batch(self, tokens):
         generator = torch.Generator().manual_seed(tokens)
-        return torch.randint(self.vocabulary, (1, tokens), generator=generator).to("cpu" if self.dry else "cuda")
+        return torch.randint(self.vocabulary, (1, tokens), generator=generator).to(DEVICE[self.dry])
 
     def step(self, ids):
         loss = self.model(input_ids=ids, labels=ids).loss
