@@ -28,7 +28,6 @@ from ._op import on_cpu
 from ._runtime import kernels
 
 SOURCES = pathlib.Path(__file__).parent / "_triton"
-DEPTH = 3  # public operators call _fwd operators, and the linear losses' bodies call those of cross_entropy
 CHUNKED = {f"linear_{loss}_{way}" for loss in ("cross_entropy", "logprob") for way in ("fwd", "bwd")}
 MODELS, PACKAGES = "*/models/*.json", "*/data/aotinductor/*/*.json"  # where .pt2 files have their graphs
 ALLOCATIONS = {
@@ -113,10 +112,8 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
             f"lower: program must be a torch.export.ExportedProgram, got {type(program).__name__}; export it first"
         )
     with on_cpu(), kernels.launched_by(Tracer(multiprocessors)):
-        for _ in range(DEPTH):
-            table = {**torch.export.default_decompositions()} if named(program) else {}
-            table |= {getattr(torch.ops.liger, name).default: body_of(name) for name in BODIES}
-            program = program.run_decompositions(table)
+        bodies = {getattr(torch.ops.liger, name).default: body_of(name) for name in BODIES}
+        program = program.run_decompositions({**torch.export.default_decompositions()} | bodies)
     left = named(program)
     if left:
         raise NotImplementedError(
