@@ -8,6 +8,7 @@ from harness import DTYPES
 
 # Rows of every block size of the norms and the loop, each with a width that is divisible by 16 and one that is not.
 WIDTHS = [96, 97, 1008, 1009, 2032, 2033, 4080, 4081, 8176, 8177, 9008, 9009]
+LAYOUTS = ["offset", "wide rows", "every second", "transposed", "expanded"]
 
 
 def few(n):
@@ -19,6 +20,27 @@ def randn(*shape, dtype, grad=True):
     return torch.randn(shape).to(dtype).requires_grad_(grad)
 
 
+def laid_out(shape, dtype, layout):
+    """Random numbers of one shape, as some view of more memory."""
+    if layout == "offset":
+        return torch.randn(torch.Size(shape).numel() + 3).to(dtype)[3:].view(shape)
+    if layout == "wide rows":
+        return torch.randn(*shape[:-1], shape[-1] + 5).to(dtype)[..., 2 : shape[-1] + 2]
+    if layout == "every second":
+        return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
+    if layout == "transposed" and len(shape) > 1:
+        return torch.randn(shape[-1], *shape[1:-1], shape[0]).to(dtype).transpose(0, -1)
+    if layout == "expanded" and len(shape) > 1:
+        return torch.randn(1, *shape[1:]).to(dtype).expand(shape)
+    return torch.randn(shape).to(dtype)
+
+
+def views(*shape, layouts=LAYOUTS):
+    """A tensor of each dtype in each layout, that gets a gradient."""
+    for dtype, layout in itertools.product(DTYPES, layouts):
+        yield laid_out(shape, dtype, layout).detach().requires_grad_()
+
+
 def weights(n, dtype):
     """None, and one of each dtype."""
     return [None, *(randn(n, dtype=t) for t in dict.fromkeys([dtype, torch.float32]))]
@@ -28,12 +50,15 @@ def rms_norm(rows):
     for dtype, n, casting in itertools.product(DTYPES, WIDTHS, ("none", "llama")):
         for weight in weights(n, dtype):
             yield (randn(rows(n), n, dtype=dtype), weight, 1e-6), {"casting": casting}
-    yield (randn(rows(64), 64, dtype=torch.float32)[:, 3:40], None), {}
+    for x in views(rows(65), 65):
+        yield (x, randn(65, dtype=x.dtype)), {}
 
 
 def fused_add_rms_norm(rows):
     """In sixteenths, whose sum every dtype holds: rounding it is the definition's, not the kernel's, error."""
     for (x, weight, *eps), options in rms_norm(rows):
+        if x.stride(0) == 0:  # whose numbers cannot be set apart
+            continue
         residual = randn(*x.shape, dtype=x.dtype)
         with torch.no_grad():
             for t in (x, residual):
@@ -45,6 +70,8 @@ def layer_norm(rows):
     for dtype, n in itertools.product(DTYPES, WIDTHS):
         for weight, bias in itertools.product(weights(n, dtype), repeat=2):
             yield (randn(rows(n), n, dtype=dtype), weight, bias), {}
+    for x in views(rows(65), 65):
+        yield (x, randn(65, dtype=x.dtype), randn(65, dtype=torch.float32)), {}
 
 
 def rope(rows):
@@ -55,6 +82,8 @@ def rope(rows):
             q, k = randn(2, tokens, 9, n, dtype=dtype), randn(2, tokens, 3, n, dtype=dtype)
             angles = (randn(2, tokens, rotated, dtype=t, grad=False) for _ in ("cos", "sin"))
             yield (q.transpose(1, 2), k.transpose(1, 2), *angles), {}
+    for q in views(2, 3, rows(256), 34):
+        yield (q, randn(2, 2, rows(256), 34, dtype=q.dtype), *(torch.randn(1, rows(256), 10) for _ in ("cos", "sin"))), {}
 
 
 def gated(rows, **options):
@@ -63,6 +92,8 @@ def gated(rows, **options):
         both = randn(count, 2 * n, dtype=dtype)
         for gate, up in [(randn(count, n, dtype=dtype), randn(count, n, dtype=dtype)), both.chunk(2, dim=-1)]:
             yield (gate, up), dict(zip(options, values, strict=True))
+    for gate, up in zip(views(rows(65), 65), views(rows(65), 65, layouts=LAYOUTS[::-1]), strict=True):
+        yield (gate, up), {name: values[0] for name, values in options.items()}
 
 
 def swiglu(rows):
@@ -85,6 +116,9 @@ def losses(rows, linear):
             yield (randn(count, 16, dtype=dtype), (torch.randn(n, 16) / 4).to(dtype).requires_grad_(), target), given
         else:
             yield (randn(count, n, dtype=dtype), target), given
+    for x in views(rows(65), 16 if linear else 65):
+        inputs = [x, (torch.randn(65, 16) / 4).to(x.dtype).requires_grad_()] if linear else [x]
+        yield (*inputs, torch.randint(65, x.shape[:1])), {"weight": None}
 
 
 def cross_entropy(rows):

@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 from liger_aot import _jit
 
+from calls import LAYOUTS
+from calls import laid_out
 from examples import call
 from harness import DTYPES
 
@@ -14,22 +16,7 @@ SETTINGS = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 dtypes = st.sampled_from(DTYPES)
 widths = st.sampled_from([1, 2, 3, 15, 16, 31, 64, 127, 128, 129, 255, 256, 1000, 1025])
 shapes = st.tuples(st.lists(st.integers(0, 4), max_size=2), widths).map(lambda t: (*t[0], t[1]))
-layouts = st.sampled_from(["contiguous", "offset", "wide rows", "every second", "transposed", "expanded"])
-
-
-def laid_out(shape, dtype, layout):
-    """Random numbers of one shape, as some view of more memory."""
-    if layout == "offset":
-        return torch.randn(torch.Size(shape).numel() + 3).to(dtype)[3:].view(shape)
-    if layout == "wide rows":
-        return torch.randn(*shape[:-1], shape[-1] + 5).to(dtype)[..., 2 : shape[-1] + 2]
-    if layout == "every second":
-        return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
-    if layout == "transposed" and len(shape) > 1:
-        return torch.randn(shape[-1], *shape[1:-1], shape[0]).to(dtype).transpose(0, -1)
-    if layout == "expanded" and len(shape) > 1:
-        return torch.randn(1, *shape[1:]).to(dtype).expand(shape)
-    return torch.randn(shape).to(dtype)
+layouts = st.sampled_from(["contiguous", *LAYOUTS])
 
 
 def outcome(name, arguments, options):

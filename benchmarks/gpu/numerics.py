@@ -204,7 +204,7 @@ def numerics(machine, operator, record, launcher):
                         with machine.launching(launcher):
                             check(call, formula, *inputs, seen=seen, **how)
                     else:
-                        if row["calls"] % HELD_IN_A_DRY_RUN == 1:
+                        if (row["calls"] - 1) % HELD_IN_A_DRY_RUN == 0:
                             check(call, formula, *inputs, seen=seen, **how)
                         launch(machine, launcher, operator, arguments, options)
             row["failed"] += not outcome["ok"]
