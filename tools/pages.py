@@ -144,7 +144,7 @@ def page(module, table):
     """An operator's page, in Markdown."""
     formula, _, source = inspect.getdoc(module).partition("\n\n")
     public, launched = operators(module)
-    parts = [f"# {title(module)}\n", block("text", re.sub(" {2,}", "\n    ", formula)), documented(source)]
+    parts = [f"# {title(module)}\n", block("text", re.sub(" {2,}", "\n    ", formula)), documented(source) if source else ""]
     parts += ["## Function\n", *(block("{eval-rst}", f".. autofunction:: liger_aot.{name}") for name in functions(module))]
     parts += [block("{eval-rst}", f".. autoclass:: liger_aot.nn.{layer}") for layer in layers(public)]
     for operator in public:
