@@ -474,7 +474,7 @@ EITHER = {
     "checkpointed": lambda z, y: torch.utils.checkpoint.checkpoint(flat, z * 2, y, use_reentrant=False),
     "asked about": lambda z, y: flat(z, y) * asked(z),
     "asked of a part": lambda z, y: flat(z, y) * (2 + z[:, 1:].is_contiguous() + 4 * z[1:].is_contiguous()),
-    "asked of another format": lambda z, y: flat(z, y) * (2 + z[None].is_contiguous(memory_format=torch.channels_last)),
+    "asked of another format": lambda z, y: flat(z, y) * (2 + z.is_contiguous(memory_format=torch.channels_last)),
     "new tensors of its kind": lambda z, y: flat(z, y) + z.new_ones(()) + torch.zeros_like(z).sum() + torch.ones_like(z).mean(),
 }
 
