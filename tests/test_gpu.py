@@ -520,7 +520,7 @@ def test_caches_are_empty_unless_they_are_wanted(tmp_path):
     assert folder("first call", ["liger-kernel", "rope"]) != folder("first call", ["liger-kernel", "rms_norm"])
 
 
-def test_the_table(tmp_path):
+def test_the_table(tmp_path, record, capsys):
     row = {"operator": "rms_norm", "sizes": {"tokens": 8, "hidden": 64}, "pass": "both", "fraction": 0.91, "bound": "bytes"}
     gpu = {"name": "NVIDIA H200", "driver": "CUDA 13.0"}
     content = {
@@ -540,6 +540,9 @@ def test_the_table(tmp_path):
     assert "copy 4300 GB/s. No failures." in text
     assert text.endswith("| `rms_norm` | tokens 8, hidden 64 | 100 | 91 % of bytes | 32 | 1.50 x | | |")
     assert table.render(tmp_path / "none") == table.NONE
+    record.content |= content
+    assert run.summary(record) == 0
+    assert "| `rms_norm` | tokens 8, hidden 64 | 100 |" in capsys.readouterr().out
 
 
 def test_readme_shows_no_other_figure():

@@ -234,8 +234,12 @@ def count_variants(record, complete):
 
 def summary(record):
     """Say how it went; the exit status."""
+    from gpu import table
+
     content = record.content
     variants = content["correctness"]["variants"]
+    if content["speed"] and not content["dry"]:
+        print(table.part(record.path.name, content))
     if variants:
         print(f"variants reached: {variants['reached']} of {variants['built']}, sm_{variants['arch']}")
     for failure in content["failures"]:
