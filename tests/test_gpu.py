@@ -28,6 +28,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 from gpu import behaviour
 from gpu import cases
 from gpu import fresh
+from gpu import machine
 from gpu import numerics
 from gpu import run
 from gpu import stack
@@ -344,6 +345,48 @@ class Clocked(Dry):
 
     def since(self, start):
         return timing.CALLS * 7e-6
+
+
+class InPlace(Clocked):
+    """Where the GPU is asked for: its numbers are the CPU kernels', its times made up."""
+
+    def launching(self, launcher):
+        return contextlib.nullcontext()
+
+    def found(self):
+        return {"name": "none"}
+
+
+def test_a_child_that_is_no_dry_run(tmp_path, monkeypatch):
+    """From task to file, as for a GPU: times, counts, differences are there, and Liger, which needs one, is cut."""
+    monkeypatch.setattr(machine, "Gpu", InPlace)
+    monkeypatch.setattr(numerics, "many", few)
+    monkeypatch.setattr(numerics, "pack_of", lambda _: _runtime.open_pack(_runtime.pack_paths()["90"]))
+    monkeypatch.setattr(timing, "copying", lambda *_: {"value": 100.0})
+    monkeypatch.setattr(timing, "multiplying", lambda *_: {"value": 1.0})
+    jobs = {
+        "numerics": ["swiglu"],
+        "behaviour": ["autocast: linear_logprob"],
+        "speed": [["swiglu", {"tokens": 8, "hidden": 64}], [run.HOST, "swiglu"]],
+    }
+    for part, some in jobs.items():
+        task = {"part": part, "jobs": some, "dry": False, "seconds": 100.0, "started": 0.0}
+        out = tmp_path / f"{part}.json"
+        assert run.child(task, out) == 0
+        content = json.loads(out.read_text())
+        assert content["finished"] == some
+        assert content["failures"] == []
+        assert content["gpu"] == {"name": "none"}
+        if part == "numerics":
+            assert content["correctness"]["numerics"][0]["calls"] == 2 * len(list(CALLS["swiglu"](few)))
+        elif part == "behaviour":
+            assert content["correctness"]["checks"][0]["ok"] is True
+        else:
+            assert all(row["us"] and row["fraction"] is not None for row in content["speed"])
+            assert {row["provider"] for row in content["speed"]} == {cases.OURS, cases.EAGER, cases.COMPILED}
+            assert all(row["host_us"] for row in content["host"])
+            assert [row["value"] for row in content["ceilings"]] == [100.0, 1.0]
+            assert all(cases.LIGER in c["case"] for c in content["cut"])
 
 
 def test_times_bytes_and_fractions(record):

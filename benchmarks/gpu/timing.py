@@ -260,8 +260,11 @@ def host_rows(machine, record, name, functional):
         calls[EAGER, "both"] = host.both(cases.IN_TORCH[name], case.inputs)
         if functional:
             notes = {}
-            theirs = host.theirs(case, functional, name, notes)
-            calls |= {(LIGER, which): theirs[f"{which}, Liger"] for which in ("forward", "both") if theirs}
+            try:
+                theirs = host.theirs(case, functional, name, notes)
+                calls |= {(LIGER, which): theirs[f"{which}, Liger"] for which in ("forward", "both") if theirs}
+            except Exception as error:  # whatever other people's code raises
+                notes["raised"] = f"{type(error).__name__}: {error}"
             for note in notes.values():
                 record.cut(f"host time of {name}: {LIGER}", note[:500])
     times = {key: [] for key in calls}
