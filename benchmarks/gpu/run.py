@@ -26,7 +26,7 @@ PARTS = {
     "stack": ("speed", 140),
     "first call": ("speed", 50),
 }
-FRESH = {"stack": 2, "first call": 1}  # and how many a dry run tries
+FRESH = {"stack": slice(1, 2), "first call": slice(1)}  # and which a dry run tries
 HOST = "host time"
 SECONDS, ENDLESS = 560.0, 86400.0
 GRACE = 20  # seconds that a child may take longer than its part, before it is ended
@@ -60,6 +60,8 @@ def main(arguments=None):
                     jobs, left_out = tried_dry(name, jobs)
                     for job in left_out:
                         record.cut(words(job), "a dry run tries fewer of its kind")
+                elif name == "first call":
+                    jobs = jobs * 2  # the second of each when all have had their first
                 run_part(record, name, jobs, given.dry_run, pathlib.Path(caches))
     record.content["first_call"] = together(record.content["first_call"])
     count_variants(record, complete=not given.match)
@@ -114,20 +116,21 @@ def listed(part):
         from gpu import stack
 
         return [list(job) for job in stack.JOBS]
-    return [[provider, name] for name in names for provider in (cases.OURS, cases.LIGER)] * 2
+    return [[provider, name] for name in names for provider in (cases.OURS, cases.LIGER)]
 
 
 def tried_dry(part, jobs):
     """What a dry run tries, and what it does without: processes like those before them, other subjects of costly checks."""
     if part in FRESH:
-        return jobs[: FRESH[part]], jobs[FRESH[part] :]
-    left_out = []
-    if part == "behaviour":
+        tried = jobs[FRESH[part]]
+    elif part == "behaviour":
         from gpu import behaviour
 
         costly = [[n for n in jobs if n.startswith(f"{check.__name__}: ")] for check in behaviour.COSTLY]
-        left_out = [name for names in costly for name in names[1:]]
-    return [job for job in jobs if job not in left_out], left_out
+        tried = [job for job in jobs if not any(job in names[1:] for names in costly)]
+    else:
+        tried = jobs
+    return tried, [job for job in jobs if job not in tried]
 
 
 def run_part(record, part, jobs, dry, caches):
