@@ -251,6 +251,48 @@ def cross_entropy():
     )
 
 
+def divergence(name, prepare, options):
+    """Of two tensors of which the first gets a gradient, as Liger's do."""
+
+    def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x.new_empty(ROWS, dtype=FP32)
+        return x.new_empty(()), x.new_empty(())
+
+    def backward(dloss: Tensor, x: Tensor, y: Tensor, factor: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, y, labels, options, over, dtype):
+                loss, factor = fwd(x, y)
+                ctx.save_for_backward(x, y, factor)
+                return loss
+
+            @staticmethod
+            def backward(ctx, dloss):
+                x, y, factor = ctx.saved_tensors
+                return bwd(dloss, x, y, factor), None, None, None, None, None
+
+        return lambda x, y: Empty.apply(x, y, None, None, (0, 1), FP32)
+
+    return Case(
+        [prepare(torch.randn(ROWS, 128)).requires_grad_(), prepare(torch.randn(ROWS, 128))],
+        lambda op, x, y: op(x, y, **options),
+        lambda liger, x, y: getattr(liger, f"liger_{name}")(x, y, **options),
+        forward,
+        backward,
+        function,
+    )
+
+
+CASES |= {
+    "kl_div": lambda: divergence("kl_div", lambda x: x.log_softmax(-1), {"reduction": "batchmean", "log_target": True}),
+    "jsd": lambda: divergence("jsd", lambda x: x.log_softmax(-1), {}),
+    "tvd": lambda: divergence("tvd", lambda x: x.softmax(-1), {"reduction": "batchmean"}),
+}
+
+
 # Of the linear losses, matmuls on the CPU and sums of gradients are the most: there is no telling what of it is host cost.
 @case
 def linear_cross_entropy():

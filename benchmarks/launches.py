@@ -13,12 +13,15 @@ from liger_aot import _runtime
 from liger_aot.ops import cross_entropy
 from liger_aot.ops import fused_add_rms_norm
 from liger_aot.ops import geglu
+from liger_aot.ops import jsd
+from liger_aot.ops import kl_div
 from liger_aot.ops import layer_norm
 from liger_aot.ops import linear_cross_entropy
 from liger_aot.ops import linear_logprob
 from liger_aot.ops import rms_norm
 from liger_aot.ops import rope
 from liger_aot.ops import swiglu
+from liger_aot.ops import tvd
 from liger_aot.ops._check import FLOATS
 
 cdiv = _runtime.cdiv
@@ -91,6 +94,23 @@ def of_cross_entropy(s, dtype, stats=False):
 
 def of_cross_entropy_stats(s, dtype):
     return of_cross_entropy(s, dtype, True)
+
+
+def pair(s, dtype):
+    """Two distributions, and no labels."""
+    return *(shape(s["tokens"], s["vocabulary"], dtype=dtype) for _ in range(2)), None, -100
+
+
+def of_kl_div(s, dtype):
+    return kl_div.KLDivFunction, (*pair(s, dtype), True, 0.0, (s["tokens"], 1), DTYPES[dtype])
+
+
+def of_jsd(s, dtype):
+    return jsd.JSDFunction, (*pair(s, dtype), 0.5, (0, 1), DTYPES[dtype])
+
+
+def of_tvd(s, dtype):
+    return tvd.TVDFunction, (*pair(s, dtype), (0, 1), DTYPES[dtype])
 
 
 def linear(s, dtype):
@@ -194,6 +214,10 @@ KERNELS = {
     ),
     "cross_entropy_reduce": Kernel(("result", "totals"), lambda v: [cdiv(v["rows"], v["BLOCK"])]),
     "cross_entropy_bwd": Kernel(("dlogits",), ahead=1),
+    "divergence_fwd": Kernel(("loss",), lambda v: [blocks(v)], ahead=1),
+    "divergence_each": Kernel(("loss",), ahead=1),
+    "divergence_reduce": Kernel(("result", "factor"), lambda v: [cdiv(v["rows"], v["BLOCK"])]),
+    "divergence_bwd": Kernel(("dx",), ahead=1),
     "logprob_fwd": Kernel(("logp", "entropy", "lse"), lambda v: [blocks(v)], ahead=1),
     "logprob_bwd": Kernel(("dlogits",), ahead=1),
 }

@@ -142,6 +142,29 @@ def linear_logprob(rows):
         yield arguments, {"temperature": 0.7}
 
 
+def divergences(rows, logs, **options):
+    """Of rows shorter and longer than a block, divisible by 16 and not, each number's and reduced to each dtype."""
+    for dtype, n, *values in itertools.product(DTYPES, (1008, 4113), *options.values()):
+        given, count = dict(zip(options, values, strict=True)), rows(n)
+        x, y = torch.randn(2, count, n).log_softmax(-1)
+        x, y = (t if log else t.exp() for t, log in zip((x, y), logs(given), strict=True))
+        for labels in (None, torch.ones(count + 1, dtype=torch.int64)[n % 2 :][:count]):
+            yield (x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_(), labels), given
+
+
+def kl_div(rows):
+    yield from divergences(rows, lambda o: (True, o["log_target"]), reduction=("mean", "none"), log_target=(False, True))
+
+
+def jsd(rows):
+    yield from divergences(rows, lambda _: (True, True), reduction=("batchmean", "none"))
+
+
+def tvd(rows):
+    yield from divergences(rows, lambda _: (False, False), reduction=("batchmean", "none"))
+
+
 # operator -> rows -> each call's (arguments, options)
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
+CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd)}

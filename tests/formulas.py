@@ -31,3 +31,47 @@ def linear_logprob(temperature=1.0, ignore_index=-100):
         return tuple(torch.where(valid, r, 0.0) for r in results)
 
     return formula
+
+
+def reduced(losses, labels, reduction, ignore_index=-100, batch=None):
+    """The loss of losses (..., C)."""
+    count = losses[..., 0].numel()
+    if labels is not None:
+        losses = torch.where((labels != ignore_index)[..., None], losses, 0.0)
+        count = (labels != ignore_index).sum()
+    elif reduction == "batchmean" and batch:
+        count = batch
+    divisor = {"mean": count * losses.shape[-1], "batchmean": count, "sum": 1}
+    return losses if reduction == "none" else losses.sum() / divisor[reduction]
+
+
+def kl_div(reduction="mean", log_target=False, ignore_index=-100, eps=0.0):
+    """torch's, reduced by hand where rows are ignored."""
+
+    def formula(x, target, labels=None):
+        if eps:
+            losses = target * (target.clamp(min=eps).log() - x)
+        else:
+            losses = functional.kl_div(x, target, reduction="none", log_target=log_target)
+        return reduced(losses, labels, reduction, ignore_index, batch=x.shape[0])
+
+    return formula
+
+
+def jsd_of_each(log_q, log_p, beta):
+    """Agarwal et al. 2024 (arXiv 2306.13649), equation 1, and the two Kullback-Leibler divergences."""
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0:
+        return p * (log_p - log_q)
+    if beta == 1:
+        return q * (log_q - log_p)
+    log_m = torch.log(beta * p + (1 - beta) * q)
+    return beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
+
+
+def jsd(beta=0.5, reduction="batchmean", ignore_index=-100):
+    return lambda log_q, log_p, labels=None: reduced(jsd_of_each(log_q, log_p, beta), labels, reduction, ignore_index)
+
+
+def tvd(reduction="batchmean", ignore_index=-100):
+    return lambda p, q, labels=None: reduced((p - q).abs() / 2, labels, reduction, ignore_index)

@@ -14,7 +14,7 @@ from harness import DTYPES
 from harness import fixed
 from harness import run
 
-SHARED = ["rms_norm", "layer_norm", "cross_entropy", "linear_cross_entropy"]
+SHARED = ["rms_norm", "layer_norm", "cross_entropy", "linear_cross_entropy", "kl_div"]
 
 
 def same(ours, theirs, *inputs):
@@ -122,8 +122,12 @@ LEGACY = [(a, r) for a in (None, True, False) for r in (None, True, False)]
 
 
 @pytest.mark.filterwarnings("ignore:size_average and reduce")
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @pytest.mark.parametrize(("size_average", "reduce"), LEGACY, ids=str)
 def test_legacy_reductions(size_average, reduce):
+    x, target = torch.randn(5, 9).log_softmax(-1), torch.rand(5, 9)
+    got = liger_aot.kl_div(x, target, size_average, reduce, "sum")
+    torch.testing.assert_close(got, F.kl_div(x, target, size_average, reduce, "sum"))
     x, target = torch.randn(5, 9), torch.randint(9, (5,))
     got = liger_aot.cross_entropy(x, target, None, size_average, -100, reduce, "sum")
     want = F.cross_entropy(x, target, None, size_average, -100, reduce, "sum")
@@ -301,3 +305,16 @@ BAD = [
 def test_rejects(call, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         call()
+
+
+def test_divergences():
+    """Every option reaches the operator."""
+    x, y, labels = torch.randn(5, 9).log_softmax(-1), torch.randn(5, 9).log_softmax(-1), torch.tensor([1, 2, 3, 2, 4])
+    options = {"ignore_index": 2, "loss_dtype": torch.float16}
+    for given in ({"log_target": True}, {"eps": 1e-2}):
+        got = liger_aot.kl_div(x, y.exp(), reduction="sum", shift_labels=labels, **given, **options)
+        assert torch.equal(got, torch.ops.liger.kl_div(x, y.exp(), labels, reduction="sum", **given, **options))
+    got = liger_aot.jsd(x, y, labels, beta=0.1, reduction="mean", **options)
+    assert torch.equal(got, torch.ops.liger.jsd(x, y, labels, beta=0.1, reduction="mean", **options))
+    got = liger_aot.tvd(x.exp(), y.exp(), labels, reduction="sum", **options)
+    assert torch.equal(got, torch.ops.liger.tvd(x.exp(), y.exp(), labels, reduction="sum", **options))

@@ -44,12 +44,16 @@ MODULES = {
     ],
     "geglu": ["LigerGEGLUMLP", "LigerGEGLUMLPForGemma4"],
     "cross_entropy": ["LigerCrossEntropyLoss"],
+    "kl_div": ["LigerKLDIVLoss"],
+    "jsd": ["LigerJSD"],
+    "tvd": ["LigerTVDLoss"],
     "fused_linear_cross_entropy": ["LigerFusedLinearCrossEntropyLoss"],
     "functional": L.__all__,
 }
 NAMES = [(f"transformers.{module}", name) for module, found in MODULES.items() for name in found]
 NAMES += [("transformers", name) for name in names.__all__]
 FUNCTIONS = ["RMSNorm", "FusedAddRMSNorm", "LayerNorm", "Rope", "SiLUMul", "GELUMul", "CrossEntropy", "FusedLinearCrossEntropy"]
+FUNCTIONS += ["KLDivLoss", "JSD", "TVDLoss"]
 
 
 def parameters(function):
@@ -104,6 +108,9 @@ BUILD = {
     "LigerGEGLUMLPForGemma4": (CONFIG,),
     "LigerCrossEntropyLoss": (),
     "LigerFusedLinearCrossEntropyLoss": (),
+    "LigerKLDIVLoss": (),
+    "LigerJSD": (),
+    "LigerTVDLoss": (),
 }
 SWIGLU = [n for n in BUILD if "SwiGLU" in n or "Top2" in n]
 
@@ -231,6 +238,44 @@ def test_gates_by_position():
     torch.testing.assert_close(L.liger_geglu(a, b), F.gelu(a, approximate="tanh") * b)
     got = liger_aot.ops.LigerSiLUMulFunction.apply(a, b, 0.5, 2.0)
     torch.testing.assert_close(got, F.silu(a * 0.5) * b * 2.0)
+
+
+def test_divergences_by_position():
+    """The formulas of Liger's docstrings."""
+    x, y, labels = torch.randn(8, 6).log_softmax(-1), torch.randn(8, 6).log_softmax(-1), torch.randint(6, (8,))
+    labels[3] = 2
+    keep = (labels != 2)[:, None]
+    p, q = y.exp(), x.exp()
+    kl = (p * (y - x)).sum()
+    torch.testing.assert_close(L.liger_kl_div(x, p), kl / 48)
+    torch.testing.assert_close(L.liger_kl_div(x, y, True, True, "sum", True, 1e-3), kl)
+    few = p.where(p > 0.1, 1e-4)
+    want = (few * (few.clamp(min=1e-2).log() - x)).sum() / 8
+    for got in (
+        L.liger_kl_div(x, few, reduction="batchmean", eps=1e-2),
+        names.LigerKLDIVLoss(1e-2, reduction="batchmean")(x, few),
+        liger_aot.ops.LigerKLDivLossFunction.apply(x, few, "batchmean", False, 1e-2),
+    ):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(names.LigerKLDIVLoss(1e-10, None, None, "sum", True)(x, y), kl)
+    log_m = (0.1 * p + 0.9 * q).log()
+    want = ((0.1 * p * (y - log_m) + 0.9 * q * (x - log_m)) * keep).sum() / keep.sum()
+    for got in (
+        L.liger_jsd(x, y, labels, 0.1, 2),
+        names.LigerJSD(0.1, 2)(x, y, labels),
+        liger_aot.ops.LigerJSDFunction.apply(x, y, labels, 0.1, 2),
+    ):
+        torch.testing.assert_close(got, want)
+    want = (0.5 * (p - q).abs() * keep).sum() / keep.sum()
+    for got in (
+        L.liger_tvd(p, q, labels, "batchmean", 2),
+        names.LigerTVDLoss("batchmean", 2)(p, q, labels),
+        liger_aot.ops.LigerTVDLossFunction.apply(p, q, labels, "batchmean", 2),
+    ):
+        torch.testing.assert_close(got, want)
+    half = x.bfloat16()
+    losses = L.liger_kl_div(half, half.exp()), L.liger_tvd(half.exp(), half.exp()), L.liger_jsd(half, half)
+    assert [loss.dtype for loss in losses] == [torch.float32, torch.float32, torch.bfloat16]  # as Liger's are
 
 
 def losses():

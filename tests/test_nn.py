@@ -25,6 +25,8 @@ CASES = [
     ("CrossEntropyLoss", (), {}, [LOGITS, CLASSES]),
     ("CrossEntropyLoss", (WEIGHT,), {"ignore_index": 2, "reduction": "sum"}, [LOGITS, CLASSES]),
     ("CrossEntropyLoss", (), {"label_smoothing": 0.1, "reduction": "none"}, [LOGITS, CLASSES]),
+    ("KLDivLoss", (), {"reduction": "batchmean"}, [LOGITS, LOGITS.softmax(-1)]),
+    ("KLDivLoss", (), {"reduction": "none", "log_target": True}, [LOGITS, LOGITS.log_softmax(-1)]),
     ("LinearCrossEntropyLoss", (5, 7), {}, [LOGITS, CLASSES]),
     ("LinearCrossEntropyLoss", (5, 7), {"bias": True, "weight": torch.rand(7), "ignore_index": 1}, [LOGITS, CLASSES]),
     ("LinearCrossEntropyLoss", (5, 7), {"bias": True, "out_features": (3,)}, [LOGITS, torch.randint(7, (6, 3))]),
@@ -60,12 +62,13 @@ def everything(module, inputs):
     return run(module, inputs) | {name: p.grad for name, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm", "CrossEntropyLoss"])
+@pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm", "CrossEntropyLoss", "KLDivLoss"])
 def test_constructor_takes_torchs_arguments_by_position(name):
     given = {
         "RMSNorm": (6, 1e-3, False),
         "LayerNorm": (6, 1e-3, True, False),
         "CrossEntropyLoss": (WEIGHT, None, 3, None, "sum", 0.1),
+        "KLDivLoss": (None, None, "sum", True),
     }
     ours, theirs = pair(name, given[name], {})
     plain = (int, float, str, tuple, bool)
@@ -85,6 +88,10 @@ def test_own_options():
     linear = liger_aot.nn.LinearCrossEntropyLoss(5, 5, scale=0.5, softcap=2.0)
     want = liger_aot.linear_cross_entropy(x, linear.linear.weight, target, scale=0.5, softcap=2.0)
     assert torch.equal(linear(x, target), want)
+    logs = x.log_softmax(-1)
+    loss = liger_aot.nn.KLDivLoss(reduction="sum", ignore_index=1, eps=0.2)
+    want = liger_aot.kl_div(logs, x.softmax(-1), reduction="sum", shift_labels=target, ignore_index=1, eps=0.2)
+    assert torch.equal(loss(logs, x.softmax(-1), target), want)
 
 
 def test_unknown_option_is_an_error():
@@ -113,7 +120,7 @@ def test_the_class_for_older_torch_is_the_same():
 
 
 @pytest.mark.parametrize(
-    ("name", "args", "options", "inputs"), CASES[:1] + CASES[6:7] + CASES[9:10], ids=["RMSNorm", "CrossEntropy", "Linear"]
+    ("name", "args", "options", "inputs"), [CASES[0], CASES[6], CASES[11]], ids=["RMSNorm", "CrossEntropy", "Linear"]
 )
 def test_traces_whole(name, args, options, inputs):
     ours = getattr(liger_aot.nn, name)(*args, **options)

@@ -160,9 +160,22 @@ def linear_logprob(hidden, head, target, temperature):
     return function, formulas.linear_logprob(temperature), [hidden, head, fixed(target)], how
 
 
+def divergence(name):
+    def held(x, y, labels, reduction, **options):
+        def function(x, y, labels):
+            loss_dtype = None if reduction == "none" else torch.float32  # so that what is measured is not the rounding of it
+            return public(name)(x, y, labels, reduction=reduction, loss_dtype=loss_dtype, **options)
+
+        given = None if labels is None else fixed(labels)
+        return function, getattr(formulas, name)(reduction=reduction, **options), [x, y, given], {}
+
+    return held
+
+
 # operator -> its arguments and options -> (function, formula, inputs, what harness.check is told)
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
+HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")}
 
 
 def calls(machine, operator, rows):

@@ -12,12 +12,15 @@ from .bind import verify
 from .functional import cross_entropy
 from .functional import fused_add_rms_norm
 from .functional import geglu
+from .functional import jsd
+from .functional import kl_div
 from .functional import layer_norm
 from .functional import linear_cross_entropy
 from .functional import linear_logprob
 from .functional import rms_norm
 from .functional import rope
 from .functional import swiglu
+from .functional import tvd
 
 __all__ = [
     "__version__",
@@ -28,6 +31,8 @@ __all__ = [
     "functional",
     "fused_add_rms_norm",
     "geglu",
+    "jsd",
+    "kl_div",
     "layer_norm",
     "linear_cross_entropy",
     "linear_logprob",
@@ -36,6 +41,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "swiglu",
+    "tvd",
     "unbind",
     "verify",
 ]

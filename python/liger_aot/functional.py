@@ -13,12 +13,15 @@ from torch.nn import _reduction
 from .ops import cross_entropy as _cross_entropy
 from .ops import fused_add_rms_norm as _fused_add_rms_norm
 from .ops import geglu as _geglu
+from .ops import jsd as _jsd
+from .ops import kl_div as _kl_div
 from .ops import layer_norm as _layer_norm
 from .ops import linear_cross_entropy as _linear_cross_entropy
 from .ops import linear_logprob as _linear_logprob
 from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
 from .ops import swiglu as _swiglu
+from .ops import tvd as _tvd
 
 # What torch 2.13 added; before it, nothing is an instance.
 OPTIONS = getattr(torch.nn, "LinearCrossEntropyOptions", ())
@@ -244,3 +247,65 @@ def linear_logprob(
     (tensor([-1.3863]), tensor([1.3863]), tensor([1.3863]))
     """
     return _linear_logprob.linear_logprob(hidden, weight, target, bias=bias, temperature=temperature, ignore_index=ignore_index)
+
+
+def kl_div(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+    *,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    eps: float = 0.0,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """torch.nn.functional.kl_div, in nats, of the rows whose shift_labels are not ignore_index; a target below eps has its log.
+
+    >>> liger_aot.kl_div(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]), reduction="batchmean")
+    tensor(0.6931)
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    options = {"ignore_index": ignore_index, "eps": eps, "loss_dtype": loss_dtype}
+    return _kl_div.kl_div(input, target, shift_labels, reduction=reduction, log_target=log_target, **options)
+
+
+def jsd(
+    input: Tensor,
+    target: Tensor,
+    shift_labels: Tensor | None = None,
+    *,
+    beta: float = 0.5,
+    ignore_index: int = -100,
+    reduction: str = "batchmean",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The generalised Jensen-Shannon divergence of log-probabilities, in nats, input the student's: KL(target || input) with
+    beta 0, KL(input || target) with beta 1.
+
+    >>> liger_aot.jsd(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[1.0, 0.0]]).log())
+    tensor(0.2158)
+    """
+    options = {"beta": beta, "ignore_index": ignore_index, "reduction": reduction, "loss_dtype": loss_dtype}
+    return _jsd.jsd(input, target, shift_labels, **options)
+
+
+def tvd(
+    input: Tensor,
+    target: Tensor,
+    shift_labels: Tensor | None = None,
+    *,
+    reduction: str = "batchmean",
+    ignore_index: int = -100,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The total variation distance of probabilities: half the sum of |input - target|, between 0 and 1 for each row.
+
+    >>> liger_aot.tvd(torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 0.0]]))
+    tensor(0.5000)
+    """
+    options = {"ignore_index": ignore_index, "reduction": reduction, "loss_dtype": loss_dtype}
+    return _tvd.tvd(input, target, shift_labels, **options)

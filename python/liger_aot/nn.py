@@ -118,3 +118,15 @@ class LinearCrossEntropyLoss(_Options, getattr(torch.nn, "LinearCrossEntropyLoss
             options=self.options,
             **self.ours,
         )
+
+
+class KLDivLoss(torch.nn.KLDivLoss):
+    """torch.nn.KLDivLoss; ignore_index and eps as in liger_aot.kl_div, which says what shift_labels are."""
+
+    def __init__(self, *args, ignore_index: int = -100, eps: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ignore_index, self.eps = ignore_index, eps
+
+    def forward(self, input: Tensor, target: Tensor, shift_labels: Tensor | None = None) -> Tensor:
+        options = {"shift_labels": shift_labels, "ignore_index": self.ignore_index, "eps": self.eps}
+        return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target, **options)

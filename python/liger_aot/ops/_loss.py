@@ -39,14 +39,14 @@ def check_options(op, reduction, label_smoothing, softcap, lse_square_scale, sca
         raise ValueError(f"{op}: {name} must be a finite number, got {value}")
 
 
-def check_classes(op, target, shape, x):
+def check_classes(op, target, shape, x, name="target"):
     """target as int64: class indices of this shape, on x's device. torch takes uint8 too."""
     if target.dtype is not torch.int64 and target.dtype is not torch.uint8:
-        raise ValueError(f"{op}: target must be class indices in int64, got {target.dtype}; convert it with .long()")
+        raise ValueError(f"{op}: {name} must be class indices in int64, got {target.dtype}; convert it with .long()")
     if target.shape != shape:
-        raise ValueError(f"{op}: target must have shape {tuple(shape)}, got {tuple(target.shape)}")
+        raise ValueError(f"{op}: {name} must have shape {tuple(shape)}, got {tuple(target.shape)}")
     if target.device != x.device:
-        raise ValueError(f"{op}: target must be on {x.device} like the input, got {target.device}; move it with .to()")
+        raise ValueError(f"{op}: {name} must be on {x.device} like the input, got {target.device}; move it with .to()")
     return target if target.dtype is torch.int64 else target.long()
 
 

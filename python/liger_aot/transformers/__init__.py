@@ -7,6 +7,8 @@ from .cross_entropy import LigerCrossEntropyLoss
 from .fused_add_rms_norm import LigerFusedAddRMSNorm
 from .fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 from .geglu import LigerGEGLUMLP
+from .jsd import LigerJSD
+from .kl_div import LigerKLDIVLoss
 from .layer_norm import LigerLayerNorm
 from .rms_norm import LigerRMSNorm
 from .rms_norm import LigerRMSNormForMuseGlimmer
@@ -18,6 +20,7 @@ from .swiglu import LigerPhi3SwiGLUMLP
 from .swiglu import LigerQwen3MoeSwiGLUMLP
 from .swiglu import LigerSwiGLUMLP
 from .swiglu import LigerSwiGLUMLPForMuseGlimmer
+from .tvd import LigerTVDLoss
 
 __all__ = [
     "LigerBlockSparseTop2MLP",
@@ -26,6 +29,8 @@ __all__ = [
     "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerGEGLUMLP",
+    "LigerJSD",
+    "LigerKLDIVLoss",
     "LigerLayerNorm",
     "LigerPhi3SwiGLUMLP",
     "LigerQwen3MoeSwiGLUMLP",
@@ -34,6 +39,7 @@ __all__ = [
     "LigerRMSNormForMuseGlimmerTextCentered",
     "LigerSwiGLUMLP",
     "LigerSwiGLUMLPForMuseGlimmer",
+    "LigerTVDLoss",
     "liger_rotary_pos_emb",
     *(name for name in monkey_patch.__all__ if "apply_liger_kernel" in name),
 ]

@@ -1,5 +1,7 @@
 """Liger's autograd functions, for code that calls LigerXFunction.apply(...) by position."""
 
+import torch
+
 from ..functional import CrossEntropyOutput
 from ..functional import swiglu
 from . import functional as L  # noqa: N812
@@ -84,6 +86,34 @@ class LigerFusedLinearCrossEntropyFunction:
         options = ce_weight, ignore_index, lse_square_scale, label_smoothing, reduction, softcap, return_z_loss, accum_dtype
         flags = use_token_scaling, return_token_accuracy, return_predicted_tokens
         return four(L.liger_fused_linear_cross_entropy(_input, weight, target, bias, *options, *flags, chunk_mem_const))
+
+
+class LigerKLDivLossFunction:
+    @staticmethod
+    def apply(y_pred, y_true, reduction="batchmean", log_target: bool = False, eps: float = 1e-10):
+        return L.liger_kl_div(y_pred, y_true, reduction=reduction, log_target=log_target, eps=eps)
+
+
+class LigerJSDFunction:
+    @staticmethod
+    def apply(
+        _input: torch.Tensor,
+        target: torch.Tensor,
+        shift_labels: torch.Tensor | None = None,
+        beta: float = 0.5,
+        ignore_index: int = -100,
+        jsd_impl=None,
+        jsd_mode=None,
+    ):
+        one_of("LigerJSDFunction", "jsd_impl", jsd_impl, (None,))
+        one_of("LigerJSDFunction", "jsd_mode", jsd_mode, (None,))
+        return L.liger_jsd(_input, target, shift_labels, beta, ignore_index)
+
+
+class LigerTVDLossFunction:
+    @staticmethod
+    def apply(p, q, shift_labels=None, reduction="batchmean", ignore_index: int = -100):
+        return L.liger_tvd(p, q, shift_labels, reduction, ignore_index)
 
 
 def four(out):

@@ -15,10 +15,13 @@ __all__ = [
     "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
     "liger_geglu",
+    "liger_jsd",
+    "liger_kl_div",
     "liger_layer_norm",
     "liger_rms_norm",
     "liger_rope",
     "liger_swiglu",
+    "liger_tvd",
 ]
 # Sums are accumulated in fp32, whichever of these is asked for.
 ACCUMULATE = None, torch.float32, torch.bfloat16, torch.float16
@@ -152,3 +155,39 @@ def liger_fused_linear_cross_entropy(
         accuracy if accuracy is None or reduction == "none" else accuracy.sum() / count,
         out.predicted_tokens,
     )
+
+
+def liger_kl_div(
+    input,
+    target,
+    size_average: bool = True,
+    reduce: bool = True,
+    reduction: str = "mean",
+    log_target: bool = False,
+    eps: float = 1e-10,
+):
+    """size_average and reduce, which torch has given up, have no effect, as in Liger. The loss is fp32."""
+    one_of("liger_kl_div", "size_average", size_average, (True, False, None))
+    one_of("liger_kl_div", "reduce", reduce, (True, False, None))
+    return F.kl_div(input, target, reduction=reduction, log_target=log_target, eps=eps, loss_dtype=torch.float32)
+
+
+def liger_jsd(
+    input,
+    target,
+    shift_labels=None,
+    beta: float = 0.5,
+    ignore_index: int = -100,
+):
+    return F.jsd(input, target, shift_labels, beta=beta, ignore_index=ignore_index)
+
+
+def liger_tvd(
+    input,
+    target,
+    shift_labels=None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+):
+    """The loss is fp32."""
+    return F.tvd(input, target, shift_labels, reduction=reduction, ignore_index=ignore_index, loss_dtype=torch.float32)
