@@ -301,3 +301,12 @@ def linear_cross_entropy():
         lambda op, hidden, weight, target: op(hidden, weight, target),
         lambda liger, hidden, weight, target: liger.liger_fused_linear_cross_entropy(hidden, weight, target),
     )
+
+
+@case
+def linear_jsd():
+    return Case(
+        [leaf(ROWS, 16), leaf(N, 16), torch.randn(ROWS, 8), torch.randn(N, 8)],
+        lambda op, *heads: op(*heads),
+        lambda liger, *heads: liger.liger_fused_linear_jsd(*heads),
+    )

@@ -17,6 +17,7 @@ from liger_aot.ops import jsd
 from liger_aot.ops import kl_div
 from liger_aot.ops import layer_norm
 from liger_aot.ops import linear_cross_entropy
+from liger_aot.ops import linear_jsd
 from liger_aot.ops import linear_logprob
 from liger_aot.ops import rms_norm
 from liger_aot.ops import rope
@@ -131,6 +132,14 @@ def of_linear_logprob(s, dtype):
     return linear_logprob.LinearLogprobFunction, (*linear(s, dtype), 1.0, -100)
 
 
+def of_linear_jsd(s, dtype):
+    """Teacher and student of one size."""
+    hidden, weight, _, bias = linear(s, dtype)
+    teacher = (shape(*t.shape, dtype=dtype) for t in (hidden, weight))
+    arguments = hidden, weight, bias, *teacher, bias, None, (-100, 0.5, 1.0), (0, 1), DTYPES[dtype]
+    return linear_jsd.LinearJSDFunction, arguments
+
+
 OPERATORS = {name.removeprefix("of_"): function for name, function in list(globals().items()) if name.startswith("of_")}
 
 
@@ -197,6 +206,11 @@ def smoothed(v):
     return (v["programs"] * row, row) if v["smoothing"] else (0, 0)
 
 
+def rows_again(v):
+    rows = v["n"] * (v["student"].element_size() + v["teacher"].element_size())
+    return v["programs"] * rows, rows
+
+
 KERNELS = {
     "rms_norm_fwd": Kernel(("y", "rstd"), twice, again_forward("x")),
     "rms_norm_bwd": Kernel(("dx", "dw"), trips_backward, again_backward),
@@ -218,6 +232,10 @@ KERNELS = {
     "divergence_each": Kernel(("loss",), ahead=1),
     "divergence_reduce": Kernel(("result", "factor"), lambda v: [cdiv(v["rows"], v["BLOCK"])]),
     "divergence_bwd": Kernel(("dx",), ahead=1),
+    "softmax_jsd_fwd": Kernel(
+        ("loss", "student_lse", "teacher_lse", "student_share", "teacher_share"), lambda v: [blocks(v)] * 2, rows_again, ahead=1
+    ),
+    "softmax_jsd_bwd": Kernel(("dlogits",), ahead=1),
     "logprob_fwd": Kernel(("logp", "entropy", "lse"), lambda v: [blocks(v)], ahead=1),
     "logprob_bwd": Kernel(("dlogits",), ahead=1),
 }

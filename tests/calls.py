@@ -164,7 +164,15 @@ def tvd(rows):
     yield from divergences(rows, lambda _: (False, False), reduction=("batchmean", "none"))
 
 
+def linear_jsd(rows):
+    for dtype, n, reduction in itertools.product(DTYPES, (1008, 4113), ("batchmean", "none")):
+        count = rows(n)
+        heads = [(torch.randn(size, 16) / scale).to(dtype).requires_grad_() for size, scale in ((count, 1), (n, 4)) * 2]
+        for labels in (None, torch.ones(count + 1, dtype=torch.int64)[n % 2 :][:count]):
+            yield (*heads, labels), {"temperature": 0.7, "reduction": reduction}
+
+
 # operator -> rows -> each call's (arguments, options)
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
-CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd)}
+CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd)}

@@ -28,6 +28,10 @@ EXAMPLES = {
     "kl_div": lambda t: ([*logs((6, 50), dtype=t), tensors((6, 50), dtype=t)[0].softmax(-1)], {"reduction": "batchmean"}),
     "jsd": lambda t: ([*logs((6, 50), (6, 50), dtype=t), targets(6, classes=50)], {"beta": 0.3, "ignore_index": 7}),
     "tvd": lambda t: ([x.exp() for x in logs((6, 50), (6, 50), dtype=t)], {}),
+    "linear_jsd": lambda t: (
+        [*tensors((6, 16), (50, 16), (6, 8), (50, 8), dtype=t), targets(6, classes=50)],
+        {"temperature": 0.7, "ignore_index": 7},
+    ),
     "linear_logprob": lambda t: ([*tensors((6, 16), (50, 16), dtype=t), targets(6, classes=50)], {"temperature": 0.7}),
 }
 

@@ -75,3 +75,18 @@ def jsd(beta=0.5, reduction="batchmean", ignore_index=-100):
 
 def tvd(reduction="batchmean", ignore_index=-100):
     return lambda p, q, labels=None: reduced((p - q).abs() / 2, labels, reduction, ignore_index)
+
+
+def linear_jsd(beta=0.5, temperature=1.0, reduction="batchmean", ignore_index=-100):
+    """Of logits that exist whole."""
+
+    def formula(x, w, y, v, b=None, c=None, labels=None):
+        logs = (functional.linear(*head).div(temperature).log_softmax(-1) for head in ((x, w, b), (y, v, c)))
+        losses = jsd_of_each(*logs, beta)
+        return (
+            reduced(losses, labels, "none", ignore_index).sum(-1)
+            if reduction == "none"
+            else reduced(losses, labels, reduction, ignore_index)
+        )
+
+    return formula

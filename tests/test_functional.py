@@ -316,5 +316,8 @@ def test_divergences():
         assert torch.equal(got, torch.ops.liger.kl_div(x, y.exp(), labels, reduction="sum", **given, **options))
     got = liger_aot.jsd(x, y, labels, beta=0.1, reduction="mean", **options)
     assert torch.equal(got, torch.ops.liger.jsd(x, y, labels, beta=0.1, reduction="mean", **options))
+    heads, given = [torch.randn(size) for size in ((5, 4), (9, 4), (5, 3), (9, 3))], {"beta": 0.1, "temperature": 2.0}
+    given |= options | {"student_bias": x[0], "teacher_bias": y[0], "reduction": "mean"}
+    assert torch.equal(liger_aot.linear_jsd(*heads, labels, **given), torch.ops.liger.linear_jsd(*heads, labels, **given))
     got = liger_aot.tvd(x.exp(), y.exp(), labels, reduction="sum", **options)
     assert torch.equal(got, torch.ops.liger.tvd(x.exp(), y.exp(), labels, reduction="sum", **options))

@@ -46,6 +46,7 @@ MODULES = {
     "cross_entropy": ["LigerCrossEntropyLoss"],
     "kl_div": ["LigerKLDIVLoss"],
     "jsd": ["LigerJSD"],
+    "fused_linear_jsd": ["LigerFusedLinearJSD"],
     "tvd": ["LigerTVDLoss"],
     "fused_linear_cross_entropy": ["LigerFusedLinearCrossEntropyLoss"],
     "functional": L.__all__,
@@ -53,7 +54,7 @@ MODULES = {
 NAMES = [(f"transformers.{module}", name) for module, found in MODULES.items() for name in found]
 NAMES += [("transformers", name) for name in names.__all__]
 FUNCTIONS = ["RMSNorm", "FusedAddRMSNorm", "LayerNorm", "Rope", "SiLUMul", "GELUMul", "CrossEntropy", "FusedLinearCrossEntropy"]
-FUNCTIONS += ["KLDivLoss", "JSD", "TVDLoss"]
+FUNCTIONS += ["KLDivLoss", "JSD", "TVDLoss", "FusedLinearJSD"]
 
 
 def parameters(function):
@@ -110,6 +111,7 @@ BUILD = {
     "LigerFusedLinearCrossEntropyLoss": (),
     "LigerKLDIVLoss": (),
     "LigerJSD": (),
+    "LigerFusedLinearJSD": (),
     "LigerTVDLoss": (),
 }
 SWIGLU = [n for n in BUILD if "SwiGLU" in n or "Top2" in n]
@@ -271,6 +273,14 @@ def test_divergences_by_position():
         L.liger_tvd(p, q, labels, "batchmean", 2),
         names.LigerTVDLoss("batchmean", 2)(p, q, labels),
         liger_aot.ops.LigerTVDLossFunction.apply(p, q, labels, "batchmean", 2),
+    ):
+        torch.testing.assert_close(got, want)
+    a, b, v, w = torch.randn(8, 4), torch.randn(8, 3), torch.randn(6, 4), torch.randn(6, 3)
+    want = L.liger_jsd((a @ v.t() / 2).log_softmax(-1), (b @ w.t() / 2).log_softmax(-1), labels, 0.1, 2)
+    for got in (
+        L.liger_fused_linear_jsd(a, v, b, w, labels, 0.1, 2, 2.0, torch.float32),
+        names.LigerFusedLinearJSD(0.1, 2, 2.0, torch.float32)(a, v, b, w, labels),
+        liger_aot.ops.LigerFusedLinearJSDFunction.apply(a, v, b, w, labels, 0.1, 2, 2.0, torch.float32),
     ):
         torch.testing.assert_close(got, want)
     half = x.bfloat16()

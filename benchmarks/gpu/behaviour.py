@@ -18,7 +18,7 @@ from stub import On
 from stub import Stub
 
 # Of these the matmuls are torch's, whose algorithm may differ where memory or streams do.
-WITH_MATMULS = "linear_cross_entropy", "linear_logprob"
+WITH_MATMULS = "linear_cross_entropy", "linear_jsd", "linear_logprob"
 THREADED = "rms_norm", "cross_entropy", "swiglu", "linear_cross_entropy"
 TIMES = 20
 

@@ -172,10 +172,24 @@ def divergence(name):
     return held
 
 
+def linear_jsd(x, w, y, v, labels, temperature, reduction):
+    def function(x, w, y, v, _, __, labels):
+        options = {"temperature": temperature, "reduction": reduction, "loss_dtype": torch.float32}
+        return public("linear_jsd")(x, w, y, v, labels, **options)
+
+    # dlogits are rounded to 16 bits before the matmuls, the gradients after them and once more by backward.
+    how = {"slack": 2.0 if x.dtype == torch.float32 else 6.0}
+    # A logarithm of p / q is a difference of two of softmax, which carry the rounding of their lse.
+    lses = sum(size_of_lse(linear(*head) / temperature) for head in ((x, w), (y, v)))
+    how["carries"] = lses * max(1, 1 / temperature)
+    inputs = [x, w, y, v, None, None, None if labels is None else fixed(labels)]
+    return function, formulas.linear_jsd(temperature=temperature, reduction=reduction), inputs, how
+
+
 # operator -> its arguments and options -> (function, formula, inputs, what harness.check is told)
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
-HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")}
+HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}
 
 
 def calls(machine, operator, rows):

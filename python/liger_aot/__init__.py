@@ -16,6 +16,7 @@ from .functional import jsd
 from .functional import kl_div
 from .functional import layer_norm
 from .functional import linear_cross_entropy
+from .functional import linear_jsd
 from .functional import linear_logprob
 from .functional import rms_norm
 from .functional import rope
@@ -35,6 +36,7 @@ __all__ = [
     "kl_div",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_jsd",
     "linear_logprob",
     "nn",
     "preload",

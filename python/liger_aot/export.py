@@ -28,7 +28,7 @@ from ._op import on_cpu
 from ._runtime import kernels
 
 SOURCES = pathlib.Path(__file__).parent / "_triton"
-CHUNKED = {f"linear_{loss}_{way}" for loss in ("cross_entropy", "logprob") for way in ("fwd", "bwd")}
+CHUNKED = {f"linear_{loss}_{way}" for loss in ("cross_entropy", "jsd", "logprob") for way in ("fwd", "bwd")}
 MODELS, PACKAGES = "*/models/*.json", "*/data/aotinductor/*/*.json"  # where .pt2 files have their graphs
 ALLOCATIONS = {
     "empty",

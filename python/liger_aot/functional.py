@@ -17,6 +17,7 @@ from .ops import jsd as _jsd
 from .ops import kl_div as _kl_div
 from .ops import layer_norm as _layer_norm
 from .ops import linear_cross_entropy as _linear_cross_entropy
+from .ops import linear_jsd as _linear_jsd
 from .ops import linear_logprob as _linear_logprob
 from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
@@ -309,3 +310,42 @@ def tvd(
     """
     options = {"ignore_index": ignore_index, "reduction": reduction, "loss_dtype": loss_dtype}
     return _tvd.tvd(input, target, shift_labels, **options)
+
+
+def linear_jsd(
+    student_input: Tensor,
+    student_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    shift_labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    beta: float = 0.5,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """jsd, in nats, of softmax((input @ weight.T + bias) / temperature), student and teacher; the logits are never all in
+    memory.
+
+    >>> student, teacher = torch.zeros(1, 4), torch.ones(1, 4)
+    >>> weight = torch.tensor([[1.0] * 4, [0.0] * 4])
+    >>> liger_aot.linear_jsd(student, weight, teacher, weight)
+    tensor(0.1804)
+    """
+    return _linear_jsd.linear_jsd(
+        student_input,
+        student_weight,
+        teacher_input,
+        teacher_weight,
+        shift_labels,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        beta=beta,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        reduction=reduction,
+        loss_dtype=loss_dtype,
+    )

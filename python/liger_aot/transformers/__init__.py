@@ -6,6 +6,7 @@ from . import monkey_patch
 from .cross_entropy import LigerCrossEntropyLoss
 from .fused_add_rms_norm import LigerFusedAddRMSNorm
 from .fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+from .fused_linear_jsd import LigerFusedLinearJSD
 from .geglu import LigerGEGLUMLP
 from .jsd import LigerJSD
 from .kl_div import LigerKLDIVLoss
@@ -28,6 +29,7 @@ __all__ = [
     "LigerFalconH1SwiGLUMLP",
     "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
+    "LigerFusedLinearJSD",
     "LigerGEGLUMLP",
     "LigerJSD",
     "LigerKLDIVLoss",

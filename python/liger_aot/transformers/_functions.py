@@ -110,6 +110,27 @@ class LigerJSDFunction:
         return L.liger_jsd(_input, target, shift_labels, beta, ignore_index)
 
 
+class LigerFusedLinearJSDFunction:
+    @staticmethod
+    def apply(
+        student_input: torch.Tensor,
+        student_weight: torch.Tensor,
+        teacher_input: torch.Tensor,
+        teacher_weight: torch.Tensor,
+        shift_labels: torch.Tensor | None = None,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
+        jsd_impl=None,
+        jsd_mode=None,
+    ):
+        one_of("LigerFusedLinearJSDFunction", "jsd_impl", jsd_impl, (None,))
+        one_of("LigerFusedLinearJSDFunction", "jsd_mode", jsd_mode, (None,))
+        heads = student_input, student_weight, teacher_input, teacher_weight
+        return L.liger_fused_linear_jsd(*heads, shift_labels, jsd_beta, ignore_index, temperature, accum_dtype)
+
+
 class LigerTVDLossFunction:
     @staticmethod
     def apply(p, q, shift_labels=None, reduction="batchmean", ignore_index: int = -100):

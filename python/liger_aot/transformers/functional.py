@@ -14,6 +14,7 @@ __all__ = [
     "liger_cross_entropy",
     "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
+    "liger_fused_linear_jsd",
     "liger_geglu",
     "liger_jsd",
     "liger_kl_div",
@@ -191,3 +192,21 @@ def liger_tvd(
 ):
     """The loss is fp32."""
     return F.tvd(input, target, shift_labels, reduction=reduction, ignore_index=ignore_index, loss_dtype=torch.float32)
+
+
+def liger_fused_linear_jsd(
+    student_input,
+    student_weight,
+    teacher_input,
+    teacher_weight,
+    shift_labels=None,
+    jsd_beta: float = 0.5,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    accum_dtype=None,
+):
+    """Sums are fp32: accum_dtype has no effect. So is the loss."""
+    one_of("liger_fused_linear_jsd", "accum_dtype", accum_dtype, ACCUMULATE)
+    heads, options = (student_input, student_weight, teacher_input, teacher_weight), {"loss_dtype": torch.float32}
+    options |= {"beta": jsd_beta, "ignore_index": ignore_index, "temperature": temperature}
+    return F.linear_jsd(*heads, shift_labels, **options)
