@@ -310,3 +310,8 @@ def linear_jsd():
         lambda op, *heads: op(*heads),
         lambda liger, *heads: liger.liger_fused_linear_jsd(*heads),
     )
+
+
+@case
+def vocab_parallel_cross_entropy():
+    return Case([leaf(ROWS, 128), torch.randint(128, (ROWS,))], lambda op, logits, target: op(logits, target), None)

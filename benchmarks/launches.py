@@ -23,6 +23,7 @@ from liger_aot.ops import rms_norm
 from liger_aot.ops import rope
 from liger_aot.ops import swiglu
 from liger_aot.ops import tvd
+from liger_aot.ops import vocab_parallel_cross_entropy
 from liger_aot.ops._check import FLOATS
 
 cdiv = _runtime.cdiv
@@ -95,6 +96,13 @@ def of_cross_entropy(s, dtype, stats=False):
 
 def of_cross_entropy_stats(s, dtype):
     return of_cross_entropy(s, dtype, True)
+
+
+def of_vocab_parallel_cross_entropy(s, dtype):
+    """One of several processes' part, without what they tell each other."""
+    logits, target = shape(s["tokens"], s["vocabulary"], dtype=dtype), shape(s["tokens"], dtype=torch.int64)
+    options = -100, 0.0, None, 0.0, True
+    return vocab_parallel_cross_entropy.VocabParallelCrossEntropyFunction, (logits, target, "", 0, 1, options)
 
 
 def pair(s, dtype):
@@ -228,6 +236,7 @@ KERNELS = {
     ),
     "cross_entropy_reduce": Kernel(("result", "totals"), lambda v: [cdiv(v["rows"], v["BLOCK"])]),
     "cross_entropy_bwd": Kernel(("dlogits",), ahead=1),
+    "vocab_parallel_cross_entropy_bwd": Kernel(("dlogits",), ahead=1),
     "divergence_fwd": Kernel(("loss",), lambda v: [blocks(v)], ahead=1),
     "divergence_each": Kernel(("loss",), ahead=1),
     "divergence_reduce": Kernel(("result", "factor"), lambda v: [cdiv(v["rows"], v["BLOCK"])]),

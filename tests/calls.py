@@ -172,7 +172,14 @@ def linear_jsd(rows):
             yield (*heads, labels), {"temperature": 0.7, "reduction": reduction}
 
 
+def vocab_parallel_cross_entropy(rows):
+    for dtype, n, softcap in itertools.product(DTYPES, (1008, 4113), (None, 30.0)):
+        count = rows(n)
+        target = torch.randint(n, (count + 1,))[n % 2 :][:count]
+        yield (randn(count, n, dtype=dtype), target), {"softcap": softcap, "label_smoothing": 0.1, "lse_square_scale": 1e-4}
+
+
 # operator -> rows -> each call's (arguments, options)
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
-CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd)}
+CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

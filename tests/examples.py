@@ -25,6 +25,10 @@ EXAMPLES = {
     "geglu": lambda t: (tensors((3, 4, 24), (3, 4, 24), dtype=t), {}),
     "cross_entropy": lambda t: ([*tensors((6, 50), dtype=t), targets(6, classes=50)], {"label_smoothing": 0.1}),
     "linear_cross_entropy": lambda t: ([*tensors((6, 16), (50, 16), dtype=t), targets(6, classes=50)], {}),
+    "vocab_parallel_cross_entropy": lambda t: (
+        [*tensors((6, 50), dtype=t), targets(6, classes=50)],
+        {"label_smoothing": 0.1},
+    ),
     "kl_div": lambda t: ([*logs((6, 50), dtype=t), tensors((6, 50), dtype=t)[0].softmax(-1)], {"reduction": "batchmean"}),
     "jsd": lambda t: ([*logs((6, 50), (6, 50), dtype=t), targets(6, classes=50)], {"beta": 0.3, "ignore_index": 7}),
     "tvd": lambda t: ([x.exp() for x in logs((6, 50), (6, 50), dtype=t)], {}),

@@ -49,12 +49,13 @@ MODULES = {
     "fused_linear_jsd": ["LigerFusedLinearJSD"],
     "tvd": ["LigerTVDLoss"],
     "fused_linear_cross_entropy": ["LigerFusedLinearCrossEntropyLoss"],
+    "vocab_parallel_cross_entropy": ["LigerVocabParallelCrossEntropy"],
     "functional": L.__all__,
 }
 NAMES = [(f"transformers.{module}", name) for module, found in MODULES.items() for name in found]
 NAMES += [("transformers", name) for name in names.__all__]
 FUNCTIONS = ["RMSNorm", "FusedAddRMSNorm", "LayerNorm", "Rope", "SiLUMul", "GELUMul", "CrossEntropy", "FusedLinearCrossEntropy"]
-FUNCTIONS += ["KLDivLoss", "JSD", "TVDLoss", "FusedLinearJSD"]
+FUNCTIONS += ["KLDivLoss", "JSD", "TVDLoss", "FusedLinearJSD", "VocabParallelCE"]
 
 
 def parameters(function):
@@ -113,6 +114,7 @@ BUILD = {
     "LigerJSD": (),
     "LigerFusedLinearJSD": (),
     "LigerTVDLoss": (),
+    "LigerVocabParallelCrossEntropy": (),
 }
 SWIGLU = [n for n in BUILD if "SwiGLU" in n or "Top2" in n]
 
@@ -286,6 +288,19 @@ def test_divergences_by_position():
     half = x.bfloat16()
     losses = L.liger_kl_div(half, half.exp()), L.liger_tvd(half.exp(), half.exp()), L.liger_jsd(half, half)
     assert [loss.dtype for loss in losses] == [torch.float32, torch.float32, torch.bfloat16]  # as Liger's are
+
+
+@pytest.mark.parametrize("mode", ["global", "partition"])
+def test_vocabulary_parallel_by_position(mode):
+    x, target = torch.randn(4, 2, 9), torch.randint(9, (4, 2))
+    target[1, 1] = 2
+    options = {"ignore_index": 2, "reduction": "none"}
+    for formula, smoothing in (("pytorch", 0.2), ("megatron", 0.2 * 9 / 8)):
+        want = F.cross_entropy(x.flatten(0, 1), target.flatten(), label_smoothing=smoothing, **options).view(4, 2)
+        got = liger_aot.ops.LigerVocabParallelCEFunction.apply(x, target, None, 2, 0.2, formula, mode)
+        torch.testing.assert_close(got, want)
+        module = build("LigerVocabParallelCrossEntropy", 2, 0.2, "none", formula, mode)
+        assert torch.equal(module(x, target), got)
 
 
 def losses():

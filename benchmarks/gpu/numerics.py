@@ -160,6 +160,13 @@ def linear_logprob(hidden, head, target, temperature):
     return function, formulas.linear_logprob(temperature), [hidden, head, fixed(target)], how
 
 
+def vocab_parallel_cross_entropy(logits, target, **options):
+    def function(x, t):
+        return public("vocab_parallel_cross_entropy")(x, t, **options)
+
+    return function, *cross_entropy(logits, target, None, **options)[1:]
+
+
 def divergence(name):
     def held(x, y, labels, reduction, **options):
         def function(x, y, labels):
@@ -190,6 +197,7 @@ def linear_jsd(x, w, y, v, labels, temperature, reduction):
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}
+HELD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
 
 
 def calls(machine, operator, rows):

@@ -22,6 +22,7 @@ from .functional import rms_norm
 from .functional import rope
 from .functional import swiglu
 from .functional import tvd
+from .functional import vocab_parallel_cross_entropy
 
 __all__ = [
     "__version__",
@@ -46,6 +47,7 @@ __all__ = [
     "tvd",
     "unbind",
     "verify",
+    "vocab_parallel_cross_entropy",
 ]
 
 

@@ -23,6 +23,7 @@ from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
 from .ops import swiglu as _swiglu
 from .ops import tvd as _tvd
+from .ops import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
 
 # What torch 2.13 added; before it, nothing is an instance.
 OPTIONS = getattr(torch.nn, "LinearCrossEntropyOptions", ())
@@ -347,5 +348,43 @@ def linear_jsd(
         ignore_index=ignore_index,
         temperature=temperature,
         reduction=reduction,
+        loss_dtype=loss_dtype,
+    )
+
+
+def vocab_parallel_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    group: torch.distributed.ProcessGroup | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    lse_square_scale: float = 0.0,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """cross_entropy of logits of which every process of the group holds as many classes, as tensor parallelism leaves them.
+
+    group None is torch.distributed's own, or this process alone where that is not set up.
+
+    >>> liger_aot.vocab_parallel_cross_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor(1.3863)
+    """
+    name, rank, world = "", 0, 1
+    if group is not None or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        group = torch.distributed.group.WORLD if group is None else group
+        name, rank, world = group.group_name, group.rank(), group.size()
+    return _vocab_parallel_cross_entropy.vocab_parallel_cross_entropy(
+        input,
+        target,
+        name,
+        rank,
+        world,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        lse_square_scale=lse_square_scale,
         loss_dtype=loss_dtype,
     )

@@ -4,6 +4,7 @@ import torch
 
 from ..functional import CrossEntropyOutput
 from ..functional import swiglu
+from ..ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from . import functional as L  # noqa: N812
 from ._names import one_of
 
@@ -135,6 +136,31 @@ class LigerTVDLossFunction:
     @staticmethod
     def apply(p, q, shift_labels=None, reduction="batchmean", ignore_index: int = -100):
         return L.liger_tvd(p, q, shift_labels, reduction, ignore_index)
+
+
+class LigerVocabParallelCEFunction:
+    @staticmethod
+    def apply(
+        vocab_parallel_logits: torch.Tensor,
+        target: torch.Tensor,
+        tp_group=None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        label_smoothing_formula: str = "pytorch",
+        label_smoothing_mode: str = "global",
+    ):
+        """The loss of each token, fp32. tp_group None is this process alone, as in Liger."""
+        name = "LigerVocabParallelCEFunction"
+        one_of(name, "label_smoothing_formula", label_smoothing_formula, ("pytorch", "megatron"))
+        one_of(name, "label_smoothing_mode", label_smoothing_mode, ("global", "partition"))
+        place = ("", 0, 1) if tp_group is None else (tp_group.group_name, tp_group.rank(), tp_group.size())
+        everywhere = label_smoothing_mode == "global"
+        if label_smoothing_formula == "megatron":  # the target's class gets no share of what is spread
+            classes = vocab_parallel_logits.shape[-1] * (place[2] if everywhere else 1)
+            label_smoothing = label_smoothing * classes / (classes - 1)
+        options = {"label_smoothing": label_smoothing, "smooth_everywhere": everywhere}
+        options |= {"ignore_index": ignore_index, "reduction": "none", "loss_dtype": torch.float32}
+        return vocab_parallel_cross_entropy(vocab_parallel_logits, target, *place, **options)
 
 
 def four(out):
