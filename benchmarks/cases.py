@@ -314,4 +314,14 @@ def linear_jsd():
 
 @case
 def vocab_parallel_cross_entropy():
-    return Case([leaf(ROWS, 128), torch.randint(128, (ROWS,))], lambda op, logits, target: op(logits, target), None)
+    return Case(
+        [leaf(ROWS, 128), torch.randint(128, (ROWS,))],
+        lambda op, logits, target: op(logits, target),
+        lambda liger, logits, target: liger_vocab_parallel_cross_entropy(logits, target),
+    )
+
+
+def liger_vocab_parallel_cross_entropy(logits, target):
+    """Liger-Kernel's for one process, which no function of its functional module calls."""
+    function = importlib.import_module("liger_kernel.ops").LigerVocabParallelCEFunction
+    return function.apply(logits[None], target[None], None, -100, 0.0, "pytorch", "global").mean()

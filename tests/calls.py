@@ -173,10 +173,11 @@ def linear_jsd(rows):
 
 
 def vocab_parallel_cross_entropy(rows):
-    for dtype, n, softcap in itertools.product(DTYPES, (1008, 4113), (None, 30.0)):
+    for dtype, n, softcap, reduction in itertools.product(DTYPES, (1008, 4113), (None, 30.0), ("mean", "none")):
         count = rows(n)
         target = torch.randint(n, (count + 1,))[n % 2 :][:count]
-        yield (randn(count, n, dtype=dtype), target), {"softcap": softcap, "label_smoothing": 0.1, "lse_square_scale": 1e-4}
+        given = {"softcap": softcap, "reduction": reduction, "label_smoothing": 0.1, "lse_square_scale": 1e-4}
+        yield (randn(count, n, dtype=dtype), target), given
 
 
 # operator -> rows -> each call's (arguments, options)

@@ -5,6 +5,7 @@ PLAN is in the order of importance: first each operator at the size of a Llama-8
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Callable
 
 import cases
@@ -56,6 +57,15 @@ def eager_logprob(hidden, weight, target):
     return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
 
 
+def eager_jsd(log_q, log_p):
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+    return sum(functional.kl_div(log_m, x, reduction="batchmean", log_target=True) for x in (log_q, log_p)) / 2
+
+
+def eager_linear_jsd(*heads):
+    return eager_jsd(*(functional.linear(*head).float().log_softmax(-1) for head in (heads[:2], heads[2:])))
+
+
 # The same in torch's own parts, as transformers has it where torch has no function of that name.
 IN_TORCH = {
     "rms_norm": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
@@ -67,6 +77,11 @@ IN_TORCH = {
     "cross_entropy": functional.cross_entropy,
     "linear_cross_entropy": lambda h, w, t: functional.cross_entropy(functional.linear(h, w).float(), t),
     "linear_logprob": eager_logprob,
+    "kl_div": lambda x, y: functional.kl_div(x, y, reduction="batchmean", log_target=True),
+    "jsd": eager_jsd,
+    "tvd": lambda x, y: (x - y).abs().sum() / (2 * len(x)),
+    "linear_jsd": eager_linear_jsd,
+    "vocab_parallel_cross_entropy": functional.cross_entropy,
 }
 
 
@@ -180,9 +195,43 @@ def linear_logprob(tokens, hidden, vocabulary, liger):
     return Timed(inputs, found, moved, flops)
 
 
+def divergence(name, options, log=True):
+    """Of a student that learns and a teacher that does not."""
+
+    def distribution(tokens, vocabulary):
+        logs = leaf(tokens, vocabulary).detach().float().log_softmax(-1)
+        return (logs if log else logs.exp()).to(DTYPE)
+
+    def build(tokens, vocabulary, liger):
+        x, y = distribution(tokens, vocabulary).requires_grad_(), distribution(tokens, vocabulary)
+        found = calls(name, liger and (lambda x, y: getattr(liger, f"liger_{name}")(x, y, **options)))
+        found[OURS] = ours(name, **options)
+        return Timed([x, y], found, (2 * x.nbytes, 3 * x.nbytes))
+
+    return build
+
+
+def linear_jsd(tokens, hidden, vocabulary, liger):
+    (x, weight, _), moved, flops = head(tokens, hidden, vocabulary)
+    (y, other, _), *_ = head(tokens, hidden, vocabulary)
+    found = calls("linear_jsd", liger and (lambda *heads: liger.liger_fused_linear_jsd(*heads)))
+    forward, backward = moved
+    return Timed([x, weight, y.detach(), other.detach()], found, (2 * forward, backward), (2 * flops[0], flops[1]))
+
+
+def vocab_parallel_cross_entropy(tokens, vocabulary, liger):
+    """One process's part, without what they tell each other."""
+    logits, target = leaf(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
+    found = calls("vocab_parallel_cross_entropy", liger and cases.liger_vocab_parallel_cross_entropy)
+    return Timed([logits, target], found, (logits.nbytes, 2 * logits.nbytes))
+
+
 BUILD = {name: norm(name) for name in ("rms_norm", "fused_add_rms_norm", "layer_norm")} | {"rope": rope}
 BUILD |= {name: gated(name) for name in ("swiglu", "geglu")}
 BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy, "linear_logprob": linear_logprob}
+BUILD |= {"kl_div": divergence("kl_div", {"reduction": "batchmean", "log_target": True}), "jsd": divergence("jsd", {})}
+BUILD |= {"tvd": divergence("tvd", {"reduction": "batchmean"}, log=False), "linear_jsd": linear_jsd}
+BUILD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
 
 TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the first cases
 HIDDEN = [1024, 2048, 4096, 8192, 16384, 32768]
@@ -198,6 +247,9 @@ FIRST = [
     ("layer_norm", {"tokens": 8192, "hidden": 4096}),
     ("geglu", {"tokens": 8192, "hidden": 14336}),
     ("linear_logprob", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
+    ("linear_jsd", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
+    *((name, {"tokens": 4096, "vocabulary": 128256}) for name in ("jsd", "kl_div", "tvd")),
+    ("vocab_parallel_cross_entropy", {"tokens": 4096, "vocabulary": 32064}),
 ]
 
 

@@ -174,9 +174,20 @@ def divergence(name):
             return public(name)(x, y, labels, reduction=reduction, loss_dtype=loss_dtype, **options)
 
         given = None if labels is None else fixed(labels)
-        return function, getattr(formulas, name)(reduction=reduction, **options), [x, y, given], {}
+        how = {}
+        if name != "tvd":
+            logs = y if name == "jsd" or options["log_target"] else y.log()
+            how["carries"] = size_of_logs(x, logs, reduction)
+        return function, getattr(formulas, name)(reduction=reduction, **options), [x, y, given], how
 
     return held
+
+
+def size_of_logs(x, y, reduction):
+    """exp(log p), and p times a logarithm, carry the rounding of that, which fast instructions multiply first."""
+    x, y = x.detach().float(), y.detach().float()
+    sizes = torch.maximum(x, y).exp() * torch.maximum(x.abs(), y.abs())
+    return {"none": sizes.max(), "mean": sizes.mean(), "batchmean": sizes.sum(-1).mean()}[reduction].item()
 
 
 def linear_jsd(x, w, y, v, labels, temperature, reduction):

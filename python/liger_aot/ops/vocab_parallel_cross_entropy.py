@@ -164,8 +164,8 @@ def vocab_parallel_cross_entropy(
     process group, of which this process is number rank. All get the same loss, and the gradient of their own logits, if they
     all call backward with the same upstream gradient; that takes no communication. Label smoothing reads the logits twice; it
     is over all classes, or, not smooth_everywhere, over each process's own, by which their losses differ, as Megatron-LM has
-    it. A process all of whose logits are -inf makes the loss NaN. Dtypes, ignored targets and targets out of range are as in cross_entropy. Raises ValueError on wrong shapes, devices,
-    dtypes and options.
+    it. A process all of whose logits are -inf makes the loss NaN. Dtypes, ignored targets and targets out of range are as in
+    cross_entropy. Raises ValueError on wrong shapes, devices, dtypes and options.
     """
     name = NAME
     if input.dtype not in FLOATS:

@@ -143,11 +143,11 @@ class LigerVocabParallelCEFunction:
     def apply(
         vocab_parallel_logits: torch.Tensor,
         target: torch.Tensor,
-        tp_group=None,
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
-        label_smoothing_formula: str = "pytorch",
-        label_smoothing_mode: str = "global",
+        tp_group,
+        ignore_index: int,
+        label_smoothing: float,
+        label_smoothing_formula: str,
+        label_smoothing_mode: str,
     ):
         """The loss of each token, fp32. tp_group None is this process alone, as in Liger."""
         name = "LigerVocabParallelCEFunction"
