@@ -216,6 +216,116 @@ def gated(name):
 CASES |= {name: lambda name=name: gated(name) for name in ("swiglu", "geglu")}
 
 
+def pointwise(name, arguments, saved):
+    """An operator of one tensor and options; `saved` is what backward reads: the input or the output."""
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=CONTIGUOUS)
+
+    def backward(dy: Tensor, kept: Tensor) -> Tensor:
+        return torch.empty_like(kept, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                y = fwd(x)
+                ctx.save_for_backward(x if saved == "input" else y)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                return bwd(dy, *ctx.saved_tensors)
+
+        return Empty.apply
+
+    return Case(
+        [leaf(ROWS, N)],
+        lambda op, x: op(x, *arguments),
+        lambda liger, x: getattr(liger, f"liger_{name}")(x),
+        forward,
+        backward,
+        function,
+    )
+
+
+CASES["relu_squared"] = lambda: pointwise("relu_squared", (), "input")
+CASES["softmax"] = lambda: pointwise("softmax", (-1,), "output")
+
+
+@case
+def dyt():
+    def forward(x: Tensor, alpha: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=CONTIGUOUS)
+
+    def backward(dy: Tensor, x: Tensor, alpha: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        dx = torch.empty_like(x, memory_format=CONTIGUOUS)
+        x.new_empty(6 * N, dtype=FP32)
+        return dx, x.new_empty(3, N, dtype=FP32)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, alpha, gamma, beta):
+                y = fwd(x, alpha, gamma, beta)
+                ctx.save_for_backward(x, alpha, gamma)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                dx, (dgamma, dbeta, dalpha) = bwd(dy, *ctx.saved_tensors)
+                return dx, dalpha.sum().view(1), dgamma, dbeta
+
+        return Empty.apply
+
+    return Case(
+        [leaf(ROWS, N), leaf(1), leaf(N), leaf(N)],
+        lambda op, x, alpha, gamma, beta: op(x, alpha, gamma, beta),
+        lambda liger, x, alpha, gamma, beta: liger.liger_dyt(x, alpha, gamma, beta),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
+def group_norm():
+    samples, channels, groups, size = 2, 16, 4, N
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = torch.empty_like(x, memory_format=CONTIGUOUS)
+        return y, x.new_empty(samples * groups, dtype=FP32), x.new_empty(samples * groups, dtype=FP32)
+
+    def backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        dx = torch.empty_like(x)
+        x.new_empty(samples * 2 * channels, dtype=FP32)
+        return dx, x.new_empty(2, channels, dtype=FP32)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, groups, weight, bias, eps):
+                y, mean, rstd = fwd(x, weight, bias)
+                ctx.save_for_backward(x, weight, mean, rstd)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                dx, (dw, db) = bwd(dy, *ctx.saved_tensors)
+                return dx, None, dw, db, None
+
+        return lambda x, w, b: Empty.apply(x, groups, w, b, 1e-5)
+
+    return Case(
+        [leaf(samples, channels, size), leaf(channels), leaf(channels)],
+        lambda op, x, w, b: op(x, groups, w, b, 1e-5),
+        lambda liger, x, w, b: liger.liger_group_norm(x, w, b, channels, groups, 1e-5),
+        forward,
+        backward,
+        function,
+    )
+
+
 @case
 def cross_entropy():
     def forward(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,16 +11,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from liger_aot import _op
 from liger_aot import _runtime
 from liger_aot.ops import cross_entropy
+from liger_aot.ops import dyt
 from liger_aot.ops import fused_add_rms_norm
 from liger_aot.ops import geglu
+from liger_aot.ops import group_norm
 from liger_aot.ops import jsd
 from liger_aot.ops import kl_div
 from liger_aot.ops import layer_norm
 from liger_aot.ops import linear_cross_entropy
 from liger_aot.ops import linear_jsd
 from liger_aot.ops import linear_logprob
+from liger_aot.ops import relu_squared
 from liger_aot.ops import rms_norm
 from liger_aot.ops import rope
+from liger_aot.ops import softmax
 from liger_aot.ops import swiglu
 from liger_aot.ops import tvd
 from liger_aot.ops import vocab_parallel_cross_entropy
@@ -86,6 +90,25 @@ def of_swiglu(s, dtype):
 
 def of_geglu(s, dtype):
     return geglu.GeGLUFunction, (*(shape(*norm_sizes(s), dtype=dtype) for _ in range(2)), True)
+
+
+def of_relu_squared(s, dtype):
+    return relu_squared.ReLUSquaredFunction, (shape(*norm_sizes(s), dtype=dtype),)
+
+
+def of_dyt(s, dtype):
+    width = s["hidden"]
+    return dyt.DyTFunction, (*(shape(*n, dtype=dtype) for n in (norm_sizes(s), (1,), (width,), (width,))),)
+
+
+def of_softmax(s, dtype):
+    return softmax.SoftmaxFunction, (shape(*norm_sizes(s), dtype=dtype),)
+
+
+def of_group_norm(s, dtype):
+    """As image models have it: 512 channels in 32 groups, for as many numbers as tokens times hidden."""
+    weight, bias = (shape(512, dtype=dtype) for _ in range(2))
+    return group_norm.GroupNormFunction, (shape(8, 512, math.prod(norm_sizes(s)) // 4096, dtype=dtype), 32, weight, bias, 1e-5)
 
 
 def of_cross_entropy(s, dtype, stats=False):
@@ -209,6 +232,16 @@ def trips_rope(v):
     return ([cdiv(v["half"], v["HALF"]), left] if v["LOOP"] else [left]) * 2
 
 
+def walked(*names):
+    """The row of these tensors once more."""
+
+    def again(v):
+        row = v["n"] * sum(v[name].element_size() for name in names)
+        return (v["programs"] * row, row) if v.get("LOOP", True) else (0, 0)
+
+    return again
+
+
 def smoothed(v):
     row = v["n"] * v["logits"].element_size()
     return (v["programs"] * row, row) if v["smoothing"] else (0, 0)
@@ -231,6 +264,15 @@ KERNELS = {
     "swiglu_bwd": Kernel(("dgate", "dup")),
     "geglu_fwd": Kernel(("y",)),
     "geglu_bwd": Kernel(("dgate", "dup")),
+    "relu_squared_fwd": Kernel(("y",)),
+    "relu_squared_bwd": Kernel(("dx",)),
+    "dyt_fwd": Kernel(("y",)),
+    "dyt_bwd": Kernel(("dx", "partial"), lambda v: [v["rows"] * blocks(v) / v["programs"]]),
+    "softmax_fwd": Kernel(("y",), twice, walked("x")),
+    "softmax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
+    "group_norm_fwd": Kernel(("y", "mean", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),
+    "group_norm_sums": Kernel(("partial",), lambda v: [cdiv(v["size"], v["BLOCK"])]),
+    "group_norm_bwd": Kernel(("dx",), lambda v: [cdiv(v["n"] // v["size"], v["BLOCK"]), blocks(v)]),
     "cross_entropy_fwd": Kernel(
         ("loss", "lse", "predicted"), lambda v: [blocks(v), blocks(v) if v["smoothing"] else 0], smoothed, ahead=1
     ),

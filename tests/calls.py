@@ -104,6 +104,29 @@ def geglu(rows):
     yield from gated(rows, approximate=("tanh", "none"))
 
 
+def relu_squared(rows):
+    for (gate, _), _ in gated(rows):
+        yield (gate,), {}
+
+
+def dyt(rows):
+    for dtype, n in itertools.product(DTYPES, (64, 63, 2048)):
+        for t in dict.fromkeys([dtype, torch.float32]):
+            beta = randn(n, dtype=t) if n != 63 else None
+            yield (randn(rows(n), n, dtype=dtype), randn(1, dtype=t), randn(n, dtype=t), beta), {}
+
+
+def softmax(rows):
+    for dtype, n in itertools.product(DTYPES, (1008, 1009, 4096, 4095, 4112, 4113)):
+        yield (randn(rows(n), n, dtype=dtype),), {}
+
+
+def group_norm(rows):
+    for dtype, size in itertools.product(DTYPES, (64, 63)):
+        for weight, bias in itertools.product(weights(8, dtype), repeat=2):
+            yield (randn(rows(8 * size), 8, size, dtype=dtype), 4, weight, bias), {}
+
+
 def losses(rows, linear):
     """Options of the three losses, for few classes and for many, divisible by 16 and not."""
     options = {"softcap": (None, 30.0), "reduction": ("mean", "none"), "weight": (False, True)}
@@ -182,5 +205,6 @@ def vocab_parallel_cross_entropy(rows):
 
 # operator -> rows -> each call's (arguments, options)
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
+CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, group_norm)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

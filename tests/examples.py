@@ -23,6 +23,10 @@ EXAMPLES = {
     "rope": lambda t: ([*tensors((2, 4, 5, 16), (2, 2, 5, 16), dtype=t), *constant((2, 5, 16), (2, 5, 16), dtype=t)], {}),
     "swiglu": lambda t: (tensors((3, 4, 24), (3, 4, 24), dtype=t), {}),
     "geglu": lambda t: (tensors((3, 4, 24), (3, 4, 24), dtype=t), {}),
+    "relu_squared": lambda t: (tensors((3, 4, 24), dtype=t), {}),
+    "dyt": lambda t: (tensors((3, 4, 24), (1,), (24,), (24,), dtype=t), {}),
+    "softmax": lambda t: (tensors((3, 4, 24), dtype=t), {"dim": 1}),
+    "group_norm": lambda t: ([*tensors((3, 4, 24), dtype=t), 2, *tensors((4,), (4,), dtype=t)], {}),
     "cross_entropy": lambda t: ([*tensors((6, 50), dtype=t), targets(6, classes=50)], {"label_smoothing": 0.1}),
     "linear_cross_entropy": lambda t: ([*tensors((6, 16), (50, 16), dtype=t), targets(6, classes=50)], {}),
     "vocab_parallel_cross_entropy": lambda t: (

@@ -14,7 +14,7 @@ from harness import DTYPES
 from harness import fixed
 from harness import run
 
-SHARED = ["rms_norm", "layer_norm", "cross_entropy", "linear_cross_entropy", "kl_div"]
+SHARED = ["rms_norm", "layer_norm", "group_norm", "cross_entropy", "linear_cross_entropy", "kl_div"]
 
 
 def same(ours, theirs, *inputs):
@@ -116,6 +116,29 @@ def test_gates(approximate):
         gate,
         up,
     )
+
+
+def test_group_norm():
+    same(
+        lambda x, w, b: liger_aot.group_norm(x, 3, w, b, 1e-3),
+        lambda x, w, b: F.group_norm(x, 3, w, b, 1e-3),
+        torch.randn(2, 6, 5),
+        torch.randn(6),
+        torch.randn(6),
+    )
+
+
+def test_softmax():
+    x = torch.randn(2, 6, 5)
+    same(lambda x: liger_aot.softmax(x, 1), lambda x: torch.softmax(x, 1), x)
+    wide = liger_aot.softmax(x.bfloat16(), -1, dtype=torch.float32)
+    torch.testing.assert_close(wide, torch.softmax(x.bfloat16(), -1, dtype=torch.float32))
+
+
+def test_dyt_and_relu_squared():
+    x, alpha, gamma, beta = torch.randn(2, 6), torch.randn(1), torch.randn(6), torch.randn(6)
+    same(liger_aot.dyt, lambda x, a, g, b: torch.tanh(a * x) * g + b, x, alpha, gamma, beta)
+    same(liger_aot.relu_squared, lambda x: F.relu(x).square(), x)
 
 
 LEGACY = [(a, r) for a in (None, True, False) for r in (None, True, False)]

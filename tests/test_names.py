@@ -32,6 +32,10 @@ MODULES = {
     ],
     "fused_add_rms_norm": ["LigerFusedAddRMSNorm"],
     "layer_norm": ["LigerLayerNorm"],
+    "group_norm": ["LigerGroupNorm"],
+    "dyt": ["LigerDyT"],
+    "relu_squared": ["LigerReLUSquared"],
+    "softmax": ["LigerSoftmax"],
     "rope": ["liger_rotary_pos_emb", "liger_rotary_pos_emb_gpt_oss", "liger_rotary_pos_emb_vision"],
     "swiglu": [
         "LigerBlockSparseTop2MLP",
@@ -54,8 +58,25 @@ MODULES = {
 }
 NAMES = [(f"transformers.{module}", name) for module, found in MODULES.items() for name in found]
 NAMES += [("transformers", name) for name in names.__all__]
-FUNCTIONS = ["RMSNorm", "FusedAddRMSNorm", "LayerNorm", "Rope", "SiLUMul", "GELUMul", "CrossEntropy", "FusedLinearCrossEntropy"]
-FUNCTIONS += ["KLDivLoss", "JSD", "TVDLoss", "FusedLinearJSD", "VocabParallelCE"]
+FUNCTIONS = [
+    "RMSNorm",
+    "FusedAddRMSNorm",
+    "LayerNorm",
+    "GroupNorm",
+    "DyT",
+    "ReLUSquared",
+    "Softmax",
+    "Rope",
+    "SiLUMul",
+    "GELUMul",
+    "CrossEntropy",
+    "FusedLinearCrossEntropy",
+    "KLDivLoss",
+    "JSD",
+    "TVDLoss",
+    "FusedLinearJSD",
+    "VocabParallelCE",
+]
 
 
 def parameters(function):
@@ -99,6 +120,10 @@ BUILD = {
     "LigerRMSNormForQwen3Next": (12,),
     "LigerFusedAddRMSNorm": (12,),
     "LigerLayerNorm": (12,),
+    "LigerGroupNorm": (12, 3),
+    "LigerDyT": (12,),
+    "LigerReLUSquared": (),
+    "LigerSoftmax": (),
     "LigerBlockSparseTop2MLP": (CONFIG,),
     "LigerFalconH1SwiGLUMLP": (CONFIG,),
     "LigerHunyuanV1SwiGLUMLP": (CONFIG, 1),

@@ -22,6 +22,9 @@ CASES = [
     ("LayerNorm", ((4, 6),), {}, [torch.randn(3, 4, 6)]),
     ("LayerNorm", (6, 1e-3), {"bias": False}, [torch.randn(3, 6)]),
     ("LayerNorm", (6,), {"elementwise_affine": False}, [torch.randn(3, 6)]),
+    ("GroupNorm", (2, 6), {}, [torch.randn(3, 6, 4)]),
+    ("GroupNorm", (3, 6, 1e-3), {"affine": False}, [torch.randn(3, 6, 4)]),
+    ("Softmax", (), {"dim": 1}, [torch.randn(3, 6, 4)]),
     ("CrossEntropyLoss", (), {}, [LOGITS, CLASSES]),
     ("CrossEntropyLoss", (WEIGHT,), {"ignore_index": 2, "reduction": "sum"}, [LOGITS, CLASSES]),
     ("CrossEntropyLoss", (), {"label_smoothing": 0.1, "reduction": "none"}, [LOGITS, CLASSES]),
@@ -73,6 +76,18 @@ def test_constructor_takes_torchs_arguments_by_position(name):
     ours, theirs = pair(name, given[name], {})
     plain = (int, float, str, tuple, bool)
     assert {k: v for k, v in vars(theirs).items() if isinstance(v, plain)}.items() <= vars(ours).items()
+
+
+def test_dyt_and_relu_squared():
+    x, module = torch.randn(3, 6), liger_aot.nn.DyT(6, init_alpha=0.8)
+    assert {name: p.tolist() for name, p in module.named_parameters()} == {
+        "alpha": [pytest.approx(0.8)],
+        "gamma": [1.0] * 6,
+        "beta": [0.0] * 6,
+    }
+    torch.testing.assert_close(module(x), torch.tanh(0.8 * x))
+    assert str(liger_aot.nn.DyT(6, bias=False, dtype=torch.bfloat16)) == "DyT(6, init_alpha=0.5, bias=False)"
+    torch.testing.assert_close(liger_aot.nn.ReLUSquared()(x), nn.functional.relu(x).square())
 
 
 def test_own_options():

@@ -241,6 +241,10 @@ def same_bits(machine, name):
         "rope": [q, k, *angles],
         "swiglu": x,
         "geglu": x,
+        "relu_squared": x[:1],
+        "softmax": x[:1],
+        "dyt": [x[0], weight[:1].detach(), weight, bias],
+        "group_norm": [x[0], 1, weight, bias],
         "cross_entropy": [x[0], target],
     }
     function = of(name, {})
@@ -250,7 +254,8 @@ def same_bits(machine, name):
             machine.same(outcome(function, calls[name]), want)
 
 
-ROW_WISE = "rms_norm", "fused_add_rms_norm", "layer_norm", "rope", "swiglu", "geglu", "cross_entropy"
+ONE_TENSOR = "rms_norm", "layer_norm", "relu_squared", "softmax"
+ROW_WISE = *ONE_TENSOR, "fused_add_rms_norm", "dyt", "rope", "swiglu", "geglu", "cross_entropy"
 
 
 def beyond_31_bits(machine, name):
@@ -267,8 +272,11 @@ def beyond_31_bits(machine, name):
         elif name == "cross_entropy":
             target, options = torch.randint(n, (rows,)), {"reduction": "none"}
             whole, last = [x, target], [x[-3:], target[-3:]]
+        elif name == "dyt":
+            parameters = torch.ones(1), torch.randn(n), torch.randn(n)
+            whole, last = [x, *parameters], [x[-3:], *parameters]
         else:
-            count = 1 if name in ("rms_norm", "layer_norm") else 2
+            count = 1 if name in ONE_TENSOR else 2
             whole, last = [x] * count, [x[-3:]] * count
     with machine.launching(machine.launcher()):
         function = of(name, options)
@@ -330,7 +338,7 @@ CHECKS = [
     (thread_without_a_context, "rms_norm"),
     (back_ends, "rms_norm"),
     (other_device, "rms_norm"),
-    *((same_bits, name) for name in ROW_WISE),
+    *((same_bits, name) for name in (*ROW_WISE, "group_norm")),
     *((opcheck, name) for name in EXAMPLES),
     *((bound_model, family) for family in ("llama", "gemma2")),
     *((compiled, name) for name in EXAMPLES),

@@ -17,6 +17,7 @@ QUACK, FUSED, MATMULS, LIGER_FP32 = "quack", "F.linear_cross_entropy", "bare mat
 DTYPE = torch.bfloat16
 EPS = 1e-6
 HEAD = 128
+CHANNELS, GROUPS = 512, 32
 
 
 @dataclasses.dataclass
@@ -74,6 +75,10 @@ IN_TORCH = {
     "rope": eager_rope,
     "swiglu": lambda gate, up: functional.silu(gate) * up,
     "geglu": lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
+    "relu_squared": lambda x: functional.relu(x).square(),
+    "softmax": lambda x: functional.softmax(x, -1),
+    "dyt": lambda x, alpha, gamma, beta: torch.tanh(alpha * x) * gamma + beta,
+    "group_norm": lambda x, w, b: functional.group_norm(x, GROUPS, w, b, 1e-5),
     "cross_entropy": functional.cross_entropy,
     "linear_cross_entropy": lambda h, w, t: functional.cross_entropy(functional.linear(h, w).float(), t),
     "linear_logprob": eager_logprob,
@@ -145,6 +150,29 @@ def gated(name):
         return Timed([gate, up], found, (3 * gate.nbytes, 5 * gate.nbytes))
 
     return build
+
+
+def pointwise(name):
+    def build(tokens, hidden, liger):
+        x = leaf(tokens, hidden)
+        return Timed([x], calls(name, liger and getattr(liger, f"liger_{name}")), (2 * x.nbytes, 3 * x.nbytes))
+
+    return build
+
+
+def dyt(tokens, hidden, liger):
+    x = leaf(tokens, hidden)
+    return Timed(
+        [x, leaf(1), leaf(hidden), leaf(hidden)], calls("dyt", liger and liger.liger_dyt), (2 * x.nbytes, 3 * x.nbytes)
+    )
+
+
+def group_norm(tokens, hidden, liger):
+    """As image models have it: 512 channels in 32 groups, for as many numbers as tokens times hidden."""
+    x, weight, bias = leaf(8, CHANNELS, tokens * hidden // (8 * CHANNELS)), leaf(CHANNELS), leaf(CHANNELS)
+    found = calls("group_norm", liger and (lambda x, w, b: liger.liger_group_norm(x, w, b, CHANNELS, GROUPS, 1e-5)))
+    found[OURS] = lambda x, w, b: ours("group_norm")(x, GROUPS, w, b, 1e-5)
+    return Timed([x, weight, bias], found, (2 * x.nbytes, 3 * x.nbytes))
 
 
 def cross_entropy(tokens, vocabulary, liger):
@@ -227,7 +255,8 @@ def vocab_parallel_cross_entropy(tokens, vocabulary, liger):
 
 
 BUILD = {name: norm(name) for name in ("rms_norm", "fused_add_rms_norm", "layer_norm")} | {"rope": rope}
-BUILD |= {name: gated(name) for name in ("swiglu", "geglu")}
+BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {"dyt": dyt, "group_norm": group_norm}
+BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax")}
 BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy, "linear_logprob": linear_logprob}
 BUILD |= {"kl_div": divergence("kl_div", {"reduction": "batchmean", "log_target": True}), "jsd": divergence("jsd", {})}
 BUILD |= {"tvd": divergence("tvd", {"reduction": "batchmean"}, log=False), "linear_jsd": linear_jsd}
@@ -250,6 +279,7 @@ FIRST = [
     ("linear_jsd", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
     *((name, {"tokens": 4096, "vocabulary": 128256}) for name in ("jsd", "kl_div", "tvd")),
     ("vocab_parallel_cross_entropy", {"tokens": 4096, "vocabulary": 32064}),
+    *((name, {"tokens": 8192, "hidden": 4096}) for name in ("softmax", "relu_squared", "dyt", "group_norm")),
 ]
 
 
@@ -258,6 +288,7 @@ def sweeps():
     widths = [HIDDEN[i] for i in (0, 5, 2, 3, 1, 4)]
     tokens = [TOKENS[i] for i in (0, 4, 2, 3, 1)]
     elementwise = ["rms_norm", "swiglu", "rope", "fused_add_rms_norm", "layer_norm", "geglu"]
+    elementwise += ["softmax", "relu_squared", "dyt", "group_norm"]
     for place in range(len(widths)):
         yield from ((name, {"tokens": 2048, "hidden": widths[place]}) for name in elementwise)
         if place < len(tokens):

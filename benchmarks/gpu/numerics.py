@@ -10,11 +10,15 @@ import warnings
 import torch
 
 from liger_aot import _runtime
+from liger_aot.ops import dyt as dyt_
 from liger_aot.ops import fused_add_rms_norm as fused
 from liger_aot.ops import geglu as geglu_
+from liger_aot.ops import group_norm as group
 from liger_aot.ops import layer_norm as layer
+from liger_aot.ops import relu_squared as relu
 from liger_aot.ops import rms_norm as rms
 from liger_aot.ops import rope as rope_
+from liger_aot.ops import softmax as softmax_
 from liger_aot.ops import swiglu as swiglu_
 
 import formulas
@@ -86,6 +90,25 @@ def geglu(gate, up, approximate):
         return geglu_.geglu(gate, up, approximate=approximate)
 
     return function, lambda gate, up: geglu_.forward_reference(gate, up, approximate == "tanh"), [gate, up], {}
+
+
+def relu_squared(x):
+    return relu.relu_squared, relu.forward_reference, [x], {}
+
+
+def dyt(x, alpha, gamma, beta):
+    return dyt_.dyt, dyt_.forward_reference, [x, alpha, gamma, beta], {}
+
+
+def softmax(x):
+    return softmax_.softmax, formulas.softmax(x.dtype), [x], {}
+
+
+def group_norm(x, num_groups, weight, bias):
+    def formula(x, w, b):
+        return group.forward_reference(x, num_groups, w, b, 1e-5)[0]
+
+    return lambda x, w, b: group.group_norm(x, num_groups, w, b), formula, [x, weight, bias], {}
 
 
 def public(name):
@@ -206,6 +229,7 @@ def linear_jsd(x, w, y, v, labels, temperature, reduction):
 
 # operator -> its arguments and options -> (function, formula, inputs, what harness.check is told)
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
+HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, group_norm)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}
 HELD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy

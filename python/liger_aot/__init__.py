@@ -10,16 +10,20 @@ from .bind import bind
 from .bind import unbind
 from .bind import verify
 from .functional import cross_entropy
+from .functional import dyt
 from .functional import fused_add_rms_norm
 from .functional import geglu
+from .functional import group_norm
 from .functional import jsd
 from .functional import kl_div
 from .functional import layer_norm
 from .functional import linear_cross_entropy
 from .functional import linear_jsd
 from .functional import linear_logprob
+from .functional import relu_squared
 from .functional import rms_norm
 from .functional import rope
+from .functional import softmax
 from .functional import swiglu
 from .functional import tvd
 from .functional import vocab_parallel_cross_entropy
@@ -29,10 +33,12 @@ __all__ = [
     "as_liger",
     "bind",
     "cross_entropy",
+    "dyt",
     "explain",
     "functional",
     "fused_add_rms_norm",
     "geglu",
+    "group_norm",
     "jsd",
     "kl_div",
     "layer_norm",
@@ -41,8 +47,10 @@ __all__ = [
     "linear_logprob",
     "nn",
     "preload",
+    "relu_squared",
     "rms_norm",
     "rope",
+    "softmax",
     "swiglu",
     "tvd",
     "unbind",

@@ -11,16 +11,20 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from .ops import cross_entropy as _cross_entropy
+from .ops import dyt as _dyt
 from .ops import fused_add_rms_norm as _fused_add_rms_norm
 from .ops import geglu as _geglu
+from .ops import group_norm as _group_norm
 from .ops import jsd as _jsd
 from .ops import kl_div as _kl_div
 from .ops import layer_norm as _layer_norm
 from .ops import linear_cross_entropy as _linear_cross_entropy
 from .ops import linear_jsd as _linear_jsd
 from .ops import linear_logprob as _linear_logprob
+from .ops import relu_squared as _relu_squared
 from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
+from .ops import softmax as _softmax
 from .ops import swiglu as _swiglu
 from .ops import tvd as _tvd
 from .ops import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
@@ -136,6 +140,44 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
     tensor([0.0000, 1.6824])
     """
     return _geglu.geglu(gate, up, approximate=approximate)
+
+
+def relu_squared(input: Tensor) -> Tensor:
+    """torch.nn.functional.relu(input)².
+
+    >>> liger_aot.relu_squared(torch.tensor([-2.0, 3.0]))
+    tensor([0., 9.])
+    """
+    return _relu_squared.relu_squared(input)
+
+
+def dyt(input: Tensor, alpha: Tensor, gamma: Tensor, beta: Tensor | None = None) -> Tensor:
+    """tanh(alpha · input) · gamma + beta, Dynamic Tanh: gamma and beta have the width of input's last dimension.
+
+    >>> liger_aot.dyt(torch.tensor([0.0, 9.0]), torch.tensor([1.0]), torch.tensor([2.0, 2.0]), torch.tensor([1.0, 1.0]))
+    tensor([1., 3.])
+    """
+    return _dyt.dyt(input, alpha, gamma, beta)
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-05
+) -> Tensor:
+    """torch.nn.functional.group_norm.
+
+    >>> liger_aot.group_norm(torch.tensor([[1.0, 3.0, 5.0, 9.0]]), 2)
+    tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
+    """
+    return _group_norm.group_norm(input, num_groups, weight, bias, eps)
+
+
+def softmax(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.softmax: of input, cast to dtype first where one is given.
+
+    >>> liger_aot.softmax(torch.tensor([0.0, 0.0]), 0)
+    tensor([0.5000, 0.5000])
+    """
+    return _softmax.softmax(input if dtype is None else input.to(dtype), dim)
 
 
 def cross_entropy(

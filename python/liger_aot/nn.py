@@ -30,6 +30,46 @@ class LayerNorm(torch.nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
+class GroupNorm(torch.nn.GroupNorm):
+    """torch.nn.GroupNorm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class Softmax(torch.nn.Softmax):
+    """torch.nn.Softmax; dim must be given, which torch guesses, with a warning, where it is None."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.softmax(input, self.dim)
+
+
+class DyT(torch.nn.Module):
+    """liger_aot.dyt over the last dimension, of hidden_size; alpha starts as init_alpha, gamma as one, beta as zero."""
+
+    def __init__(self, hidden_size: int, bias: bool = True, init_alpha: float = 0.5, device=None, dtype=None):
+        super().__init__()
+        self.hidden_size, self.init_alpha = hidden_size, init_alpha
+        self.alpha = torch.nn.Parameter(torch.full((1,), init_alpha, device=device, dtype=dtype))
+        self.gamma = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.register_parameter(
+            "beta", torch.nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype)) if bias else None
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dyt(input, self.alpha, self.gamma, self.beta)
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, init_alpha={self.init_alpha}, bias={self.beta is not None}"
+
+
+class ReLUSquared(torch.nn.Module):
+    """liger_aot.relu_squared."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu_squared(input)
+
+
 class _Options:
     """A loss with the options that are ours, which torch's constructors do not know."""
 

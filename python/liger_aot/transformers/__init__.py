@@ -4,6 +4,7 @@ import importlib
 
 from . import monkey_patch
 from .cross_entropy import LigerCrossEntropyLoss
+from .dyt import LigerDyT
 from .fused_add_rms_norm import LigerFusedAddRMSNorm
 from .fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 from .fused_linear_jsd import LigerFusedLinearJSD
@@ -11,10 +12,12 @@ from .geglu import LigerGEGLUMLP
 from .jsd import LigerJSD
 from .kl_div import LigerKLDIVLoss
 from .layer_norm import LigerLayerNorm
+from .relu_squared import LigerReLUSquared
 from .rms_norm import LigerRMSNorm
 from .rms_norm import LigerRMSNormForMuseGlimmer
 from .rms_norm import LigerRMSNormForMuseGlimmerTextCentered
 from .rope import liger_rotary_pos_emb
+from .softmax import LigerSoftmax
 from .swiglu import LigerBlockSparseTop2MLP
 from .swiglu import LigerFalconH1SwiGLUMLP
 from .swiglu import LigerPhi3SwiGLUMLP
@@ -26,6 +29,7 @@ from .tvd import LigerTVDLoss
 __all__ = [
     "LigerBlockSparseTop2MLP",
     "LigerCrossEntropyLoss",
+    "LigerDyT",
     "LigerFalconH1SwiGLUMLP",
     "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
@@ -36,9 +40,11 @@ __all__ = [
     "LigerLayerNorm",
     "LigerPhi3SwiGLUMLP",
     "LigerQwen3MoeSwiGLUMLP",
+    "LigerReLUSquared",
     "LigerRMSNorm",
     "LigerRMSNormForMuseGlimmer",
     "LigerRMSNormForMuseGlimmerTextCentered",
+    "LigerSoftmax",
     "LigerSwiGLUMLP",
     "LigerSwiGLUMLPForMuseGlimmer",
     "LigerTVDLoss",

@@ -40,6 +40,26 @@ class LigerGELUMulFunction:
     apply = staticmethod(L.liger_geglu)
 
 
+class LigerReLUSquaredFunction:
+    @staticmethod
+    def apply(X):
+        return L.liger_relu_squared(X)
+
+
+class LigerDyTFunction:
+    apply = staticmethod(L.liger_dyt)
+
+
+class LigerSoftmaxFunction:
+    @staticmethod
+    def apply(input_: torch.Tensor):
+        return L.liger_softmax(input_)
+
+
+class LigerGroupNormFunction:
+    apply = staticmethod(L.liger_group_norm)
+
+
 class LigerCrossEntropyFunction:
     @staticmethod
     def apply(

@@ -12,15 +12,19 @@ from ._names import one_of
 __all__ = [
     "CrossEntropyOutput",
     "liger_cross_entropy",
+    "liger_dyt",
     "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
     "liger_fused_linear_jsd",
     "liger_geglu",
+    "liger_group_norm",
     "liger_jsd",
     "liger_kl_div",
     "liger_layer_norm",
+    "liger_relu_squared",
     "liger_rms_norm",
     "liger_rope",
+    "liger_softmax",
     "liger_swiglu",
     "liger_tvd",
 ]
@@ -59,6 +63,24 @@ def liger_swiglu(a, b):
 
 def liger_geglu(a, b):
     return F.geglu(a, b)
+
+
+def liger_relu_squared(x):
+    return F.relu_squared(x)
+
+
+def liger_dyt(x, alpha, gamma, beta):
+    return F.dyt(x, alpha, gamma, beta)
+
+
+def liger_softmax(x):
+    return F.softmax(x, -1)
+
+
+def liger_group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
+    if X.dim() < 2 or X.shape[1] != num_channels:
+        raise ValueError(f"liger_group_norm: X must have shape (N, {num_channels}, ...), got {tuple(X.shape)}")
+    return F.group_norm(X, num_groups, affine_scaling_weight, affine_shifting_bias, eps)
 
 
 def liger_cross_entropy(
