@@ -32,6 +32,7 @@ from liger_aot.convert._rules import expand
 from liger_aot.convert._settings import Settings
 from liger_aot.convert.families import FAMILIES
 
+from checkpoints import COGVLM
 from checkpoints import FAMILY
 from checkpoints import IDLE
 from checkpoints import MODELS
@@ -361,15 +362,19 @@ def test_a_disk_with_too_little_room_is_seen_first(hf, monkeypatch):
     assert re.search(r"out: needs [\d,]{5,} bytes, and .* has 1,000 left", refused(hf_to_sat, hf, "needs"))
 
 
-def test_verification_notices_one_bit(hf, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bit", [1, -(2**31)], ids=["last", "sign of zero"])
+def test_verification_notices_one_bit(bit, hf, tmp_path, monkeypatch):
     from liger_aot.convert import _convert
 
-    fill = _convert.fill
+    fill, key = _convert.fill, "model.layers.1.mlp.down_proj.weight"
+    tensor = tensors(hf)[key]
+    tensor[3, 5] = 0
+    put_hf(hf, {key: tensor})
 
     def spoil(target, pieces, origin):
         fill(target, pieces, origin)
         if origin.endswith("model.layers.1.mlp.down_proj.weight"):
-            target.view(torch.int32)[3, 5] ^= 1
+            target.view(torch.int32)[3, 5] ^= bit
 
     monkeypatch.setattr(_convert, "fill", spoil)
     refused(hf_to_sat, hf, "verification failed", "model.layers.1.mlp.down_proj.weight differs", verify=True)
@@ -406,6 +411,8 @@ def test_everything_that_does_not_fit_is_listed(hf):
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"is_causal": False}, "is_causal is False; SAT's LLaMAModel computes True alone"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types lists 3 layers, num_hidden_layers is 2"),
         ({"sliding_window": 32}, "sliding_window is 32, less than max_position_embeddings 64"),
         ({"num_key_value_heads": 4}, "k_proj.weight is [32, 64] in model.safetensors; config.json says [64, 64]: kv 64"),
         ({"vocab_size": 129}, "model.embed_tokens.weight is [128, 64] in model.safetensors; config.json says [129, 64]"),
@@ -418,7 +425,7 @@ def test_everything_that_does_not_fit_is_listed(hf):
         ({"quantization_config": {"bits": 4}}, "has a quantization_config"),
         (
             {"tie_word_embeddings": True},
-            "lm_head.weight differs from model.embed_tokens.weight, while tie_word_embeddings is true",
+            "lm_head.weight [128, 64] in model.safetensors differs from model.embed_tokens.weight [128, 64] in model.safe",
         ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -426,6 +433,43 @@ def test_everything_that_does_not_fit_is_listed(hf):
 def test_configurations_that_sat_does_not_compute(hf, change, text):
     edit(hf / "config.json", **change)
     refused(hf_to_sat, hf, text)
+
+
+@pytest.mark.parametrize("name", ["llama", "glm"])
+@pytest.mark.parametrize(
+    ("scaling", "text"),
+    [
+        ({"rope_type": "linear", "factor": 2.0}, "rope_type is 'linear'"),
+        ({"rope_type": "default", "rope_theta": 5e5}, "the rotary base is 500000"),
+    ],
+)
+def test_of_two_sections_the_one_of_transformers_is_read(name, scaling, text, tmp_path):
+    """config.json may hold rope_scaling beside rope_parameters, and transformers computes with the former."""
+    import transformers
+
+    save(tmp_path / "hf", name)
+    edit(tmp_path / "hf/config.json", rope_scaling=scaling)
+    read = transformers.AutoConfig.from_pretrained(tmp_path / "hf").rope_parameters
+    assert scaling.items() <= read.items()
+    if name == "glm" and "rope_theta" in scaling:  # ChatGLM3Model is told its base
+        report = hf_to_sat(tmp_path / "hf", tmp_path / "sat", family="glm")
+        assert json.loads((tmp_path / "sat/model_config.json").read_text())["base_scale"] == 50, report
+    else:
+        refused(hf_to_sat, tmp_path / "hf", text, family=FAMILY.get(name, "auto"))
+
+
+def test_dtypes_that_become_one_tensor_must_be_one(hf, tmp_path):
+    """SAT has q, k and v in one tensor; HF has ChatGLM's gate and up in one."""
+    key = "model.layers.0.self_attn.q_proj.weight"
+    put_hf(hf, {key: tensors(hf)[key].half()})
+    text = f"{key} is float16 in model.safetensors, model.layers.0.self_attn.k_proj.weight is float32 in model.safetensors"
+    refused(hf_to_sat, hf, f"{text}, and they become one tensor; --dtype casts them all")
+    hf_to_sat(hf, tmp_path / "sat", dtype="float32", verify=True)
+    save(tmp_path / "glm", "glm")
+    hf_to_sat(tmp_path / "glm", tmp_path / "glm-sat", family="glm")
+    key = "mixins.mlp.w2.0.weight"
+    put(tmp_path / "glm-sat", **{key: state(tmp_path / "glm-sat")[key].half()})
+    refused(sat_to_hf, tmp_path / "glm-sat", f"{key} is float16", "mlp.dense_h_to_4h.weight is float32", "become one tensor")
 
 
 def test_a_window_as_long_as_the_texts_hides_nothing(hf, tmp_path):
@@ -521,6 +565,14 @@ def test_names_of_a_base_model_are_taken(hf, tmp_path, llama):
         ("vit", {"qkv_bias": False}, "qkv_bias is False; SAT's ViTModel computes True alone"),
         ("vit", {"num_labels": 7}, "id2label names 5 classes, num_labels is 7"),
         ("bert", {"is_decoder": True}, "is_decoder is True"),
+        ("bert", {"is_causal": True}, "is_causal is True; SAT's BertModel computes False or None alone"),
+        ("gpt2", {"is_causal": False}, "is_causal is False; SAT's GPT2Model computes True alone"),
+        ("roberta", {"pad_token_id": 0}, "pad_token_id is 0; SAT's RobertaModel computes 1 alone"),
+        (
+            "cogvlm",
+            {"vision_config": COGVLM["vision_config"] | {"hidden_act": "quick_gelu"}},
+            "hidden_act is 'quick_gelu'; SAT's",
+        ),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ("roberta", {"type_vocab_size": 2}, "type_vocab_size is 2; SAT's RobertaModel has 1 alone"),
@@ -851,6 +903,12 @@ def test_model_parallel_files_must_match(llama, tmp_path):
     refused(sat_to_hf, tmp_path / "sat", "transformer.final_layernorm.weight: every rank must hold the same numbers")
     torch.save({"module": module | {"mixins.lm.lm_head.weight": torch.zeros(63, 64)}}, second)
     refused(sat_to_hf, tmp_path / "sat", "mixins.lm.lm_head.weight: the shapes of the ranks differ")
+    key = "transformer.layers.0.mlp.dense_4h_to_h.weight"
+    torch.save({"module": module | {key: module[key].to(torch.uint8)}}, second)
+    refused(sat_to_hf, tmp_path / "sat", f"{key}: the dtypes of the ranks differ: float32, uint8", dtype="float32")
+    key = "transformer.position_embeddings.inv_freq"
+    torch.save({"module": module | {key: module[key] / 2}}, second)
+    refused(sat_to_hf, tmp_path / "sat", f"{key}: every rank must hold the same numbers")
     torch.save({"module": module | {"extra": torch.zeros(63, 64)}}, second)
     refused(sat_to_hf, tmp_path / "sat", "mp_rank_01_model_states.pt: holds other names than rank 0: extra")
     edit(tmp_path / "sat/model_config.json", model_parallel_size=1)
@@ -912,6 +970,32 @@ def test_a_head_that_was_trained_apart_is_written(tmp_path):
     sat_to_hf(tmp_path / "sat", tmp_path / "back")
     assert json.loads((tmp_path / "back/config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(tensors(tmp_path / "back")["lm_head.weight"], torch.ones(128, 64))
+
+
+@pytest.mark.parametrize("mp", [1, 2])
+@pytest.mark.parametrize("vocabulary", [128, 1024])
+def test_a_head_of_the_same_numbers_is_tied_where_the_configuration_says_so(mp, vocabulary, tmp_path):
+    """Below 1000 every rank holds the embedding, and a part of the head."""
+    for name, tied in (("llama", False), ("llama-tied", True)):
+        save(tmp_path / name, name, vocab_size=vocabulary)
+        put_hf(
+            tmp_path / name, {} if tied else {"lm_head.weight": tensors(tmp_path / name)["model.embed_tokens.weight"].clone()}
+        )
+        hf_to_sat(tmp_path / name, tmp_path / f"{name}-sat", mp=mp)
+        sat_to_hf(tmp_path / f"{name}-sat", tmp_path / f"{name}-back", verify=True)
+        assert json.loads((tmp_path / f"{name}-back/config.json").read_text())["tie_word_embeddings"] == tied
+        assert identical(tensors(tmp_path / name), tensors(tmp_path / f"{name}-back")) == []
+
+
+def test_a_head_of_other_zeros_is_written(tmp_path):
+    save(tmp_path / "hf", "llama-tied")
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    words, head = torch.full((128, 64), 0.5), torch.full((128, 64), 0.5)
+    words[0], head[0] = 0.0, -0.0
+    put(tmp_path / "sat", **{"transformer.word_embeddings.weight": words, "mixins.lm.lm_head.weight": head})
+    edit(tmp_path / "sat/config.json", tie_word_embeddings=True)
+    sat_to_hf(tmp_path / "sat", tmp_path / "back", verify=True)
+    assert bool(tensors(tmp_path / "back")["lm_head.weight"][0].signbit().all())
 
 
 def test_a_tied_head_written_twice_is_read(tmp_path):
@@ -989,6 +1073,14 @@ def test_alpha_must_be_a_number_above_zero(sat, alpha):
 def test_options_for_adapters_are_not_dropped(sat):
     refused(sat_to_hf, sat, "--merge-lora was given, and there are no LoRA adapters", merge_lora=True, lora_alpha=1.0)
     refused(sat_to_hf, sat, "--lora-alpha is for --merge-lora, which was not given", lora_alpha=1.0)
+
+
+def test_a_weight_beside_the_one_of_its_adapters_is_refused(sat):
+    adapt(sat)
+    found = next(name for name in state(sat) if name.endswith("original.weight"))
+    key = found.replace("original.", "")
+    put(sat, **{key: state(sat)[found]})
+    refused(sat_to_hf, sat, f"holds {key} beside {found}", merge_lora=True, lora_alpha=1)
 
 
 def test_adapters_that_do_not_fit_are_refused(sat):
@@ -1227,6 +1319,23 @@ def test_a_class_of_another_family_is_refused(tmp_path):
     for family, own in (("chatglm2", "ChatGLM2Model"), ("chatglm3", "ChatGLM3Model")):
         text = f"model_config.json: model_class is 'ChatGLM4Model'; {family} converts {own} alone"
         refused(sat_to_hf, tmp_path / "sat", text, family=family)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"layernorm_order": "pre"}, "eva_args: layernorm_order is 'pre'; CogVLMForCausalLM computes 'post' alone"),
+        ({"use_final_layernorm": True}, "eva_args: use_final_layernorm is True; CogVLMForCausalLM computes False alone"),
+        ({"post_len": 7}, "eva_args: post_len is 7; CogVLMForCausalLM computes 0 alone"),
+    ],
+    ids=str,
+)
+def test_a_tower_that_cogvlm_does_not_compute_is_refused(change, text, tmp_path):
+    save(tmp_path / "hf", "cogvlm")
+    assert "SAT's code has 1792 as the width of the tower" in str(hf_to_sat(tmp_path / "hf", tmp_path / "sat"))
+    eva = json.loads((tmp_path / "sat/model_config.json").read_text())["eva_args"]
+    edit(tmp_path / "sat/model_config.json", eva_args=eva | change)
+    refused(sat_to_hf, tmp_path / "sat", text)
 
 
 def test_names_of_classes_come_back(tmp_path):

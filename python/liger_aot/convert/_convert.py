@@ -11,6 +11,8 @@ import torch
 
 from . import _parallel
 from . import _settings
+from ._bits import finite
+from ._bits import same_bits
 from ._error import ConvertError
 from ._hf import INDEX
 from ._hf import HFSource
@@ -31,9 +33,9 @@ from ._rules import frequencies
 from ._sat import SATSource
 from ._sat import SATWriter
 from ._verify import Shown
+from ._verify import back
 from ._verify import compare_back
 from ._verify import compare_logits
-from ._verify import finite
 
 NARROW = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
@@ -147,6 +149,7 @@ def plan_to_sat(job, hf, ranks):
     if renamed:
         old, new = next(iter(renamed.items()))
         job.report.notes.append(f"{len(renamed)} names, old ones or of a base model, were read as today's: {old} as {new}")
+    job.report.notes += job.family.remarks(hf.config)
     job.theta_kept()
     job.compare(hf, "hf", hf.config.path)
     job.split_evenly()
@@ -162,14 +165,15 @@ def plan_to_hf(job, sat, carried):
     args.divide("hidden_size", "num_attention_heads")
     job.family.check_sat(args, job.problems)
     job.problems.end()
-    config = _settings.Settings(job.family.config(args), args.path)
+    config = own = _settings.Settings(job.family.config(args), args.path)
     if carried is not None:
-        config = job.merged(config, args, carried)
+        config = job.merged(own, args, carried)
         job.problems.end()
     if job.family.head():
+        may_be_tied = config is own or job.family.sizes(config, args)["tied"]
         config["tie_word_embeddings"] = False
         job.plan(config, args, len(sat.ranks))
-        config["tie_word_embeddings"] = same(with_layout(sat, job), *job.family.head())
+        config["tie_word_embeddings"] = may_be_tied and same(with_layout(sat, job), *job.family.head())
     job.plan(config, args, len(sat.ranks))
     with_layout(sat, job)
     job.theta_found(sat)
@@ -178,7 +182,7 @@ def plan_to_hf(job, sat, carried):
     job.compare(sat, "sat", args.path)
     job.problems.end()
     if job.ranks > 1:
-        sat.unequal([key for item in job.kept() for key in item.sat], job.problems.add)
+        sat.unequal(job.problems.add)
     job.problems.end()
 
 
@@ -247,7 +251,10 @@ def same(sat, head, embedding):
     for key in (head, embedding):
         if len({rank[key].shape for rank in sat.ranks}) > 1:
             return False
-    return sat.about(head)[0] == sat.about(embedding)[0] and torch.equal(sat.get(head), sat.get(embedding))
+    if sat.about(head) != sat.about(embedding):
+        return False
+    ours, theirs = sorted((sat.pieces(head), sat.pieces(embedding)), key=len)
+    return all(map(same_bits, theirs, ours if ours[1:] else ours[0].split([len(piece) for piece in theirs])))
 
 
 def sat_plan(job, hf):
@@ -296,7 +303,7 @@ def write_hf(sat, item, tensors, bar):
     elif isinstance(item.rule, Zeros):
         results = [[torch.zeros(shape)] for shape in item.hf_shapes]
     else:
-        results = item.to_hf([sat.get(key) for key in item.sat])
+        results = back(sat, item)
     for key, pieces in zip(item.hf, results, strict=True):
         fill(tensors[key], pieces, origin)
         bar.add(tensors[key].nbytes, key)

@@ -94,12 +94,16 @@ class Family:
         if self.model_types and kind is not None and kind not in self.model_types:
             own = " or ".join(map(repr, self.model_types))
             problems.add(f"{config.path}: model_type is {kind!r}; {self.name} converts {own} alone")
-        for key, accepted in self.hf_accepts.items():
+        causal = {"is_causal": (True,) if self.causal else (False, None)}
+        for key, accepted in (causal | self.hf_accepts).items():
             if key in config and config[key] not in accepted:
                 wanted = " or ".join(map(repr, accepted))
                 problems.add(f"{config.path}: {key} is {config[key]!r}; SAT's {self.model_classes[0]} computes {wanted} alone")
         if any(isinstance(rule, Frequencies) for rule in self.rules):
             check_rope(config, problems)
+        kinds, layers = config.listed("layer_types"), config[self.names["num_layers"]]
+        if kinds and len(kinds) != layers:
+            problems.add(f"{config.path}: layer_types lists {len(kinds)} layers, {self.names['num_layers']} is {layers}")
 
     def check_sat(self, args, problems):
         if self.sat_class(args) is None:
@@ -114,6 +118,10 @@ class Family:
         own = args.get("hidden_size_per_attention_head")
         if own is not None and own != args.divide("hidden_size", "num_attention_heads"):
             problems.add(f"{args.path}: hidden_size_per_attention_head is {own}; must be hidden_size / num_attention_heads")
+
+    def remarks(self, config):
+        """What to know of SAT's class, of a model that it computes."""
+        return []
 
     def rope_base(self, args):
         """What SAT's class computes with, whatever the file says, once the model is in 16 bits."""
@@ -144,10 +152,15 @@ class Family:
         return None
 
 
+def rotary(config):
+    """v4's section or v5's; where both are there, transformers takes v4's."""
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    return config.section(key) if config.get(key) else Settings({}, config.path)
+
+
 def rope(config):
     """(theta, kind) of v4's keys or v5's."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    parameters = config.section(key) if config.get(key) else type(config)({}, config.path)
+    parameters = rotary(config)
     if any(isinstance(value, dict) for value in parameters.values()):
         return 10000.0, "of several kinds"
     found = parameters if parameters.get("rope_theta") is not None else config

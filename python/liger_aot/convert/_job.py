@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from dataclasses import field
 from pathlib import Path
 
-import torch
-
 from . import _parallel
+from ._bits import same_bits
 from ._error import ConvertError
 from ._error import Problems
 from ._family import DEFAULTS
@@ -100,6 +99,8 @@ class Job:
         for key, (shape, text) in (wanted | computed).items():
             if key in have:
                 self.compare_one(key, source, shape, f"{path.name} says {list(shape)}: {text}")
+        for names in () if self.dtype else [item.hf if side == "hf" else item.sat for item in self.kept()]:
+            self.compare_dtypes([key for key in names if key in have], source)
 
     def compare_one(self, key, source, shape, says):
         (got, dtype), file = source.about(key), source.place(key).name
@@ -108,6 +109,14 @@ class Job:
         if dtype not in DTYPES.values():
             kind = str(dtype).removeprefix("torch.")
             self.problems.add(f"{key} holds {kind} in {file}; a quantised model must be saved in 16 bits first")
+
+    def compare_dtypes(self, keys, source):
+        """What becomes one tensor has one dtype, or bits would be lost."""
+        kinds = {key: source.about(key)[1] for key in keys}
+        odd = next((key for key in keys if kinds[key] != kinds[keys[0]]), None)
+        if odd:
+            found = [f"{key} is {kinds[key]} in {source.place(key).name}".replace("torch.", "") for key in (keys[0], odd)]
+            self.problems.add(f"{', '.join(found)}, and they become one tensor; --dtype casts them all")
 
     def split_evenly(self):
         if self.ranks == 1:
@@ -181,9 +190,10 @@ class Job:
                 self.report.notes += [f"left out: {key}; {rule.why}" for key in item.hf if key in have]
 
     def same_twice(self, hf, alias, name):
-        if not torch.equal(hf.get(alias), hf.get(name)):
+        if not same_bits(hf.get(alias), hf.get(name)):
             why = f"tie_word_embeddings is true; set it to false in {self.config.path}"
-            self.problems.add(f"{alias} differs from {name}, while {why}")
+            found = [f"{key} {list(hf.about(key)[0])} in {hf.place(key).name}" for key in (alias, name)]
+            self.problems.add(f"{' differs from '.join(found)}, while {why}")
 
     def same_theta(self, key, values):
         theta = self.sizes["rope_theta"]

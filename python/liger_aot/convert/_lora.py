@@ -3,8 +3,7 @@
 import math
 import re
 
-import torch
-
+from ._bits import parts
 from ._error import ConvertError
 
 ADAPTED = re.compile(r"^(.*)\.(?:matrix_[AB]\.\d+|original\.\w+)$")
@@ -56,7 +55,12 @@ class Merged:
             for p in ("weight", "bias")
             if f"{name}.original.{p}" in rank
         }
-        self.names = {key: key for key in rank if not ADAPTED.match(key)} | plain
+        kept = {key: key for key in rank if not ADAPTED.match(key)}
+        if twice := sorted(kept.keys() & plain):
+            raise ConvertError(
+                f"{sat.folder}: holds {twice[0]} beside {plain[twice[0]]}; take the one away that is not the weight"
+            )
+        self.names = kept | plain
         self.ranks = [{key: rank[stored] for key, stored in self.names.items()}]
         self.layout = {}
 
@@ -88,8 +92,15 @@ class Merged:
         return self.sat.place(key)
 
     def get(self, key):
-        tensor = self.ranks[0][key]
-        if key not in self.parts:
-            return tensor
-        delta = torch.cat([b.float() @ a.float() * (self.alpha / len(a)) for a, b in self.parts[key]])
-        return (tensor.float() + delta).to(tensor.dtype)
+        return self.merged(key) if key in self.parts else self.ranks[0][key]
+
+    def pieces(self, key):
+        return [self.get(key)]
+
+    def merged(self, key):
+        """Some rows at a time, since this is done in fp32."""
+        whole = self.ranks[0][key].clone()
+        for rows, (a, b) in zip(whole.split([len(b) for _, b in self.parts[key]]), self.parts[key], strict=True):
+            for some, own in zip(parts(rows), b.split(len(parts(rows)[0])), strict=True):
+                some.copy_(some.float() + own.float() @ a.float() * (self.alpha / len(a)))
+        return whole

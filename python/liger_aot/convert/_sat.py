@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import _parallel
 from . import _settings
+from ._bits import same_bits
 from ._error import ConvertError
 from ._error import said
 from ._hf import allocate
@@ -68,14 +69,22 @@ class SATSource:
             return self.ranks[0][key]
         return _parallel.merge([rank[key] for rank in self.ranks], self.layout[key])
 
-    def unequal(self, keys, report):
-        """Ranks whose shapes differ, and tensors that every rank must hold alike and does not."""
-        for key in keys:
+    def pieces(self, key):
+        """What makes up the tensor, one below the other: embeddings are never put together in memory."""
+        if self.layout[key].kind == "column" and len(self.layout[key].parts) == 1:
+            return [rank[key] for rank in self.ranks]
+        return [self.get(key)]
+
+    def unequal(self, report):
+        """Ranks whose shapes or dtypes differ, and tensors that every rank must hold alike and does not."""
+        for key in self.ranks[0]:
             tensors = [rank[key] for rank in self.ranks]
-            shapes = [tuple(tensor.shape) for tensor in tensors]
+            shapes, dtypes = [tuple(tensor.shape) for tensor in tensors], [tensor.dtype for tensor in tensors]
             if len(set(shapes)) > 1:
                 report(f"{key}: the shapes of the ranks differ: {shapes}")
-            elif not self.layout[key].kind and any(not torch.equal(tensor, tensors[0]) for tensor in tensors[1:]):
+            elif len(set(dtypes)) > 1:
+                report(f"{key}: the dtypes of the ranks differ: {', '.join(map(str, dtypes))}".replace("torch.", ""))
+            elif not self.layout[key].kind and any(not same_bits(tensor, tensors[0]) for tensor in tensors[1:]):
                 report(f"{key}: every rank must hold the same numbers, and they differ")
 
 

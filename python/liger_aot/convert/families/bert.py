@@ -125,6 +125,8 @@ class Roberta(Bert):
     model_classes = ("RobertaModel",)
     architecture = "RobertaForMaskedLM"
     prefix = "roberta."
+    # Positions are counted from behind pad_token_id.
+    hf_accepts: ClassVar[dict] = Bert.hf_accepts | {"pad_token_id": (1,)}
     rules = (
         *encoder("roberta."),
         Zeros(

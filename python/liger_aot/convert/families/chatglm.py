@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from .._family import NAMES
 from .._family import Family
+from .._family import rotary
 from .._rules import Copy
 from .._rules import Frequencies
 from .._rules import Halves
@@ -186,8 +187,7 @@ class Glm(Decoder):
 
     def check_hf(self, config, problems):
         super().check_hf(config, problems)
-        rotary = config.section("rope_parameters") if config.get("rope_parameters") else {}
-        part = rotary.get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
+        part = rotary(config).get("partial_rotary_factor", config.get("partial_rotary_factor", 0.5))
         if part != 0.5:
             problems.add(f"{config.path}: partial_rotary_factor is {part}; SAT's ChatGLM models rotate half of a head")
 

@@ -83,6 +83,19 @@ def tower():
     )
 
 
+# Of the tower, what CogVLM's code on the hub computes.
+SEEN_ACCEPTS = {
+    "layernorm_order": "post",
+    "use_final_layernorm": False,
+    "use_bias": True,
+    "pre_len": 1,
+    "post_len": 0,
+    "vocab_size": 1,
+}
+SEEN_DEFAULTS = {"layernorm_order": "pre", "use_final_layernorm": True, "use_bias": True, "pre_len": 1, "post_len": 0}
+WIDTH = 1792  # of the tower, in SAT's code
+
+
 class CogVLM(Family):
     name = "cogvlm"
     title = "CogVLM"
@@ -101,6 +114,25 @@ class CogVLM(Family):
 
     def theta(self, config):
         return self.base
+
+    def check_hf(self, config, problems):
+        super().check_hf(config, problems)
+        seen = self.vision(config)
+        if seen.get("hidden_act", "gelu") != "gelu":
+            problems.add(f"{seen.path}: hidden_act is {seen['hidden_act']!r}; SAT's EVA2CLIPModel computes 'gelu' alone")
+
+    def check_sat(self, args, problems):
+        super().check_sat(args, problems)
+        eva = args.section("eva_args")
+        for key, accepted in SEEN_ACCEPTS.items():
+            value = eva.get(key, SEEN_DEFAULTS.get(key))
+            if value != accepted:
+                problems.add(f"{eva.path}: {key} is {value!r}; {self.architecture} computes {accepted!r} alone")
+
+    def remarks(self, config):
+        width = self.vision(config).count("hidden_size")
+        text = f"SAT's code has {WIDTH} as the width of the tower, this one's is {width}: it must be changed there"
+        return [] if width == WIDTH else [text]
 
     def rope_base(self, args):
         return self.base
