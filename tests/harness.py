@@ -13,6 +13,7 @@ from torch import Tensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BESIDE = 16  # points, of which as many are looked at as it takes
+MANY, FEW = 256, 0.1  # numbers whose roundings are counted; the share that may be others than the nearest
 
 
 def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0, seen=None):
@@ -46,7 +47,18 @@ def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0, se
             if seen is not None:
                 seen.append((error, allowed))
             assert error <= allowed, f"{name}: {measure.__name__} error {error:.2e}, allowed {allowed:.2e}"
+        if slack == 2.0 and not carries and through is None and got.dtype != torch.float32 and got.numel() >= MANY:
+            float64, float32 = truth(0)
+            share, allowed = misrounded(got, exact[name]), FEW + 4 * misrounded(float32[name].to(got.dtype), float64[name])
+            assert share <= allowed, f"{name}: {share:.0%} of the numbers are not the nearest ones, allowed {allowed:.0%}"
     return results
+
+
+def misrounded(got, exact):
+    """The share of numbers that are not the nearest to the truth: of what fp32 holds, rounded once, next to none are; of what
+    was rounded to 16 bits on the way as well, a third.
+    """
+    return (got != exact.to(got.dtype)).double().mean().item()
 
 
 def beside(inputs):

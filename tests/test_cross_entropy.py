@@ -1,4 +1,5 @@
 import itertools
+import math
 import re
 
 import pytest
@@ -317,7 +318,12 @@ BAD = [
     ),
     (lambda x, t: cross_entropy(x, t, reduction="avg"), "reduction must be one of none, mean, sum, got 'avg'"),
     (lambda x, t: cross_entropy(x, t, label_smoothing=1.5), "label_smoothing must be between 0 and 1, got 1.5"),
-    (lambda x, t: cross_entropy(x, t, softcap=0.0), "softcap must be positive, or None for none, got 0.0"),
+    (lambda x, t: cross_entropy(x, t, softcap=0.0), "softcap must be positive and finite, or None for none, got 0.0"),
+    (lambda x, t: cross_entropy(x, t, softcap=math.inf), "softcap must be positive and finite, or None for none, got inf"),
+    (
+        lambda x, t: cross_entropy(x, torch.rand(x.shape, device="meta")),
+        "target must be on cpu like the input, got meta; move it with .to()",
+    ),
 ]
 
 

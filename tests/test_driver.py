@@ -1,6 +1,7 @@
 """Both back ends over the stub: ctypes by way of C function pointers, cuda.bindings with its own types."""
 
 import ctypes
+import re
 import sys
 import threading
 from ctypes import POINTER
@@ -161,6 +162,12 @@ def test_every_failure_is_raised_and_forgotten(launcher, function, status, text)
     call(backward=False)
     assert len(stub.launches) == 1
     assert stub.context == CONTEXT, "the thread's context is as it was"
+
+
+def test_more_programs_than_a_grid_takes(launcher):
+    text = "cross_entropy_fwd: rows must be such that at most 2**31 - 1 programs serve them, got 2147483648 programs; split"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        launcher.at(0).driver.relaunch(1, "cross_entropy_fwd", 0, 0, 2**31, 1, 1, 128, 1, 1, 0, 0, 0, 0)
 
 
 def test_a_failed_launch_says_what_it_was(launcher):

@@ -239,7 +239,10 @@ BAD = [
     (lambda h, w, t: linear_cross_entropy(h, w, t, reduction="avg"), "reduction must be one of none, mean, sum, got 'avg'"),
     (lambda h, w, t: linear_cross_entropy(h, w, t, label_smoothing=2.0), "label_smoothing must be between 0 and 1, got 2.0"),
     (lambda h, w, t: linear_cross_entropy(h, w, t, scale=torch.nan), "scale must be a finite number, got nan"),
-    (lambda h, w, t: linear_cross_entropy(h, w, t, softcap=0.0), "softcap must be positive, or None for none, got 0.0"),
+    (
+        lambda h, w, t: linear_cross_entropy(h, w, t, softcap=0.0),
+        "softcap must be positive and finite, or None for none, got 0.0",
+    ),
     (lambda h, w, t: linear_cross_entropy(h, w, t.abs() + 50), "target must be in [0, 50) or ignore_index -100, got "),
 ]
 
@@ -277,7 +280,10 @@ def test_a_mean_does_not_depend_on_the_size_of_class_weights(path, size):
 REFUSED = [
     (lambda h, w, t: linear_cross_entropy(h.view(2, 3, 24), w, torch.rand(2, 3, 50)), "input must be (H,) or (N, H) where"),
     (lambda h, w, t: linear_cross_entropy(h, w, t, loss_dtype=torch.int64), "loss_dtype must be float32, float16 or bfloat16"),
-    (lambda h, w, t: linear_cross_entropy(h, w, torch.rand(6, 50), ignore_index=2), "ignore_index must be -100, unused, where"),
+    (
+        lambda h, w, t: linear_cross_entropy(h, w, torch.rand(6, 50), ignore_index=2),
+        "ignore_index must be negative, unused, where",
+    ),
     (lambda h, w, t: linear_cross_entropy(h, torch.randn(5, 3, 23), t), "linear_weight (V, H) must agree"),
 ]
 

@@ -1,3 +1,4 @@
+import math
 import re
 import weakref
 
@@ -182,6 +183,13 @@ def test_nothing_in_nothing_out(path, shape):
     sum(o.sum() for o in outputs).backward()
     assert all(o.shape == shape for o in outputs)
     assert torch.equal(weight.grad, torch.zeros(5, 8))
+
+
+def test_no_width(path):
+    """The logits are zero: every class is as likely."""
+    outputs = linear_logprob(torch.ones(3, 0), torch.ones(5, 0), torch.zeros(3, dtype=torch.int64))
+    for got, want in zip(outputs, (-math.log(5), math.log(5), math.log(5)), strict=True):
+        torch.testing.assert_close(got, torch.full((3,), want))
 
 
 def test_is_an_operator():

@@ -413,7 +413,10 @@ BAD = [
         "LigerRMSNorm: casting_mode must be one of 'none', 'gemma', 'llama', got 'x'",
     ),
     (lambda: build("LigerLayerNorm", 8, impl="cutile"), "LigerLayerNorm: impl must be one of None, got 'cutile'"),
-    (lambda: build("LigerCrossEntropyLoss", softcap=0.0), "LigerCrossEntropyLoss: softcap must be above 0 or None, got 0.0"),
+    (
+        lambda: build("LigerCrossEntropyLoss", softcap=0.0),
+        "LigerCrossEntropyLoss: softcap must be above 0 and finite, or None, got 0.0",
+    ),
     (
         lambda: build("LigerCrossEntropyLoss", label_smoothing=2),
         "LigerCrossEntropyLoss: label_smoothing must be between 0 and 1, got 2",

@@ -245,7 +245,7 @@ def linear_cross_entropy(
     return_predicted_tokens: bool = False,
 ) -> Tensor | CrossEntropyOutput:
     """torch.nn.functional.linear_cross_entropy, which torch has since 2.13: cross_entropy of scale · (input @ linear_weight.T
-    + linear_bias), whose logits are never all in memory.
+    + linear_bias), whose logits are in memory a chunk of rows at a time.
 
     Only targets that are probabilities, and a linear_weight of more than two dimensions, need all logits, as in torch.
     ignore_index None is -100. `options`, torch's LinearCrossEntropyOptions, has no effect: the operator always works in chunks
@@ -285,7 +285,7 @@ def linear_logprob(
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probability of target, entropy, logsumexp) of each row of (hidden @ weight.T + bias) / temperature, in nats, all
-    differentiable; the logits are never all in memory.
+    differentiable; the logits are in memory a chunk of rows at a time.
 
     >>> liger_aot.linear_logprob(torch.zeros(1, 8), torch.ones(4, 8), torch.tensor([2]))
     (tensor([-1.3863]), tensor([1.3863]), tensor([1.3863]))

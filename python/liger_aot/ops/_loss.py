@@ -32,8 +32,8 @@ def check_options(op, reduction, label_smoothing, softcap, lse_square_scale, sca
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing must be between 0 and 1, got {label_smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap must be positive, or None for none, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be positive and finite, or None for none, got {softcap}")
     if not abs(lse_square_scale) < math.inf or not abs(scale) < math.inf:
         name, value = ("scale", scale) if abs(lse_square_scale) < math.inf else ("lse_square_scale", lse_square_scale)
         raise ValueError(f"{op}: {name} must be a finite number, got {value}")

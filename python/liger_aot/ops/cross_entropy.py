@@ -266,9 +266,13 @@ def with_probabilities(input, target, weight, options, reduction):
     if target.shape != input.shape:
         raise ValueError(f"cross_entropy: target must have shape {tuple(input.shape)} or be int64, got {tuple(target.shape)}")
     ignore_index, label_smoothing, softcap, z_scale = options
-    if ignore_index != -100:
+    if target.device != input.device:
         raise ValueError(
-            f"cross_entropy: ignore_index must be -100, unused, where targets are probabilities, got {ignore_index}"
+            f"cross_entropy: target must be on {input.device} like the input, got {target.device}; move it with .to()"
+        )
+    if ignore_index >= 0:
+        raise ValueError(
+            f"cross_entropy: ignore_index must be negative, unused, where targets are probabilities, got {ignore_index}"
         )
     z = capped(input, softcap)
     loss = torch.nn.functional.cross_entropy(z, target.float(), weight, reduction=reduction, label_smoothing=label_smoothing)

@@ -1,10 +1,12 @@
 """Cross entropy of a linear head:  loss = cross_entropy(scale · (input · linear_weightᵀ + linear_bias), target).
 
-The signature is torch.nn.functional.linear_cross_entropy's, the idea Liger-Kernel's (arXiv 2410.10989): the logits never exist
-whole. They are made a chunk of rows at a time, in fp32, and for a mean or sum the gradients are made from them on the spot.
+The signature is torch.nn.functional.linear_cross_entropy's, the idea Liger-Kernel's (arXiv 2410.10989): the logits are made
+a chunk of rows at a time, 1024 or more on a GPU, in fp32, and for a mean or sum the gradients are made from them on the spot.
 What is kept is the gradient of the summed loss, of numbers near 1 that 16 bits hold well; backward multiplies it by what the
 mean and the upstream gradient ask for.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -197,7 +199,7 @@ def run(name, input, linear_weight, target, linear_bias, weight, options, reduct
     input, linear_weight, linear_bias = autocast(input, linear_weight, linear_bias)
     mean = None if reduction == "none" else reduction == "mean"
     arguments = (
-        input.reshape(-1, input.shape[-1]),
+        input.reshape(math.prod(shape), input.shape[-1]),
         linear_weight,
         target.reshape(-1),
         linear_bias,
@@ -255,7 +257,7 @@ def linear_cross_entropy(
     scale: float = 1.0,
     loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """cross_entropy of scale · (input · linear_weightᵀ + linear_bias), with its options; the logits never exist whole.
+    """cross_entropy of scale · (input · linear_weightᵀ + linear_bias), with its options, a chunk of rows at a time.
 
     input is (..., H), linear_weight (V, H), linear_bias (V,), of one dtype; under autocast they are cast as F.linear casts.
     target is (...), int64. Logits are fp32, not rounded on the way; the gradient of linear_weight is accumulated in fp32; only

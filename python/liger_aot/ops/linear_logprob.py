@@ -1,9 +1,11 @@
 """Log-probabilities of a linear head:  logp = z[target] - lse,  entropy = lse - Σ softmax(z) · z,  lse = logsumexp(z).
 
 z = (hidden · weightᵀ + bias) / temperature; all three in nats. As torch.log_softmax and torch.logsumexp of z: what supervised
-and preference losses and policy gradients need of the logits, which never exist whole, after Liger-Kernel (arXiv 2410.10989).
-They are made a chunk of rows at a time, in fp32, and made again in backward.
+and preference losses and policy gradients need of the logits, which after Liger-Kernel (arXiv 2410.10989)
+are made a chunk of rows at a time, 1024 or more on a GPU, in fp32, and made again in backward.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -185,6 +187,6 @@ def linear_logprob(
     shape = hidden.shape[:-1]
     target = check_classes("linear_logprob", target, shape, hidden)
     hidden, weight, bias = autocast(hidden, weight, bias)
-    arguments = hidden.reshape(-1, hidden.shape[-1]), weight, target.reshape(-1), bias, temperature, ignore_index
+    arguments = hidden.reshape(math.prod(shape), hidden.shape[-1]), weight, target.reshape(-1), bias, temperature, ignore_index
     run = LinearLogprobFunction.apply if needs_grad("linear_logprob", hidden, weight, bias) else linear_logprob_fwd
     return tuple(out.view(shape) for out in run(*arguments))

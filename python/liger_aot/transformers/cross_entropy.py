@@ -1,5 +1,7 @@
 """Liger's cross entropy, as a module."""
 
+import math
+
 import torch
 
 from ._names import one_of
@@ -10,8 +12,8 @@ def check_loss(name, label_smoothing, reduction, softcap):
     one_of(name, "reduction", reduction, ("mean", "sum", "none"))
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{name}: label_smoothing must be between 0 and 1, got {label_smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{name}: softcap must be above 0 or None, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{name}: softcap must be above 0 and finite, or None, got {softcap}")
 
 
 class LigerCrossEntropyLoss(torch.nn.Module):
