@@ -296,7 +296,7 @@ def tail(function, arguments, name):
 def autocast(machine, name):
     """Under autocast a linear loss is what it is for inputs that were cast before."""
     arguments, options = example(machine, name, torch.float32)
-    if name == "linear_cross_entropy":  # whose dtype autocast changes as well
+    if name in ("linear_cross_entropy", "linear_jsd"):  # whose dtype autocast changes as well
         options = options | {"loss_dtype": torch.float32}
     with machine.launching(machine.launcher()):
         with torch.autocast(machine.autocast, torch.bfloat16):

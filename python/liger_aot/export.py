@@ -122,8 +122,14 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
     for node in program.graph.nodes:
         if node.target is triton_kernel_wrapper_functional:
             # Triton finds what a kernel writes only where there is a GPU, and says everything elsewhere: we allocate it.
-            written = [key for key, value in node.kwargs["kwargs"].items() if allocated(value)]
+            given = node.kwargs["kwargs"]
+            written = [key for key, value in given.items() if allocated(value)]
             node.kwargs = {**node.kwargs, "tensors_to_clone": written}
+            # What it reads alone is itself for a later kernel too, and no result of this one.
+            for result in [user for user in node.users if user.args[1] not in written]:
+                result.replace_all_uses_with(given[result.args[1]])
+                program.graph.erase_node(result)
+    program.graph_module.recompile()
     return program
 
 

@@ -38,14 +38,14 @@ def vocab_parallel_cross_entropy_fwd(
 ) -> Tensor:
     """(kinds, rows) of logits (rows, C), of all classes the C from first on.
 
-    The kinds are the loss, 0 where the target is another process's, logsumexp, and where there is label smoothing logsumexp
-    less the mean of the logits.
+    The kinds are the loss, 0 where the target is another process's and NaN where it is nobody's, logsumexp, and where there is
+    label smoothing logsumexp less the mean of the logits.
     """
     check_target_if_asked(NAME, target, ignore_index, classes)
     local, here, valid = placed(target, first, logits.shape[1], ignore_index)
     known = torch.where(valid, local.clamp(min=0), IGNORED)
     nll, lse, _ = cross_entropy_fwd(logits, known, None, IGNORED, 0.0, softcap, 0.0)
-    kinds = [torch.where(here, nll, 0.0), lse]
+    kinds = [torch.where(here, nll, torch.where(valid & ((target < 0) | (target >= classes)), torch.nan, 0.0)), lse]
     if label_smoothing:  # by itself, which reads the logits once more
         kinds.append(cross_entropy_fwd(logits, known, None, IGNORED, 1.0, softcap, 0.0)[0])
     return torch.stack(kinds)
@@ -84,7 +84,7 @@ def vocab_parallel_cross_entropy_bwd(
 def gathered(kinds, group, world):
     """The kinds of rows of every process: (world, kinds, rows). Functional collectives can be traced."""
     if world == 1:
-        return kinds[None]
+        return kinds.unsqueeze(0)
     out = torch.ops._c10d_functional.all_gather_into_tensor(kinds, world, group)
     return torch.ops._c10d_functional.wait_tensor(out).view(world, *kinds.shape)
 
@@ -99,23 +99,23 @@ def join(nlls, lses, owner):
     most = more.amax(0).clamp(min=0.0)
     others = (more - most).exp().sum(0)
     added = torch.where(most == 0, others.log1p(), most + ((-most).exp() + others).log())
-    return nlls.gather(0, owner)[0] + added, own[0] + added
+    return nlls.gather(0, owner).squeeze(0) + added, own.squeeze(0) + added
 
 
 def compute(logits, target, group, rank, world, options):
     """(the losses of the rows, fp32, 0 where ignored; logsumexp over all classes)."""
     ignore_index, label_smoothing, softcap, z_scale, everywhere = options
     n = logits.shape[1]
-    valid, inside = target != ignore_index, (target >= 0) & (target < n * world)
+    valid = (target != ignore_index).float()
     kinds = vocab_parallel_cross_entropy_fwd(logits, target, rank * n, n * world, ignore_index, label_smoothing, softcap)
-    every = gathered(kinds, group, world)
-    owner = torch.where(inside, target, 0)[None] // n
-    loss, lse = join(every[:, 0], every[:, 1], owner)
+    nlls, lses, *spreads = gathered(kinds, group, world).unbind(1)
+    owner = (target // n).clamp(0, world - 1).unsqueeze(0)
+    loss, lse = join(nlls, lses, owner)
     if label_smoothing:
-        smooth = every[:, 2] + (lse - every[:, 1])
-        loss = (1 - label_smoothing) * loss + label_smoothing * (smooth.mean(0) if everywhere else smooth[rank])
-    loss = torch.where(inside, loss + z_scale * lse.square(), torch.nan)
-    return torch.where(valid, loss, 0.0), torch.where(valid, lse, 0.0)
+        smooth = spreads[0] + (lse - lses)
+        loss = (1 - label_smoothing) * loss + label_smoothing * (smooth.mean(0) if everywhere else smooth.select(0, rank))
+    # Every kind is 0 for a row that is ignored. torch.where with a number would name the device in an exported graph.
+    return (loss + z_scale * lse.square()) * valid, lse * valid
 
 
 class VocabParallelCrossEntropyFunction(Function):
