@@ -253,6 +253,14 @@ def test_what_another_run_left_is_not_in_the_way(hf, tmp_path):
     hf_to_sat(hf, tmp_path / "sat")
 
 
+def test_what_a_killed_run_left_in_a_folder_is_not_in_the_way(hf, tmp_path):
+    """What is inside may also be of a run that still goes on: it is left there."""
+    (tmp_path / "sat/.sat.partial-0123abcd/1").mkdir(parents=True)
+    hf_to_sat(hf, tmp_path / "sat")
+    assert (tmp_path / "sat/.sat.partial-0123abcd/1").is_dir()
+    assert (tmp_path / "sat/latest").is_file()
+
+
 def test_a_failed_run_leaves_nothing(hf, tmp_path, monkeypatch):
     from liger_aot.convert import _convert
 
@@ -412,6 +420,13 @@ def test_everything_that_does_not_fit_is_listed(hf):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type is 'yarn'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"is_causal": False}, "is_causal is False; SAT's LLaMAModel computes True alone"),
+        ({"rope_parameters": None, "rope_theta": 10**400}, "'rope_theta' must be a number above zero, got 1000"),
+        ({"rope_parameters": None, "rope_theta": -5}, "'rope_theta' must be a number above zero, got -5"),
+        ({"rms_norm_eps": 10**400}, "'rms_norm_eps' must be a number above zero, got 1000"),
+        ({"_name_or_path": {"a": 1}}, "'_name_or_path' must be a text, got {'a': 1}"),
+        ({"eos_token_id": "x"}, "'eos_token_id' must be the number of a token, or a list of them, got 'x'"),
+        ({"bos_token_id": [1, None]}, "'bos_token_id' must be the number of a token, or a list of them, got [1, None]"),
+        ({"num_key_value_heads": 3}, "'num_attention_heads' 4 must be divisible by 'num_key_value_heads' 3"),
         ({"layer_types": ["full_attention"] * 3}, "layer_types lists 3 layers, num_hidden_layers is 2"),
         ({"sliding_window": 32}, "sliding_window is 32, less than max_position_embeddings 64"),
         ({"num_key_value_heads": 4}, "k_proj.weight is [32, 64] in model.safetensors; config.json says [64, 64]: kv 64"),
@@ -492,8 +507,23 @@ def test_missing_entries_of_the_configuration(hf):
     refused(hf_to_sat, hf, "config.json: 'hidden_size' is missing")
     (hf / "config.json").write_text("{")
     refused(hf_to_sat, hf, "config.json: not JSON")
+    (hf / "config.json").write_text('{"a":' * 100000)
+    refused(hf_to_sat, hf, "config.json: not JSON")
     (hf / "config.json").unlink()
     refused(hf_to_sat, hf, "there is no config.json")
+
+
+def test_names_that_no_file_can_hold_come_through(hf, tmp_path):
+    """JSON may hold half of a pair of surrogates, which UTF-8 cannot."""
+    name = "\ud800"
+    edit(hf / "config.json", _name_or_path=name)
+    hf_to_sat(hf, tmp_path / "sat")
+    assert json.loads((tmp_path / "sat/model_config.json").read_text())["tokenizer_type"] == name
+
+
+def test_a_rotary_dimension_that_is_odd_is_refused(tmp_path):
+    save(tmp_path / "hf", "glm", hidden_size=72, head_dim=18)
+    refused(hf_to_sat, tmp_path / "hf", "their dimension must be even, got 9", family="glm")
 
 
 def test_files_that_are_missing_or_no_safetensors(hf, llama, tmp_path):
@@ -513,9 +543,10 @@ def test_an_index_that_does_not_hold(llama, tmp_path):
     index = json.loads((tmp_path / "in/model.safetensors.index.json").read_text())
     index["weight_map"]["model.extra"] = "model-00001-of-00004.safetensors"
     names = sorted(set(index["weight_map"].values()))
-    index["weight_map"]["model.extra"] = names[0]
+    index["weight_map"] |= {"model.extra": names[0], "model.more": names[0]}
     edit(tmp_path / "in/model.safetensors.index.json", weight_map=index["weight_map"])
-    refused(hf_to_sat, tmp_path / "in", f"puts model.extra into {names[0]}, which does not hold it")
+    texts = [f"puts model.{key} into {names[0]}, which does not hold it" for key in ("extra", "more")]
+    refused(hf_to_sat, tmp_path / "in", "2 problems", *texts)
     (tmp_path / "in" / names[1]).unlink()
     refused(hf_to_sat, tmp_path / "in", f"names files that are not there: {names[1]}")
 
@@ -584,6 +615,8 @@ def test_names_of_a_base_model_are_taken(hf, tmp_path, llama):
         ("chatglm-6b", {"position_encoding_2d": False}, "position_encoding_2d is False"),
         ("chatglm2", {"rmsnorm": False}, "rmsnorm is False"),
         ("chatglm2", {"rope_ratio": 500}, "rope_ratio is 500"),
+        ("chatglm2", {"multi_query_group_num": 3}, "'num_attention_heads' 4 must be divisible by 'multi_query_group_num' 3"),
+        ("cogvlm2", {"num_multi_query_heads": 3}, "'num_attention_heads' 4 must be divisible by 'num_multi_query_heads' 3"),
     ],
 )
 def test_what_other_families_do_not_compute(name, change, text, tmp_path):
@@ -731,10 +764,10 @@ def test_what_is_no_number_is_refused(hf, sat, value):
 # -- bad input: SAT's side
 
 
-@pytest.mark.parametrize("tag", ["0", "-1", "global_step10", "", "²"])
+@pytest.mark.parametrize("tag", ["0", "-1", "global_step10", "", "²", "9" * 5000])
 def test_latest_must_name_an_iteration(sat, tag):
     (sat / "latest").write_text(tag)
-    refused(sat_to_hf, sat, "latest: must hold an iteration above 0 or 'release'", repr(tag))
+    refused(sat_to_hf, sat, "latest: must hold an iteration above 0 or 'release'", repr(tag)[:80])
 
 
 def test_latest_must_be_there_and_name_a_folder(sat, tmp_path):
@@ -772,6 +805,9 @@ def test_arguments_must_be_there(sat, key):
         ),
         ({"num_multi_query_heads": 1}, "model_config.json says [96, 64]: q 64 + kv 16 + kv 16"),
         ({"inner_hidden_size": 96}, "says [96, 64]: inner 96"),
+        ({"rope_theta": "x"}, "model_config.json: 'rope_theta' must be a number above zero, got 'x'"),
+        ({"rope_theta": -5}, "model_config.json: 'rope_theta' must be a number above zero, got -5"),
+        ({"eos_token_id": "x"}, "model_config.json: 'eos_token_id' must be the number of a token"),
         ({"model_class": "T5Model"}, "no family for 'T5Model'; there are"),
         ({"model_parallel_size": 2}, "mp_rank_01_model_states.pt must be there; 1 found: mp_rank_00"),
     ],
@@ -879,7 +915,9 @@ def test_what_deepspeed_saves_beside_the_weights_is_read(sat, tmp_path):
     sat_to_hf(sat, tmp_path / "hf")
 
 
-def test_files_of_sat_that_cannot_be_read(sat):
+def test_files_of_sat_that_cannot_be_read(sat, llama, tmp_path):
+    import numpy
+
     whole = (sat / FILE).read_bytes()
     (sat / FILE).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
     refused(sat_to_hf, sat, "mp_rank_00_model_states.pt: a Git LFS pointer")
@@ -887,6 +925,13 @@ def test_files_of_sat_that_cannot_be_read(sat):
     refused(sat_to_hf, sat, "2000 bytes, not a file of torch.save, or cut off")
     (sat / FILE).write_bytes(whole[: len(whole) // 2])
     refused(sat_to_hf, sat, "not a file of torch.save, or cut off")
+    torch.save({"module": state(copy(llama / "sat", tmp_path / "old"))}, sat / FILE, _use_new_zipfile_serialization=False)
+    refused(sat_to_hf, sat, "written as torch did before 1.6; load it and save it once with a newer torch")
+    torch.save({"module": {3: torch.zeros(1)}}, sat / FILE)
+    refused(sat_to_hf, sat, "mp_rank_00_model_states.pt: names of tensors must be texts, got 3")
+    torch.save({"module": {}, "loss": numpy.ones(1)}, sat / FILE)
+    text = refused(sat_to_hf, sat, "mp_rank_00_model_states.pt: cannot be read: ", "numpy.dtypes.Float64DType")
+    assert "weights_only" not in text
     torch.save(state_ := {"transformer.final_layernorm.weight": torch.zeros(64)}, sat / FILE)
     refused(sat_to_hf, sat, "must hold a dict with 'module', got transformer.final_layernorm.weight")
     torch.save({"module": state_ | {"x.quant_state": [1, 2]}}, sat / FILE)
@@ -1139,6 +1184,15 @@ def test_what_verification_is_to_see_is_not_dropped(llama, tmp_path):
     refused(hf_to_sat, tmp_path / "in/vit", "--verify of vit takes --image, a picture", text=tmp_path / "text", verify=True)
 
 
+@pytest.mark.parametrize("option", ["text", "image"])
+@pytest.mark.parametrize("name", ["cogvlm", "chatglm-6b"])
+def test_what_nothing_would_read_is_refused(name, option, tmp_path):
+    save(tmp_path / "hf", name)
+    (tmp_path / "file").write_text("a text")
+    text = f"file: --verify of {name} runs neither side: the code of C"
+    refused(hf_to_sat, tmp_path / "hf", text, verify=True, **{option: tmp_path / "file"})
+
+
 @pytest.mark.parametrize("arguments", [["--mp", "0"], ["--mp", "3"], ["--dtype", "float16", "--mp", "100"]], ids=" ".join)
 def test_command_says_why_and_returns_2(llama, tmp_path, capsys, arguments):
     assert main(["convert", "hf2sat", str(llama / "hf"), str(tmp_path / "sat"), *arguments]) == 2
@@ -1146,10 +1200,10 @@ def test_command_says_why_and_returns_2(llama, tmp_path, capsys, arguments):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("arguments", "text"), [(["--max-shard-size", "big"], "must be like 5GB")], ids=str)
-def test_command_checks_its_arguments(llama, tmp_path, capsys, arguments, text):
-    assert main(["convert", "sat2hf", str(llama / "sat"), str(tmp_path / "hf"), *arguments]) == 2
-    assert text in capsys.readouterr().err
+@pytest.mark.parametrize("size", ["big", "9" * 5000], ids=["big", "long"])
+def test_command_checks_its_arguments(llama, tmp_path, capsys, size):
+    assert main(["convert", "sat2hf", str(llama / "sat"), str(tmp_path / "hf"), "--max-shard-size", size]) == 2
+    assert "must be like 5GB" in capsys.readouterr().err
 
 
 def test_python_arguments_are_checked(llama, tmp_path):

@@ -457,10 +457,65 @@ def test_verification_reads_the_users_text(tmp_path):
 
 
 @needs_sat
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer.json": "{}", "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'},
+        {"tokenizer_config.json": "[]"},
+        {"tokenizer.json": "garbage", "tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
+    ],
+    ids=str,
+)
+def test_verification_says_that_a_tokenizer_is_none(files, tmp_path):
+    save(tmp_path / "hf")
+    (tmp_path / "text").write_text("the cat sat")
+    for name, text in files.items():
+        (tmp_path / "hf" / name).write_text(text)
+    with pytest.raises(ConvertError, match="hf: --text needs a tokenizer there: "):
+        hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, text=tmp_path / "text")
+    assert not (tmp_path / "sat").exists()
+
+
+@needs_sat
+def test_verification_runs_what_deepspeed_saved(tmp_path):
+    """SAT's own loader refuses the state of numpy's generator, which was read before without running anything."""
+    import numpy
+
+    save(tmp_path / "hf")
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    module = torch.load(tmp_path / "sat" / FILE, weights_only=True)["module"]
+    torch.save({"module": module, "iteration": 7, "np_rng_state": numpy.random.get_state()}, tmp_path / "sat" / FILE)
+    assert "verified by running: " in str(sat_to_hf(tmp_path / "sat", tmp_path / "back", verify=True))
+
+
+@needs_sat
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"vocab_size": 3, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}, "random tokens differ by 0"),
+        ({"max_position_embeddings": 2}, "not verified by running: texts of max_sequence_length 2 are too short to compare"),
+    ],
+    ids=str,
+)
+def test_verification_of_the_smallest_models(change, text, tmp_path):
+    save(tmp_path / "hf", **change)
+    assert text in str(hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True))
+
+
+@needs_sat
 def test_verification_sees_the_users_picture(tmp_path):
     image = pytest.importorskip("PIL.Image", reason="pillow, which opens pictures, is not installed")
     save(tmp_path / "hf", "vit")
     image.effect_noise((50, 40), 60).convert("RGB").save(tmp_path / "noise.png")
+    settings = tmp_path / "hf/preprocessor_config.json"
+    for text, why in {"{": "not JSON", '{"image_mean": [0.5]}': "three numbers, got", '{"image_std": "x"}': "got 'x'"}.items():
+        settings.write_text(text)
+        with pytest.raises(ConvertError, match=f"preprocessor_config.json: .*{why}"):
+            hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, image=tmp_path / "noise.png")
+    settings.unlink()
+    (tmp_path / "none.png").write_text("no picture")
+    with pytest.raises(ConvertError, match=r"none.png: not a picture that pillow reads"):
+        hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, image=tmp_path / "none.png")
     report = hf_to_sat(tmp_path / "hf", tmp_path / "sat", verify=True, image=tmp_path / "noise.png")
     assert f"logits of {tmp_path / 'noise.png'} differ by" in str(report)
 

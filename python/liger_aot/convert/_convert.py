@@ -1,6 +1,7 @@
 """Plan everything from headers, say all that is wrong, then copy one rule at a time into files of the final size."""
 
 import os
+import re
 import secrets
 import shutil
 from contextlib import contextmanager
@@ -205,10 +206,15 @@ def fresh(target):
         return target
     if not target.is_dir():
         raise ConvertError(f"{target}: must not exist, or be an empty folder; it is a file")
-    held = sorted(path.name for path in target.iterdir())
+    held = sorted(path.name for path in target.iterdir() if not is_partial(path, target))
     if held:
         raise ConvertError(f"{target}: must not exist, or be an empty folder; it holds {', '.join(held[:5])}")
     return target
+
+
+def is_partial(path, target):
+    """What a run that was killed has left in a folder that was there before it."""
+    return re.fullmatch(rf"\.{re.escape(target.name)}\.partial-[0-9a-f]{{8}}", path.name) is not None
 
 
 @contextmanager
@@ -230,7 +236,7 @@ def staged(target, needed, last):
         if parent is not target:
             folder.rename(target)
             return
-        if list(target.iterdir()) != [folder]:
+        if any(not is_partial(path, target) for path in target.iterdir()):
             raise ConvertError(f"{target}: was empty, and no longer is")
         for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
             moved.append(path.rename(target / path.name))

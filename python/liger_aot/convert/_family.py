@@ -33,7 +33,7 @@ NAMES = {
     "vocab_size": "vocab_size",
     "max_sequence_length": "max_position_embeddings",
 }
-TOKENS = {f"{name}_token_id": f"{name}_token_id" for name in ("bos", "eos", "pad", "mask", "gmask")}
+TOKENS = [f"{name}_token_id" for name in ("bos", "eos", "pad", "mask", "gmask")]
 
 
 class Family:
@@ -77,16 +77,16 @@ class Family:
     def args(self, config):
         args = {
             "model_class": self.model_classes[0],
-            "tokenizer_type": config.get("_name_or_path") or self.tokenizer,
+            "tokenizer_type": config.text("_name_or_path") or self.tokenizer,
             "layernorm_order": self.order,
             "layernorm_epsilon": config.number(*self.epsilon),
         }
-        return copied(args | to_args(config, self.names), TOKENS, config)
+        return args | to_args(config, self.names) | tokens(config)
 
     def config(self, args):
         config = {"model_type": self.model_types[0]} if self.model_types else {}
         config |= {"architectures": [self.architecture], self.epsilon[0]: args.number("layernorm_epsilon", 1e-5)}
-        config = copied(config | to_config(args, self.names), TOKENS, args)
+        config |= to_config(args, self.names) | tokens(args)
         return {key: value for key, value in config.items() if (key, value) != ("pad_token_id", -1)}  # SAT's word for none
 
     def check_hf(self, config, problems):
@@ -197,6 +197,10 @@ def to_config(args, names):
     """The way back; an MLP of which SAT's arguments do not say the width is four times as wide as the model."""
     usual = {"inner_hidden_size": 4 * args.count("hidden_size")}
     return {theirs: args.count(ours, usual.get(ours)) for ours, theirs in names.items()}
+
+
+def tokens(settings):
+    return {key: settings[key] for key in TOKENS if settings.tokens(key) is not None}
 
 
 def copied(entries, names, source):

@@ -11,6 +11,7 @@ import torch
 
 from . import _settings
 from ._error import ConvertError
+from ._error import Problems
 from ._error import said
 
 INDEX = "model.safetensors.index.json"
@@ -33,14 +34,15 @@ class HFSource:
         self.stored = {key: key for key in self.where}
         for name in sorted(set(self.where.values())):
             self.open(name)
+        problems = Problems(folder)
         for key, name in self.where.items():
             if key not in self.files[name][1]:
-                raise ConvertError(f"{folder / INDEX}: puts {key} into {name}, which does not hold it")
+                problems.add(f"{folder / INDEX}: puts {key} into {name}, which does not hold it")
         for name, (_, held) in self.files.items():
             odd = [key for key in held if self.where.get(key) != name]
-            if odd:
-                more = f" and {len(odd) - 1} more" if odd[1:] else ""
-                raise ConvertError(f"{folder / name}: holds {odd[0]}{more}, which {INDEX} does not put there")
+            for key in odd:
+                problems.add(f"{folder / name}: holds {key}, which {INDEX} does not put there")
+        problems.end()
 
     def index(self):
         single = "model.safetensors"
@@ -197,7 +199,7 @@ def sharded(plan, max_bytes):
 
 def bytes_of(text):
     """'5GB', as transformers spells it."""
-    match = re.fullmatch(r"(\d+)\s*([KMGT]?)(I?)B?", str(text).strip().upper())
+    match = re.fullmatch(r"(\d{1,15})\s*([KMGT]?)(I?)B?", str(text).strip().upper())
     if not match or int(match[1]) == 0:
-        raise ConvertError(f"convert: --max-shard-size must be like 5GB or 500MB, got {text!r}")
+        raise ConvertError(f"convert: --max-shard-size must be like 5GB or 500MB, got {repr(text)[:80]}")
     return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")

@@ -93,7 +93,7 @@ class Job:
         have = set(source.keys())
         for key in sorted(wanted.keys() - have):
             shape, text = wanted[key]
-            self.problems.add(f"missing: {key} of shape {list(shape)}, {text}")
+            self.problems.add(f"missing: {key} of shape {list(shape)}, {text}, which {path.name} asks for")
         for key in sorted(have - wanted.keys() - free):
             self.problems.add(f"unknown: {key} of shape {list(source.about(key)[0])} in {source.place(key).name}{hint(key)}")
         for key, (shape, text) in (wanted | computed).items():
@@ -155,7 +155,8 @@ class Job:
         if not self.rules(Frequencies):
             return
         item = self.rules(Frequencies)[0]
-        key, own, recorded = item.sat[0], self.family.rope_base(self.args), self.args.get("rope_theta")
+        key, own = item.sat[0], self.family.rope_base(self.args)
+        recorded = None if self.args.get("rope_theta") is None else self.args.number("rope_theta")
         theta = recorded or own
         if key in sat.keys():  # noqa: SIM118 (not a dict)
             values = sat.get(key)

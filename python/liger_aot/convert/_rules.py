@@ -223,6 +223,8 @@ class Frequencies(Rule):
         self.write = write
 
     def expand(self, sizes):
+        if sizes["rope_dim"] % 2:
+            raise ConvertError(f"convert: rotary embeddings turn pairs: their dimension must be even, got {sizes['rope_dim']}")
         hf = [name for text in self.hf for name in spread(text, sizes)]
         shape = (sizes["rope_dim"] // 2,)
         yield Item(self, tuple(hf), self.sat, (shape,) * len(hf), (shape,), sizes)

@@ -1,6 +1,7 @@
 """A SwissArmyTransformer folder: `latest`, model_config.json and one file of torch.save per rank of model parallelism."""
 
 import mmap
+import pickle
 import zipfile
 from collections import OrderedDict
 
@@ -15,6 +16,8 @@ from ._error import said
 from ._hf import allocate
 from ._hf import refuse_adapters
 from ._hf import refuse_pointer
+
+OLD = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # torch.save before 1.6: a pickle of this number comes first
 
 
 class SATSource:
@@ -93,7 +96,7 @@ def latest(folder):
     if not path.is_file():
         raise ConvertError(f"{folder}: there is no file 'latest', which names the iteration; a SAT folder has one")
     tag = path.read_text(encoding="utf-8", errors="replace").strip()
-    if tag == "release" or (tag.isascii() and tag.isdecimal() and int(tag) > 0):
+    if tag == "release" or (tag.isascii() and tag.isdecimal() and len(tag) < 19 and int(tag) > 0):
         return tag if tag == "release" else str(int(tag))
     raise ConvertError(f"{path}: must hold an iteration above 0 or 'release', got {tag[:80]!r}")
 
@@ -101,6 +104,9 @@ def latest(folder):
 def load(path):
     """What is under 'module' in a file of torch.save; never a pickle that could run anything."""
     refuse_pointer(path)
+    with path.open("rb") as file:
+        if file.read(len(OLD)) == OLD:
+            raise ConvertError(f"{path}: written as torch did before 1.6; load it and save it once with a newer torch")
     if not zipfile.is_zipfile(path):
         raise ConvertError(f"{path}: {path.stat().st_size} bytes, not a file of torch.save, or cut off")
     try:
@@ -110,11 +116,14 @@ def load(path):
         unsafe = foreign(path)
         if unsafe:
             raise ConvertError(f"{path}: refused, because reading it could run code: it names {', '.join(unsafe)}") from None
-        raise ConvertError(f"{path}: cannot be read: {said(error)}") from None
+        reason = str(error).partition("WeightsUnpickler error:")[2] or error  # before it torch advises to run the file
+        raise ConvertError(f"{path}: cannot be read: {said(reason)}") from None
     if not isinstance(saved, dict) or not isinstance(saved.get("module"), dict):
         keys = ", ".join(map(str, list(saved)[:8])) if isinstance(saved, dict) else f"a {type(saved).__name__}"
         raise ConvertError(f"{path}: must hold a dict with 'module', got {keys}")
     for key, value in saved["module"].items():
+        if not isinstance(key, str):
+            raise ConvertError(f"{path}: names of tensors must be texts, got {key!r}")
         if not isinstance(value, torch.Tensor):
             why = "; a quantised model, save it in 16 bits first" if "quant_state" in str(key) else ""
             raise ConvertError(f"{path}: {key} must be a tensor, got a {type(value).__name__}{why}")

@@ -1,9 +1,12 @@
 """config.json and model_config.json, whose missing and impossible entries are errors that name the file."""
 
 import json
+import sys
 from pathlib import Path
 
 from ._error import ConvertError
+
+MOST = sys.float_info.max
 
 
 class Settings(dict):
@@ -49,14 +52,35 @@ class Settings(dict):
             raise ConvertError(f"{self.path}: {key!r} must hold an object, got {repr(self[key])[:80]}")
         return Settings(self[key], f"{self.path}, {key}")
 
+    def colours(self, key):
+        """A number for each of red, green and blue; 0.5 where nothing is said."""
+        value = self.get(key, [0.5] * 3)
+        numbers = [v for v in value if isinstance(v, int | float) and abs(v) < MOST] if isinstance(value, list) else []
+        if len(numbers) != 3 or value != numbers:
+            raise ConvertError(f"{self.path}: {key!r} must be a list of three numbers, got {repr(value)[:80]}")
+        return [float(v) for v in numbers]
+
     def number(self, key, default=None):
         value = self.get(key, default) if default is not None else self[key]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise ConvertError(f"{self.path}: {key!r} must be a number above zero, got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
+            raise ConvertError(f"{self.path}: {key!r} must be a number above zero, got {repr(value)[:80]}")
         return value
 
-    def divide(self, key, by):
-        whole, parts = self.count(key), self.count(by)
+    def tokens(self, key):
+        """The number of a token, of several, or None."""
+        value = self.get(key)
+        if value is not None and any(type(one) is not int for one in (value if isinstance(value, list) else [value])):
+            raise ConvertError(f"{self.path}: {key!r} must be the number of a token, or a list of them, got {repr(value)[:80]}")
+        return value
+
+    def text(self, key):
+        value = self.get(key)
+        if value is not None and not isinstance(value, str):
+            raise ConvertError(f"{self.path}: {key!r} must be a text, got {repr(value)[:80]}")
+        return value
+
+    def divide(self, key, by, default=None):
+        whole, parts = self.count(key), self.count(by, default)
         if whole % parts:
             raise ConvertError(f"{self.path}: {key!r} {whole} must be divisible by {by!r} {parts}")
         return whole // parts
@@ -68,7 +92,7 @@ def read(path):
         raise ConvertError(f"{path.parent}: there is no {path.name}")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # what json and the decoder raise
+    except (ValueError, RecursionError) as error:  # what json and the decoder raise
         raise ConvertError(f"{path}: not JSON: {error}") from None
     if not isinstance(entries, dict):
         raise ConvertError(f"{path}: must hold an object, got a {type(entries).__name__}")
@@ -76,4 +100,4 @@ def read(path):
 
 
 def write(path, entries):
-    path.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

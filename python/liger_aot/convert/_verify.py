@@ -1,7 +1,6 @@
 """Hold what was written to what was read: bit by bit always, by running both frameworks where they are installed."""
 
 import importlib.util
-import json
 import os
 import sys
 import tempfile
@@ -22,11 +21,13 @@ from ._lora import Merged
 from ._rules import Copy
 from ._rules import Tied
 from ._rules import Zeros
+from ._sat import numpy_state
 
 NEAR = 1e-5  # of the largest logit; a tensor in the wrong place moves logits by their own size
 PACKAGES = {"transformers": "pip install transformers", "sat": "pip install --no-deps SwissArmyTransformer"}
 KERNEL = "sat.model.position_embedding.triton_rotary"
 TOKENS = 64
+SHORT = 4  # RoBERTa counts from 2, and the loss is of a token and the next
 
 
 class Shown:
@@ -41,6 +42,9 @@ class Shown:
                 raise ConvertError(f"convert: {path}: no such file")
 
     def fits(self, family):
+        for path in (self.text, self.image):
+            if path and family.foreign:
+                raise ConvertError(f"convert: {path}: --verify of {family.name} runs neither side: {family.foreign}")
         wrong, takes = (self.text, "--image, a picture") if family.sees else (self.image, "--text")
         if wrong:
             raise ConvertError(f"convert: {wrong}: --verify of {family.name} takes {takes}")
@@ -85,12 +89,14 @@ def compare_logits(job, hf_folder, sat, shown):
         return
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     merged = isinstance(sat, Merged)
+    short = not job.family.sees and job.args["max_sequence_length"] < SHORT
     typeless, derived = "model_type" not in job.config, job.args["model_class"] not in job.family.model_classes
-    if missing or merged or typeless or derived or job.ranks > 1:
+    if missing or merged or typeless or derived or short or job.ranks > 1:
         why = [f"{name} is not installed ({PACKAGES[name]})" for name in missing]
         why += [f"SAT would need the adapters' own model for {sat.folder}"] * merged
         why += ["one process cannot run model-parallel files"] * (job.ranks > 1)
         why += [f"{job.config.path} has no model_type, by which transformers chooses the model"] * typeless
+        why += [f"texts of max_sequence_length {job.args['max_sequence_length']} are too short to compare"] * short
         why += [f"SAT has no {job.args['model_class']}, which derives from one of its classes"] * derived
         notes.append(f"not verified by running: {'; '.join(why)}")
         return
@@ -168,7 +174,8 @@ def load_sat(job, sat):
     with tempfile.TemporaryDirectory() as apart:
         (Path(apart) / "latest").write_text(sat.tag)
         (Path(apart) / sat.tag).symlink_to(sat.folder.absolute() / sat.tag)
-        load_checkpoint(model, args, load_path=apart)
+        with torch.serialization.safe_globals(numpy_state()):  # of DeepSpeed, whose files SAT cannot read without
+            load_checkpoint(model, args, load_path=apart)
     job.family.prepare_sat(model, job.args)
     return rounded(model.float(), job.dtype)
 
@@ -203,15 +210,17 @@ def read_inputs(job, folder, config, shown):
     longest = job.args["max_sequence_length"] - 2  # RoBERTa counts from 2
     if shown.text is None:
         count = min(TOKENS, longest)
-        return {"input_ids": torch.randint(3, job.args["vocab_size"], (1, count))}, f"{count} random tokens"
+        vocabulary = job.args["vocab_size"]
+        return {"input_ids": torch.randint(min(3, vocabulary - 1), vocabulary, (1, count))}, f"{count} random tokens"
     import transformers
 
+    text = shown.text.read_text(encoding="utf-8", errors="replace")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConvertError(f"{folder}: --text needs a tokenizer there: {said(error)}") from None
-    text = shown.text.read_text(encoding="utf-8", errors="replace")
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, :longest]
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, :longest]
+    except Exception as error:  # a tokenizer's files may be wrong in any way, and each library fails in its own
+        what = f"{type(error).__name__}: {said(error)}"
+        raise ConvertError(f"{folder}: --text needs a tokenizer there: {what}") from None
     if ids.shape[1] < 2:
         raise ConvertError(f"{shown.text}: must be two tokens or more, got {ids.shape[1]}")
     if ids.max() >= job.args["vocab_size"]:
@@ -225,9 +234,12 @@ def picture(folder, path, size):
     except ImportError:
         raise ConvertError("convert: --image needs pillow: pip install pillow") from None
     settings = folder / "preprocessor_config.json"
-    settings = json.loads(settings.read_text()) if settings.is_file() else {}
-    mean, std = (torch.tensor(settings.get(name, [0.5] * 3)).view(3, 1, 1) for name in ("image_mean", "image_std"))
-    pixels = bytearray(Image.open(path).convert("RGB").resize((size, size)).tobytes())
+    settings = _settings.read(settings) if settings.is_file() else _settings.Settings({}, settings)
+    mean, std = (torch.tensor(settings.colours(name)).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    try:
+        pixels = bytearray(Image.open(path).convert("RGB").resize((size, size)).tobytes())
+    except (OSError, ValueError, SyntaxError) as error:  # what pillow raises
+        raise ConvertError(f"{path}: not a picture that pillow reads: {said(error)}") from None
     pixels = torch.frombuffer(pixels, dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1).float() / 255
     return ((pixels - mean) / std)[None]
 

@@ -95,7 +95,8 @@ class ChatGLM(Family):
 
     def sizes(self, config, args):
         dim, heads = config.divide("hidden_size", "num_attention_heads"), config["num_attention_heads"]
-        groups = config.count("multi_query_group_num") if config.get("multi_query_attention") else heads
+        shared = config.divide("num_attention_heads", "multi_query_group_num") if config.get("multi_query_attention") else 1
+        groups = heads // shared
         return where_gate_is(args, self.sat_class(args) == "ChatGLM3Model") | {
             "vocab": config.count("padded_vocab_size"),
             "hidden": config["hidden_size"],

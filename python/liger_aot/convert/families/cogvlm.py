@@ -241,7 +241,7 @@ class CogVLM2(CogVLM):
         return config.each("num_hidden_layers")
 
     def groups(self, config):
-        return config.count("num_multi_query_heads")
+        return config["num_attention_heads"] // config.divide("num_attention_heads", "num_multi_query_heads")
 
     def args(self, config):
         return super().args(config) | {"num_multi_query_heads": self.groups(config)}

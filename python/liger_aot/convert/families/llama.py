@@ -48,7 +48,7 @@ class Decoder(Family):
     def sizes(self, config, args):
         dim = config.divide("hidden_size", "num_attention_heads")
         heads = config["num_attention_heads"]
-        kv_heads = config.count("num_key_value_heads", heads)
+        kv_heads = heads // config.divide("num_attention_heads", "num_key_value_heads", heads)
         return {
             "vocab": config.count("vocab_size"),
             "hidden": config["hidden_size"],
