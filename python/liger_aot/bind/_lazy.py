@@ -13,6 +13,7 @@ from torch import Tensor
 from ..functional import cross_entropy
 from ..functional import linear_cross_entropy
 from ..ops._check import FLOATS
+from ..ops._check import under_autocast
 
 WHOLE = slice(None)
 
@@ -190,10 +191,13 @@ class LazyLogits:
             loss = cross_entropy if self.head.real and classes else F.cross_entropy
             return loss(self.compute("cross_entropy"), target, size_average=size_average, reduce=reduce, **options)
 
+        # There torch computes this loss in no less, whatever the logits are.
+        dtype = torch.promote_types(form.dtype, torch.float32) if under_autocast(form.hidden) else form.dtype
+
         def loss(head, hidden):
             weight, bias, more = (first(form.classes, p) for p in (head.weight, head.bias, form.bias))
             bias = more if bias is None else bias if more is None else bias + more
-            shape = {"softcap": form.softcap, "scale": form.scale, "loss_dtype": form.dtype}
+            shape = {"softcap": form.softcap, "scale": form.scale, "loss_dtype": dtype}
             return linear_cross_entropy(hidden, weight, target, linear_bias=bias, **options, **shape)
 
         self.head.count("fused", torch.compiler.is_compiling())
