@@ -69,7 +69,7 @@ def example(name, dtype=torch.float32):
 
 def sizes(name, tensors):
     """The sizes that may change: those of rows, of every tensor but weights."""
-    weights = {"layer_norm": (1, 2), "rms_norm": (1,), "fused_add_rms_norm": (2,), "linear_jsd": (1, 3)}
+    weights = {"layer_norm": (1, 2), "rms_norm": (1,), "fused_add_rms_norm": (2,), "dyt": (1, 2, 3), "linear_jsd": (1, 3)}
     weights = weights.get(name, (1,) if "linear" in name else ())
     rows = [range(max(t.dim() - 1, 1)) if n not in weights else () for n, t in enumerate(tensors)]
     return tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in rows)
@@ -197,6 +197,58 @@ def test_chunks_of_rows_unknown_are_refused_by_name(lower, name):
         lower(program)
 
 
+# Operators of whole rows, of tensors of these shapes; and what a dynamic width W is refused with.
+WIDTHS = {
+    "rms_norm": (("3W", "W"), True),
+    "layer_norm": (("3W", "W", "W"), True),
+    "fused_add_rms_norm": (("3W", "3W", "W"), True),
+    "softmax": (("3W",), True),
+    "rope": (("123W", "123W", "13W", "13W"), True),
+    "swiglu": (("3W", "3W"), False),
+    "geglu": (("3W", "3W"), False),
+    "relu_squared": (("3W",), False),
+    "dyt": (("3W", "1", "W", "W"), False),
+    "kl_div": (("3W", "3W"), False),
+    "jsd": (("3W", "3W"), False),
+    "tvd": (("3W", "3W"), False),
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_dynamic_widths_are_served_or_refused_by_name(lower, name):
+    """A tile of the width while tracing would leave the columns beyond it unwritten."""
+    forms, refused = WIDTHS[name]
+    tensors, wider = (
+        tuple(torch.randn([width if c == "W" else int(c) for c in form]) for form in forms) for width in (64, 2500)
+    )
+    if name in ("kl_div", "jsd", "tvd"):
+        tensors, wider = (tuple(t.log_softmax(-1) for t in ts) for ts in (tensors, wider))
+    half = torch.export.Dim("half", min=8, max=4500)
+    sizes = tuple({n: 2 * half for n, c in enumerate(form) if c == "W"} for form in forms)
+    program = torch.export.export(Call(name, tensors, {}), tensors, dynamic_shapes=(sizes,))
+    if refused:
+        with pytest.raises(
+            NotImplementedError, match=f"lower: {name}_fwd takes a tile .* dynamic last dimension; export with a"
+        ):
+            lower(program)
+        return
+    lowered = lower(program)
+    with _jit.interpreted():
+        for got, want in zip(lowered.module()(*wider), Call(name, wider, {})(*wider), strict=True):
+            assert torch.equal(got, want)
+
+
+def test_columns_that_rope_does_not_turn_may_be_any_number(lower):
+    angles = [torch.randn(3, 16) for _ in range(2)]
+    q, wider = ([torch.randn(1, 2, 3, n) for _ in range(2)] for n in (32, 300))
+    width, given = torch.export.Dim("width", min=17), (*q, *angles)
+    program = torch.export.export(Call("rope", given, {}), given, dynamic_shapes=(({3: width}, {3: width}, None, None),))
+    lowered = lower(program)
+    with _jit.interpreted():
+        for got, want in zip(lowered.module()(*wider, *angles), liger_aot.rope(*wider, *angles), strict=True):
+            assert torch.equal(got, want)
+
+
 def test_a_bound_model_lowers_whole(lower):
     model = tiny_llama()
     ids = torch.randint(97, (2, 7))
@@ -214,6 +266,14 @@ def test_what_is_no_program_is_refused():
         ValueError, match=r"lower: program must be a torch\.export\.ExportedProgram, got Linear; export it first"
     ):
         export.lower(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("count", [0, -1, 132.0, True, "132", None])
+def test_a_number_of_multiprocessors_that_is_none_is_refused(lower, count):
+    module, tensors = example("swiglu")
+    program = torch.export.export(module, tensors)
+    with pytest.raises(ValueError, match=r"lower: multiprocessors must be an integer of at least 1, got"):
+        lower(program, multiprocessors=count)
 
 
 def test_lowering_takes_the_kernels_of_the_package():

@@ -130,8 +130,7 @@ class Device:
         if driver.version < self.pack.manifest["min_driver"]:
             raise RuntimeError(
                 f"liger_aot: the NVIDIA driver serves CUDA {version_text(driver.version)}, the sm_{self.pack.arch} kernels "
-                f"need {version_text(self.pack.manifest['min_driver'])} or newer; update the driver, or install the wheel "
-                "of an older CUDA"
+                f"need {version_text(self.pack.manifest['min_driver'])} or newer; update the driver"
             )
         self.plans = {}
 

@@ -29,6 +29,9 @@ from ._runtime import kernels
 
 SOURCES = pathlib.Path(__file__).parent / "_triton"
 CHUNKED = {f"linear_{loss}_{way}" for loss in ("cross_entropy", "jsd", "logprob") for way in ("fwd", "bwd")}
+WHOLE_ROWS = "fused_add_rms_norm", "layer_norm", "rms_norm", "rope", "softmax"
+# Whose kernels hold a row in one tile, which is chosen by its width, and the argument of which that is the last dimension.
+TILED = {f"{op}_{way}": 2 if op == "rope" else 0 for op in WHOLE_ROWS for way in ("fwd", "bwd")}
 MODELS, PACKAGES = "*/models/*.json", "*/data/aotinductor/*/*.json"  # where .pt2 files have their graphs
 ALLOCATIONS = {
     "empty",
@@ -104,12 +107,18 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
     multiprocessors is how many the device has for which it is compiled: backward kernels start as many programs as fit there,
     and run anywhere. A program is lowered where it lies, and the linear losses take other chunks and matmuls on a CPU: move one
     that was exported there first, with torch.export.passes.move_to_device_pass. Raises ValueError on what is no exported
-    program, and NotImplementedError, with the operator's name, for one whose body a graph cannot hold: the linear losses where
-    the number of rows is dynamic, since they take as many steps as there are chunks.
+    program or no number of multiprocessors, and NotImplementedError, with the operator's name, for one whose body a graph
+    cannot hold: the linear losses where the number of rows is dynamic, since they take as many steps as there are chunks;
+    norms over the last dimension, softmax and rope where that dimension is dynamic, since their tiles are chosen by it.
     """
     if not isinstance(program, ExportedProgram):
         raise ValueError(
             f"lower: program must be a torch.export.ExportedProgram, got {type(program).__name__}; export it first"
+        )
+    if type(multiprocessors) is not int or multiprocessors < 1:
+        raise ValueError(
+            f"lower: multiprocessors must be an integer of at least 1, got {multiprocessors!r}; "
+            "torch.cuda.get_device_properties(device).multi_processor_count has that of a device"
         )
     with on_cpu(), kernels.launched_by(Tracer(multiprocessors)):
         bodies = {getattr(torch.ops.liger, name).default: body_of(name) for name in BODIES}
@@ -156,6 +165,10 @@ def body_of(name):
         if name in CHUNKED and isinstance(args[0].shape[0], torch.SymInt):
             raise NotImplementedError(
                 f"lower: {name} takes as many steps as there are chunks of rows, got a dynamic number; export with a fixed one"
+            )
+        if name in TILED and isinstance(args[TILED[name]].shape[-1], torch.SymInt):
+            raise NotImplementedError(
+                f"lower: {name} takes a tile for the width of its rows, got a dynamic last dimension; export with a fixed one"
             )
         return functional(*args, **kwargs)
 
