@@ -200,7 +200,9 @@ def test_overflow_of_a_cast_is_an_error(hf):
 
 
 def test_tokenizer_files_come_through(hf, tmp_path):
-    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "LICENSE", "chat_template.jinja"):
+    also = ("tokenizer.spm", "merges.bpe", "additional_chat_templates/tools.jinja")
+    (hf / "additional_chat_templates").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "LICENSE", "chat_template.jinja", *also):
         (hf / name).write_text(f"of {name}")
     report = hf_to_sat(hf, tmp_path / "sat")
     sat_to_hf(tmp_path / "sat", tmp_path / "back")
@@ -211,6 +213,7 @@ def test_tokenizer_files_come_through(hf, tmp_path):
         "LICENSE",
         "chat_template.jinja",
         "generation_config.json",
+        *also,
     ):
         assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
         assert name in report.files
@@ -245,6 +248,21 @@ _convert.{convert}({str(source)!r}, {str(tmp_path / "out")!r}, verify=True)
         with pytest.raises(ConvertError, match=rf"there is no.* '?({text})|there is neither"):
             back(left, tmp_path / "again")
     {"hf_to_sat": hf_to_sat, "sat_to_hf": sat_to_hf}[convert](source, tmp_path / "out")  # is not in the way
+
+
+def test_a_run_killed_with_an_index_leaves_nothing_loadable(llama, tmp_path):
+    """Several shards, whose index is written before the check that the run dies in."""
+    script = f"""
+import os, signal
+from liger_aot.convert import _convert
+_convert.compare_back = lambda *unused: os.kill(os.getpid(), signal.SIGKILL)
+_convert.sat_to_hf({str(llama / "sat")!r}, {str(tmp_path / "out")!r}, verify=True, max_shard_size="100KB")
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert (left / "model.safetensors.index.json").is_file()
+    with pytest.raises(ConvertError, match=r"there is no config\.json"):
+        hf_to_sat(left, tmp_path / "again")
 
 
 def test_what_another_run_left_is_not_in_the_way(hf, tmp_path):

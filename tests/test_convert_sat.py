@@ -23,6 +23,8 @@ from liger_aot.convert import ConvertError
 from liger_aot.convert import hf_to_sat
 from liger_aot.convert import sat_to_hf
 from liger_aot.convert import set_rope_theta
+from liger_aot.convert._parallel import Layout
+from liger_aot.convert._parallel import local_shape
 
 from checkpoints import FAMILY
 from checkpoints import MODELS
@@ -101,6 +103,30 @@ class Pair:
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[] if name in OWN else [needs_sat]) for name in MODELS])
 def pair(request, tmp_path_factory):
     return Pair(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def split_by_sat(name, model):
+    """How the class of the module that holds a parameter splits it."""
+    module, _, own = name.rpartition(".")
+    kind = {"ColumnParallelLinear": "column", "RowParallelLinear": "row", "VocabParallelEmbedding": "column"}.get(
+        type(model.get_submodule(module)).__name__, ""
+    )
+    return "" if kind == "row" and own == "bias" else kind
+
+
+@needs_sat
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in OWN and name != "llama-mqa"])
+def test_ranks_split_what_sats_classes_split(name, tmp_path):
+    """A vocabulary of 1000 or more is split with its embedding."""
+    save(tmp_path / "hf", name, **({} if name == "vit" else {"vocab_size": 1024}))
+    for folder, mp in (("one", 1), ("two", 2)):
+        hf_to_sat(tmp_path / "hf", tmp_path / folder, mp=mp, family=FAMILY.get(name, "auto"), allow_rope_theta=True)
+    whole, part = (torch.load(tmp_path / folder / FILE, weights_only=True)["module"] for folder in ("one", "two"))
+    model, found = load_sat(tmp_path / "one"), []
+    for key, tensor in whole.items():
+        found.append(split_by_sat(key, model))
+        assert part[key].shape == local_shape(tensor.shape, Layout(found[-1], ()), 2), key
+    assert {"column", "row", ""} <= set(found)
 
 
 def test_both_frameworks_compute_the_same(pair):

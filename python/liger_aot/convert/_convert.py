@@ -39,7 +39,8 @@ from ._verify import compare_back
 from ._verify import compare_logits
 
 NARROW = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md")
+CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".py", ".md")
+TEMPLATES = "additional_chat_templates/*.jinja"
 CARRIED_NAMES = ("LICENSE", "NOTICE", "MODEL_LICENSE")
 
 
@@ -343,6 +344,8 @@ def carry(source, folder):
     ours = {"config.json", "model_config.json", INDEX}
     found = [path for path in sorted(source.iterdir()) if path.suffix in CARRIED or path.stem in CARRIED_NAMES]
     keep = [path for path in found if path.is_file() and path.name not in ours and not path.name.endswith(".index.json")]
-    for path in keep:
-        shutil.copyfile(path, folder / path.name)
-    return [path.name for path in keep]
+    names = [path.relative_to(source) for path in [*keep, *sorted(source.glob(TEMPLATES))]]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+    return list(map(str, names))
