@@ -188,7 +188,7 @@ FILES = [SOURCES / name for name in NAMES if not name.startswith(("convert", "_t
 TOOLS = [*(ROOT / "tools").glob("*.py"), *(ROOT / "csrc_triton").glob("_*.py")]
 # Of these every message: the machine, packs, the driver, the build. What a function's arguments must be stands on its own page.
 MACHINERY = [p for p in FILES if p.name[0] == "_" and p.parent in (SOURCES, SOURCES / "bind")] + [SOURCES / "export.py", *TOOLS]
-SAYING = "problems", "inside", "wrong_folder", "require"  # functions whose texts are messages that others print
+SAYING = "problems", "inside", "wrong_folder", "missing", "require"  # functions whose texts are messages that others print
 
 
 def said(node):

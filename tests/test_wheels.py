@@ -331,6 +331,37 @@ def test_which_pack_a_device_gets_and_why(monkeypatch, capsys, capability, versi
     assert ("error" in about) == bool(status)
 
 
+@pytest.mark.parametrize(
+    ("devices", "built", "library", "status"),
+    [(1, True, False, 1), (0, True, True, 1), (0, True, False, 0), (0, False, True, 0)],
+    ids=["a device", "a driver", "none", "torch for the CPU"],
+)
+def test_a_driver_that_does_not_work_is_an_error_and_none_is_not(monkeypatch, capsys, devices, built, library, status):
+    def driver():
+        raise RuntimeError("cuInit: no device (CUDA driver error 100)")
+
+    def load(name):
+        if not library:
+            raise OSError(name)
+
+    monkeypatch.setattr(_info, "driver", driver)
+    monkeypatch.setattr(_info.ctypes, "CDLL", load)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: built)
+    assert main(["info"]) == status
+    assert "driver         cuInit: no device (CUDA driver error 100)\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_an_installed_pack_that_is_missing_is_named(monkeypatch, capsys, command):
+    lost = _runtime.FOLDER.resolve() / "sm_61.zip"
+    monkeypatch.setattr(_info, "recorded", lambda: {lost: b"", pathlib.Path("/of/another/installation/sm_61.zip"): b""})
+    assert main([command]) == 1
+    said = capsys.readouterr().out
+    assert said.count(f"{lost}: was installed and is missing; install liger-aot again") == 1
+    assert "another" not in said
+
+
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_a_folder_of_packs_that_is_none_is_named(packs, tmp_path, command, capsys):
     packs(tmp_path / "nothing")

@@ -1,5 +1,8 @@
 """Versions, devices and packs, and which pack serves which device."""
 
+import base64
+import ctypes
+import functools
 import importlib.metadata
 import json
 import os
@@ -25,8 +28,8 @@ MANIFEST = "variants", "version", "triton", "ptxas", "min_driver", "kernels"
 
 
 def packs():
-    """{architecture: what is in its pack, or what is wrong with it}; and with a folder of packs that is none."""
-    return {f"sm_{arch}": describe(path) for arch, path in pack_paths().items()} | wrong_folder()
+    """{architecture: what is in its pack, or what is wrong with it}; and what should be there and is not."""
+    return {f"sm_{arch}": describe(path) for arch, path in pack_paths().items()} | wrong_folder() | missing()
 
 
 def wrong_folder():
@@ -34,6 +37,27 @@ def wrong_folder():
     if not folder or pathlib.Path(folder).is_dir():
         return {}
     return {"LIGER_AOT_PACKS": {"path": folder, "error": f"must be a folder of packs, got {folder}, which is none; unset it"}}
+
+
+@functools.cache
+def recorded():
+    """{path: SHA-256} of the packs that were installed, as the wheel's RECORD has them; none where it was not by a wheel."""
+    try:
+        files = importlib.metadata.files("liger-aot") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    packs = [f for f in files if f.parent.name == "cubins" and f.hash and f.hash.mode == "sha256"]
+    return {pathlib.Path(f.locate()).resolve(): base64.urlsafe_b64decode(f.hash.value + "=") for f in packs}
+
+
+def missing():
+    """As wrong_folder, of the packs that were installed in the package's own folder and are no longer there."""
+    own = FOLDER.resolve()
+    lost = [path for path in recorded() if path.parent == own and not path.is_file()]
+    return {
+        path.name: {"path": str(path), "error": f"{path}: was installed and is missing; install liger-aot again"}
+        for path in lost
+    }
 
 
 def describe(path):
@@ -52,9 +76,22 @@ def devices():
         found = driver()
         about = {"back end": found.backend.name, "serves CUDA": version_text(found.version)}
     except RuntimeError as error:
-        return {"none": str(error)}, []
+        return {"error" if has_driver() else "none": str(error)}, []
     indices = range(torch.cuda.device_count())
     return about, [about_device(found, n) | {"fits": fits(found.capability(n))} for n in indices]
+
+
+def has_driver():
+    """Whether there is a driver that torch would use, in whatever state."""
+    if torch.cuda.device_count():
+        return True
+    if not torch.backends.cuda.is_built():
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def about_device(found, index):
@@ -119,7 +156,7 @@ def show(known):
     for name, value in known["versions"].items():
         line(name, "none" if value is None else value)
     for name, value in known["driver"].items():
-        line("driver", value if name == "none" else f"{name} {value}")
+        line("driver", value if name in ("none", "error") else f"{name} {value}")
     for index, about in enumerate(known["devices"]):
         line(f"cuda:{index}", f"{about['name']}, compute capability {about['capability']}: {served(about)}")
     if not known["devices"]:
@@ -152,5 +189,6 @@ def main(args):
         print(json.dumps(known, indent=1))
     else:
         show(known)
-    bad = [p for p in (*known["devices"], *known["packs"].values(), known.get("asked", {})) if "error" in p]
+    parts = known["driver"], *known["devices"], *known["packs"].values(), known.get("asked", {})
+    bad = [part for part in parts if "error" in part]
     return 1 if bad or not known["packs"] else 0

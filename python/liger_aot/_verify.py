@@ -1,13 +1,11 @@
 """Read all of every pack, and hold it to what was installed, and every cubin to what the launcher passes it."""
 
-import base64
-import functools
 import hashlib
-import importlib.metadata
 import json
-import pathlib
 import struct
 
+from ._info import missing
+from ._info import recorded
 from ._info import wrong_folder
 from ._runtime import CODES
 from ._runtime import open_pack
@@ -49,17 +47,6 @@ def passed(types):
     return [(struct.calcsize("".join(codes[:n]) + "0" + code), struct.calcsize(code)) for n, code in enumerate(codes)]
 
 
-@functools.cache
-def recorded():
-    """{path: SHA-256} of the packs that were installed, as the wheel's RECORD has them; none where it was not by a wheel."""
-    try:
-        files = importlib.metadata.files("liger-aot") or []
-    except importlib.metadata.PackageNotFoundError:
-        return {}
-    packs = [f for f in files if f.parent.name == "cubins" and f.hash and f.hash.mode == "sha256"]
-    return {pathlib.Path(f.locate()).resolve(): base64.urlsafe_b64decode(f.hash.value + "=") for f in packs}
-
-
 def problems(path):
     """What is wrong with a pack: sentences."""
     found = inside(path)
@@ -99,7 +86,7 @@ def add_arguments(parser):
 def main(args):
     paths = pack_paths()
     results = {f"sm_{arch}": problems(path) for arch, path in paths.items()}
-    results |= {name: [about["error"]] for name, about in wrong_folder().items()}
+    results |= {name: [about["error"]] for name, about in (wrong_folder() | missing()).items()}
     if args.json:
         print(json.dumps(results, indent=1))
     elif not results:
