@@ -167,7 +167,7 @@ def divergence_reduce(
     KIND=["kl", "kl_target", "jsd", "tvd"],
     EACH=[False, True],
     BLOCK=[2048],
-    num_warps=4,
+    num_warps=8,
     where=lambda G, T, EACH: G in ([T] if EACH else ["fp32"]),
 )
 @triton.jit
