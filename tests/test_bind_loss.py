@@ -30,6 +30,12 @@ def made(family="llama", **options):
     return model
 
 
+def with_loss(model, loss):
+    """Model, of a class that has this loss as its own; what is assigned to a model gets logits."""
+    model.__class__ = type(type(model).__name__, (type(model),), {"loss_function": staticmethod(loss)})
+    return model
+
+
 def bound(family="llama", flags=None, **options):
     model = made(family, **options)
     return model, liger_aot.bind(model, **(flags or {}))
@@ -177,12 +183,12 @@ def test_kept_logits_carry_gradients():
 
 
 @pytest.mark.parametrize("first", ["assign", "bind"])
-def test_an_assigned_loss_function_is_called_with_what_acts_as_logits(first):
+def test_an_assigned_loss_function_is_called_with_logits(first):
     def run(act):
         calls = []
 
         def loss_function(logits, labels, vocab_size, **_):
-            calls.append(tuple(logits.shape))
+            calls.append((type(logits), tuple(logits.shape)))
             return (logits[..., :-1, :] * 2).square().mean() + torch.cat([logits]).abs().mean() + 2 * logits.mean()
 
         model = made()
@@ -195,20 +201,50 @@ def test_an_assigned_loss_function_is_called_with_what_acts_as_logits(first):
     got, calls, model = run(liger_aot.bind)
     expected, plain_calls, _ = run(lambda model: None)
     check_equal(got, expected)
-    assert calls == plain_calls == [(2, 11, VOCABULARY)]
+    assert calls == plain_calls == [(torch.Tensor, (2, 11, VOCABULARY))]
     assigned = model.loss_function
     liger_aot.unbind(model)
     assert model.loss_function is assigned
 
 
-def test_an_assigned_loss_function_that_calls_transformers_own_stays_fused(forbidden):
-    def loss_function(logits, labels, vocab_size, **kwargs):
-        return 2 * ForCausalLMLoss(logits, labels, vocab_size, **kwargs)
+class CrossEntropy(torch.autograd.Function):
+    """As in many programs: torch hands it whatever it is called with, and gives gradients for tensors alone."""
 
-    model, report = bound()
+    @staticmethod
+    def forward(ctx, logits, target):
+        ctx.save_for_backward(logits.softmax(-1) - F.one_hot(target, VOCABULARY))
+        return F.cross_entropy(logits, target, reduction="sum")
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * ctx.saved_tensors[0], None
+
+
+ASSIGNED = {
+    "autograd.Function": CrossEntropy.apply,
+    "liger_aot's": liger_aot.cross_entropy,
+    "reentrant checkpoint": lambda z, y: torch.utils.checkpoint.checkpoint(F.cross_entropy, z, y, use_reentrant=True),
+    "traced": lambda z, y: torch.jit.trace(F.cross_entropy, (z.detach(), y), check_trace=False)(z, y),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("flags", [{}, {"linear_cross_entropy": False, "cross_entropy": True}], ids=str)
+@pytest.mark.parametrize("loss", ASSIGNED.values(), ids=ASSIGNED)
+def test_an_assigned_loss_function_may_be_what_takes_nothing_but_tensors(loss, flags):
+    model, report = bound(flags=flags)
     plain = made()
-    model.loss_function = plain.loss_function = loss_function
+    model.loss_function = plain.loss_function = lambda logits, labels, **_: loss(
+        logits.view(-1, VOCABULARY), labels.clamp(min=0).view(-1)
+    )
     check_equal(step(model, **batch()), step(plain, **batch()))
+    assert report.counts == {"materialised: an assigned loss_function": 1}
+
+
+def test_transformers_own_function_assigned_stays_fused(forbidden):
+    model, report = bound()
+    model.loss_function = ForCausalLMLoss
+    check_equal(step(model, **batch()), step(made(), **batch()))
     assert report.counts == {"fused": 1}
 
 
@@ -256,20 +292,19 @@ FUSED = {
 
 @pytest.mark.parametrize("loss", FUSED.values(), ids=FUSED)
 def test_known_operations_stay_fused(loss, forbidden):
-    model, report = bound(num_hidden_layers=1)
-    plain = made(num_hidden_layers=1)
-    model.loss_function = plain.loss_function = lambda logits, labels, **_: loss(logits, labels)
+    model, plain = (with_loss(made(num_hidden_layers=1), lambda logits, labels, **_: loss(logits, labels)) for _ in range(2))
+    report = liger_aot.bind(model)
     check_equal(step(model, **batch()), step(plain, **batch()))
     assert report.counts == {"fused": 1}
 
 
 def both(loss):
     """What a step of a bound and of a plain model gives that has this loss."""
-    model, report = bound(num_hidden_layers=1)
+    model, plain = (with_loss(made(num_hidden_layers=1), lambda logits, labels, **_: loss(logits, labels)) for _ in range(2))
+    report = liger_aot.bind(model)
     results = []
-    for each in model, made(num_hidden_layers=1):
+    for each in model, plain:
         LEARNT.grad = None
-        each.loss_function = lambda logits, labels, **_: loss(logits, labels)
         results.append(step(each, **batch()) | {"learnt": LEARNT.grad})
     return results, report
 
@@ -509,15 +544,14 @@ def test_other_operations_give_the_plain_result(loss):
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
 @pytest.mark.parametrize("loss", ["no reduction", "and more", "class weights", "bias, then cap", "scaled after the cap"])
 def test_other_operations_after_what_the_model_itself_did(family, loss):
-    model, _ = bound(family)
-    plain = made(family)
-    model.loss_function = plain.loss_function = lambda logits, labels, *_, **__: EITHER[loss](logits, labels)
+    model, plain = (with_loss(made(family), lambda logits, labels, *_, **__: EITHER[loss](logits, labels)) for _ in range(2))
+    liger_aot.bind(model)
     check_equal(step(model, **batch()), step(plain, **batch()))
 
 
 def test_counts_say_what_was_asked_of_the_logits():
-    model, report = bound()
-    model.loss_function = lambda logits, labels, **_: logits.topk(3, dim=-1).values.mean()
+    model = with_loss(made(), lambda logits, labels, **_: logits.topk(3, dim=-1).values.mean())
+    report = liger_aot.bind(model)
     model(**batch())
     assert any("topk" in what for what in materialised(report))
     assert sum(materialised(report).values()) == 1
@@ -538,8 +572,8 @@ def test_after_an_exception_in_the_loss_the_head_gives_logits():
     def broken(logits, labels, **_):
         raise RuntimeError("broken")
 
-    model, _ = bound()
-    model.loss_function = broken
+    model = with_loss(made(), broken)
+    liger_aot.bind(model)
     with pytest.raises(RuntimeError, match="broken"):
         model(**batch())
     assert isinstance(model.lm_head(torch.zeros(2, WIDTH)), torch.Tensor)
@@ -562,10 +596,8 @@ def test_the_head_called_again_within_the_loss():
 
         return loss_function
 
-    model, _ = bound()
-    plain = made()
-    for each in model, plain:
-        each.loss_function = loss_function_of(each)
+    model, plain = (with_loss(m, loss_function_of(m)) for m in (made(), made()))
+    liger_aot.bind(model)
     check_equal(step(model, **batch()), step(plain, **batch()))
 
 
@@ -627,9 +659,7 @@ def test_in_16_bits_errs_as_plain_does(family, dtype):
 def test_under_autocast(family, forbidden):
     def built(family):
         model = made(family if family in FAMILIES else "llama")
-        if family not in FAMILIES:
-            model.loss_function = lambda logits, labels, **_: flat(logits, labels)
-        return model
+        return model if family in FAMILIES else with_loss(model, lambda logits, labels, **_: flat(logits, labels))
 
     def run(model):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=model.dtype != torch.float64):
@@ -657,8 +687,9 @@ def test_a_loss_that_switches_autocast_off(family, loss):
             seen.append((logits.dtype, (logits + 0).dtype))
         return value
 
-    for model in bound(family)[0], made(family):
-        model.loss_function = loss_function
+    models = [with_loss(made(family), loss_function) for _ in range(2)]
+    liger_aot.bind(models[0])
+    for model in models:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             losses.append(step(model, **batch())["loss"])
     assert seen[0] == seen[1]
@@ -667,9 +698,13 @@ def test_a_loss_that_switches_autocast_off(family, loss):
 
 def test_logits_of_a_frozen_model_need_no_gradient():
     seen = []
-    for model in bound()[0], made():
+    models = [
+        with_loss(made(), lambda logits, labels, **_: seen.append(logits.requires_grad) or flat(logits, labels))
+        for _ in range(2)
+    ]
+    liger_aot.bind(models[0])
+    for model in models:
         model.requires_grad_(False)
-        model.loss_function = lambda logits, labels, **_: seen.append(logits.requires_grad) or flat(logits, labels)
         assert not model(**batch()).loss.requires_grad
     assert seen == [False, False]
 
@@ -677,8 +712,12 @@ def test_logits_of_a_frozen_model_need_no_gradient():
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
 def test_logits_keep_their_dtype_under_autocast(family):
     seen = []
-    for model in bound(family)[0], made(family):
-        model.loss_function = lambda logits, labels, *_, **__: seen.append((logits.dtype, (logits + 0).dtype)) or logits.mean()
+    models = [
+        with_loss(made(family), lambda logits, *_, **__: seen.append((logits.dtype, (logits + 0).dtype)) or logits.mean())
+        for _ in range(2)
+    ]
+    liger_aot.bind(models[0])
+    for model in models:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(**batch())
     assert seen[0] == seen[1]
@@ -785,8 +824,8 @@ TRACED = {
 
 @pytest.mark.parametrize(("loss", "counts"), TRACED.values(), ids=TRACED)
 def test_what_is_compiled_is_counted_once_for_each_graph(loss, counts):
-    model, report = bound(num_hidden_layers=1)
-    model.loss_function = lambda logits, labels, **_: loss(logits, labels)
+    model = with_loss(made(num_hidden_layers=1), lambda logits, labels, **_: loss(logits, labels))
+    report = liger_aot.bind(model)
     torch._dynamo.reset()
     graphs = []
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=recorder(graphs))

@@ -196,6 +196,16 @@ def heads_of(model):
     return [] if output is None else [m for m in output.modules() if isinstance(m, nn.Linear) and hasattr(type(m), "logits")]
 
 
+@torch.compiler.assume_constant_result  # what is assigned later is another function, for which the model is traced anew
+def own_logits(model):
+    """Whether model's loss_function is one that was assigned to it and is not of transformers.
+
+    Such a one may hand logits to what takes nothing but tensors and does not say so: an autograd.Function has no gradient then.
+    """
+    function = getattr(model, "_loss_function", None)  # where transformers keeps it
+    return function is not None and not getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers.")
+
+
 def model_class(original, keep_logits, fused):
     place = [*inspect.signature(original.forward).parameters].index("labels") - 1
     own_loss = "CrossEntropyLoss" in inspect.unwrap(original.forward).__code__.co_names
@@ -206,6 +216,9 @@ def model_class(original, keep_logits, fused):
         heads, who = heads_of(self) if labels is not None and (self.training or skip_logits) else [], thread()
         if heads and own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
             heads[0].count("materialised: CrossEntropyLoss", True)
+            heads = []
+        if heads and own_logits(self):
+            heads[0].count("materialised: an assigned loss_function", torch.compiler.is_compiling())
             heads = []
         if not heads:
             return original.forward(self, *args, **kwargs)
