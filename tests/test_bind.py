@@ -166,6 +166,15 @@ def test_verify_says_where_a_bound_model_differs(path):
     assert all(row.relative <= 1e-4 for row in found if row.what != f"{path}.weight")
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_verify_runs_the_fused_loss(training):
+    model = build().train(training)
+    report = liger_aot.bind(model)
+    assert liger_aot.verify(model, batch()).worst.relative <= 1e-4
+    assert report.counts["fused"] == 1
+    assert model.training is training
+
+
 def test_verify_sees_other_losses_and_logits():
     model = build()
     liger_aot.bind(model)

@@ -213,7 +213,7 @@ def model_class(original, keep_logits, fused):
     @functools.wraps(original.forward)
     def forward(self, *args, skip_logits=None, **kwargs):
         labels = args[place] if len(args) > place else kwargs.get("labels")
-        heads, who = heads_of(self) if labels is not None and (self.training or skip_logits) else [], thread()
+        heads, who = heads_of(self) if labels is not None and (self.training or skip_logits is not None) else [], thread()
         if heads and own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
             heads[0].count("materialised: CrossEntropyLoss", True)
             heads = []
