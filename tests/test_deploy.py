@@ -327,6 +327,18 @@ def test_explain_takes_shapes_of_any_size(capsys):
     assert [row["cubin"] for row in known["candidates"] if row["rejected"] is None] == [n["cubin"] for n in known["launches"]]
 
 
+@pytest.mark.parametrize(
+    ("line", "kernels"),
+    [
+        ("rope 1x4x8x64 1x2x8x64 1x8x64 1x8x64", ["rope", "rope"]),
+        ("cross_entropy 8x64 8:int64 64:float32", ["cross_entropy_fwd", "cross_entropy_reduce", "cross_entropy_bwd"]),
+    ],
+)
+def test_explain_of_gradients_where_some_tensors_may_have_none(line, kernels, capsys):
+    assert main(["explain", *line.split(), "--arch", "90", "--backward", "--json"]) == 0
+    assert [launch["kernel"] for launch in json.loads(capsys.readouterr().out)["launches"]] == kernels
+
+
 @OPERATORS
 def test_explain_says_the_same_of_shapes_as_of_tensors(name):
     arguments, options = EXAMPLES[name](torch.bfloat16)
@@ -346,6 +358,11 @@ MISUNDERSTOOD = {
     "explain rms_norm 8x64 64 1 --arch 90": "a shape was given of eps, which is no tensor: use --set eps=VALUE",
     "explain swiglu 8x64 --arch 90": "swiglu takes gate, up, gate_multiplier, down_multiplier; missing ['up']",
     "explain rms_norm 1 1 1 1 1 1 --arch 90": "rms_norm takes x, weight, eps, offset, casting; got 6 shapes",
+    "explain rms_norm 99999999999999999999x5 --arch 90": "fewer than 2**60 numbers, got 99999999999999999999x5",
+    "explain rms_norm 4294967296x4294967296 64 --arch 90": "fewer than 2**60 numbers, got 4294967296x4294967296, 64",
+    "explain softmax 0x99999999999999999999 --arch 90": "fewer than 2**60 numbers, got 0x99999999999999999999",
+    "explain rmsnorm 8x64 --arch 90": "if rmsnorm is meant as an operator, it must be one of cross_entropy,",
+    "explain rmsnorm": "must be given an operator (cross_entropy, ",
     "explain rms_norm 8x64": "without a CUDA device, --arch must say for which, like 90",
 }
 

@@ -553,7 +553,7 @@ def test_explain_takes_the_class_that_is_named_or_has_a_head(tmp_path, capsys):
 
 
 def test_explain_rejects(capsys):
-    assert main(["explain", "lama"]) == 1
+    assert main(["explain", "lama"]) == 2
     assert "a model type that transformers knows, a config.json or the folder of one, got 'lama'" in capsys.readouterr().err
     assert main(["explain", "llama", "8x64", "--arch", "90"]) == 2
     assert "for a model, shapes, --arch must not be given" in capsys.readouterr().err

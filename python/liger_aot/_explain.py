@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import re
 import sys
 from argparse import ArgumentTypeError
@@ -24,6 +25,8 @@ from ._runtime import short
 # KiB of shared memory that a program may have, by compute capability: CUDA Programming Guide, "Technical Specifications".
 SHARED_MEMORY = {(7, 5): 64, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99, (12, 1): 99}
 ASSUMED_MULTIPROCESSORS = 100
+LARGEST = 2**60  # numbers of a tensor, of which 8 bytes each are below 2**63
+CONSTANT = {"rope": {"cos", "sin"}, "cross_entropy": {"weight"}, "cross_entropy_stats": {"weight"}}  # may not require gradients
 FITS = {EXACT: "exact", FAMILY: "same family"}
 
 
@@ -213,6 +216,8 @@ def misunderstood(args, declared):
     takes = f"{args.what} takes {', '.join(a.name for a in declared)}"
     if len(args.shape) > len(declared):
         return f"{takes}; got {len(args.shape)} shapes"
+    if any(math.prod(max(n, 1) for n in shape) >= LARGEST for shape, _ in args.shape):
+        return f"a tensor must have fewer than 2**60 numbers, got {', '.join('x'.join(map(str, s)) for s, _ in args.shape)}"
     if other := [a.name for a in shaped if "Tensor" not in str(a.type)]:
         return f"{takes}; a shape was given of {', '.join(other)}, which is no tensor: use --set {other[0]}=VALUE"
     if unknown := sorted(dict(args.set).keys() - {a.name for a in rest}):
@@ -227,13 +232,15 @@ def main(args):
         from . import _report_config
 
         return _report_config.main(args)
-    if wrong := misunderstood(args, getattr(torch.ops.liger, args.what).default._schema.arguments):
+    declared = getattr(torch.ops.liger, args.what).default._schema.arguments
+    if wrong := misunderstood(args, declared):
         print(f"explain: {wrong}", file=sys.stderr)
         return 2
     device = "meta" if args.arch else "cuda"  # where tensors are shapes alone, any size costs nothing
     tensors = [torch.zeros(shape, dtype=dtype or args.dtype or torch.bfloat16, device=device) for shape, dtype in args.shape]
-    for t in tensors:
-        t.requires_grad_(args.backward and t.is_floating_point())
+    for t, argument in zip(tensors, declared, strict=False):
+        constant = argument.name in CONSTANT.get(args.what, ())
+        t.requires_grad_(args.backward and t.is_floating_point() and not constant)
     trace = explain(args.what, *tensors, arch=args.arch, **dict(args.set))
     if args.json:
         about = {"arch": trace.device.pack.arch, "packs": trace.packs, "launches": trace.chosen, "candidates": trace.rows}

@@ -32,6 +32,13 @@ def main(args):
         raise RuntimeError(
             "explain: a model needs transformers, which is missing: pip install 'liger-aot[transformers]'"
         ) from None
+    if config is None:
+        print(
+            f"explain: must be given an operator ({', '.join(sorted(_op.PUBLIC))}), a model type that transformers knows, "
+            f"a config.json or the folder of one, got {args.what!r}",
+            file=sys.stderr,
+        )
+        return 2
     try:
         model = build(config)
     except Exception as error:  # of other people's classes, on configurations that may be anything
@@ -45,6 +52,7 @@ def main(args):
 
 
 def configuration(what):
+    """That of a model by its type or its file; None where it is neither."""
     from transformers import CONFIG_MAPPING
     from transformers import AutoConfig
 
@@ -53,10 +61,7 @@ def configuration(what):
         return AutoConfig.from_pretrained(path, local_files_only=True)
     if what in CONFIG_MAPPING:
         return CONFIG_MAPPING[what]()
-    raise ValueError(
-        f"explain: must be given an operator ({', '.join(sorted(_op.PUBLIC))}), a model type that transformers knows, "
-        f"a config.json or the folder of one, got {what!r}"
-    )
+    return None
 
 
 def build(config):
