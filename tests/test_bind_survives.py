@@ -319,8 +319,14 @@ def test_lora_on_the_head_before_bind_leaves_the_head_with_its_reason(model):
     assert isinstance(logits, torch.Tensor)
 
 
-def test_lora_on_the_head_after_bind_materialises_and_is_counted(model):
-    options = {"target_modules": ["q_proj", "lm_head"]}
+ON_THE_HEAD = {
+    "a layer": {"target_modules": ["q_proj", "lm_head"]},
+    "its weight, while it is called": {"target_modules": ["q_proj"], "target_parameters": ["lm_head.weight"]},
+}
+
+
+@pytest.mark.parametrize("options", ON_THE_HEAD.values(), ids=ON_THE_HEAD)
+def test_lora_on_the_head_after_bind_materialises_and_is_counted(model, options):
     plain = step(adapted(build(), **options), **batch())
     report = liger_aot.bind(model)
     check_equal(step(adapted(model, **options), **batch()), plain)

@@ -183,22 +183,16 @@ def losses(model, keep_logits, operator, counts):
             plan = entry(paths.get(head, ""), head, Found(operator, "lazy logits", why, None if why else ()), None, module)
             heads[head] = plan[3].status == "bound"
             yield plan
-            for linear in linears_of(head) if heads[head] else ():
+            for linear in swaps.linears_of(head) if heads[head] else ():
                 attributes = {"lazy": set(), "real": operator == "cross_entropy", "counts": counts}
                 yield linear, swaps.subclass(type(linear), swaps.head_class, ()), attributes, None
         if not shadowed(module):  # for its skip_logits, if for nothing else
             yield module, swaps.subclass(kind, swaps.model_class, (keep_logits, heads.get(head, False))), {}, None
 
 
-def linears_of(head):
-    """A head, or the linear layers that PEFT keeps in its place where it trains a copy."""
-    copies = getattr(head, "modules_to_save", None)
-    return [head] if copies is None else [head.original_module, *copies.values()]
-
-
 def unfit_head(model, head):
     """Why no operator can take the place of a head; empty where one can."""
-    for linear in linears_of(head):
+    for linear in swaps.linears_of(head):
         if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
             return f"a {type(linear).__module__}.{type(linear).__qualname__} computes its output in its own way"
         if getattr(linear, "_is_hooked", False) or getattr(model, "_tp_size", None):

@@ -190,10 +190,18 @@ def head_class(original):
     return "LigerLMHead", {"forward": forward, "logits": original.forward, "count": count, "extra_repr": text}
 
 
+def linears_of(head):
+    """A head, or the linear layers that PEFT keeps in its place where it trains a copy."""
+    copies = getattr(head, "modules_to_save", None)
+    return [head] if copies is None else [head.original_module, *copies.values()]
+
+
 def heads_of(model):
-    """The bound heads of a model; more than one where adapters keep copies."""
+    """The bound heads of a model, and whether it calls them itself: what is around one may give it weights for its calls."""
     output = model.get_output_embeddings()
-    return [] if output is None else [m for m in output.modules() if isinstance(m, nn.Linear) and hasattr(type(m), "logits")]
+    called = [] if output is None else linears_of(output)
+    heads = [] if output is None else [m for m in output.modules() if isinstance(m, nn.Linear) and hasattr(type(m), "logits")]
+    return heads, all(any(head is m for m in called) for head in heads)
 
 
 @torch.compiler.assume_constant_result  # what is assigned later is another function, for which the model is traced anew
@@ -213,9 +221,13 @@ def model_class(original, keep_logits, fused):
     @functools.wraps(original.forward)
     def forward(self, *args, skip_logits=None, **kwargs):
         labels = args[place] if len(args) > place else kwargs.get("labels")
-        heads, who = heads_of(self) if labels is not None and (self.training or skip_logits is not None) else [], thread()
+        wanted = labels is not None and (self.training or skip_logits is not None)
+        (heads, alone), who = heads_of(self) if wanted else ([], True), thread()
         if heads and own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
             heads[0].count("materialised: CrossEntropyLoss", True)
+            heads = []
+        if heads and not alone:
+            heads[0].count("materialised: a wrapper around the head", torch.compiler.is_compiling())
             heads = []
         if heads and own_logits(self):
             heads[0].count("materialised: an assigned loss_function", torch.compiler.is_compiling())
