@@ -5,6 +5,8 @@ import threading
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook
+from accelerate.hooks import add_hook_to_module
 from transformers.models.llama import modeling_llama
 
 import liger_aot
@@ -34,7 +36,28 @@ def another_activation(model):
     model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
 
 
-CHANGES = [double_output, double_input, nothing_of_the_activation, another_activation]
+def another_forward_of_the_activation(model):
+    act = model.model.layers[0].mlp.act_fn
+    act.forward = lambda x: type(act).forward(act, x) * 2
+
+
+class Doubling(ModelHook):
+    def post_forward(self, module, output):
+        return output * 2
+
+
+def accelerates_hook_on_the_activation(model):
+    add_hook_to_module(model.model.layers[0].mlp.act_fn, Doubling())
+
+
+CHANGES = [
+    double_output,
+    double_input,
+    nothing_of_the_activation,
+    another_activation,
+    another_forward_of_the_activation,
+    accelerates_hook_on_the_activation,
+]
 
 
 @pytest.mark.parametrize("options", [{}, {"linear_cross_entropy": False, "cross_entropy": True}], ids=str)
@@ -50,6 +73,14 @@ def test_changes_act_once_as_on_the_plain_model(change, first, options):
     expected = step(plain, **batch())
     assert not torch.equal(expected["loss"], before)
     check_equal(step(bound, **batch()), expected)
+
+
+def test_an_activation_with_a_forward_of_its_own_is_shadowed():
+    model = build("llama")
+    another_forward_of_the_activation(model)
+    row, other = (row for row in liger_aot.bind(model) if row.operator == "swiglu")
+    assert (row.status, row.why) == ("shadowed", "this SiLUActivation has a forward of its own")
+    assert other.status == "bound"
 
 
 def test_a_hook_on_the_head_is_counted():

@@ -153,12 +153,18 @@ def entry(path, module, found, cls, of=None):
     status, why = "bound", found.why
     if found.args is None:
         status = "left"
-    elif own := [m for m in (module, of) if m is not None and shadowed(m)]:
+    elif own := [m for m in (module, of, *activations(module, cls)) if m is not None and shadowed(m)]:
         status, why = "shadowed", f"this {type(own[0]).__name__} has a forward of its own"
     elif any(p.is_floating_point() and p.dtype not in FLOATS for p in module.parameters()):
         status, why = "left", "kernels take float32, float16 and bfloat16"
     row = Row(path, type(module).__name__, found.operator, status, found.formula, why)
     return module, cls if status == "bound" else None, {}, row
+
+
+def activations(module, cls):
+    """The children in whose place an operator computes."""
+    gated = cls is not None and cls._liger.make in (swaps.glu_class, swaps.experts_class)
+    return [child for name, child in module.named_children() if name not in find.linears(module)] if gated else []
 
 
 def shadowed(module):

@@ -95,7 +95,9 @@ def norm_class(original, compile, operator, place, one_dtype, weights, offset=0.
 def untouched(module, others):
     """Whether the children that are no linear layers are what they were when module was bound, and nobody watches them."""
     children = module._modules
-    return all(type(children.get(n)) is t and not hooked(children[n]) and not getattr(children[n], "p", 0) for n, t in others)
+    if any(type(children.get(n)) is not t or "forward" in children[n].__dict__ for n, t in others):
+        return False
+    return all(not hooked(children[n]) and not getattr(children[n], "p", 0) for n, t in others)
 
 
 def glu_class(original, compile, kind, act, names, others):
