@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import liger_aot
+from liger_aot.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
 from tiny import WIDTH
 from tiny import batch
@@ -128,6 +129,17 @@ def test_a_batch_is_counted_once():
     model.eval()(**batch())
     model(batch()["input_ids"])
     assert report.counts == {"fused": 3}
+
+
+def test_a_bound_model_stays_bound_where_binding_it_anew_fails():
+    model = build()
+    report = liger_aot.bind(model)
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="compile must be"):
+        _apply_liger_kernel_to_instance(model, compile="nonsense")
+    assert [type(m) for m in model.modules()] == kinds
+    check_equal(step(model, **batch()), step(build(), **batch()))
+    assert report.counts == {"fused": 1}
 
 
 # --- verify

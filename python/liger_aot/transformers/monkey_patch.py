@@ -12,8 +12,13 @@ import logging
 from ast import literal_eval
 from contextvars import ContextVar
 
+from torch import nn
+
+from ..bind import HEAD
 from ..bind import bind
 from ..bind import unbind
+from ..bind._swap import is_bound
+from ..bind._swap import swap
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +130,17 @@ def bind_options(model_type, given):
 
 
 def rebind(model, options):
-    """bind, also of a model that is bound: as with Liger's functions, the last call holds."""
+    """bind, also of a model that is bound: as with Liger's functions, the last call holds, unless it fails."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    before = [(m, type(m), {name: vars(m)[name] for name in HEAD if name in vars(m)}) for m in modules if is_bound(m)]
     unbind(model)
-    report = bind(model, **options)
+    try:
+        report = bind(model, **options)
+    except BaseException:
+        for module, cls, attributes in before:
+            swap(module, cls)
+            vars(module).update(attributes)
+        raise
     logger.info("%s", report)
     return report
 
