@@ -281,7 +281,7 @@ def dyt():
     return Case(
         [leaf(ROWS, N), leaf(1), leaf(N), leaf(N)],
         lambda op, x, alpha, gamma, beta: op(x, alpha, gamma, beta),
-        lambda liger, x, alpha, gamma, beta: liger.liger_dyt(x, alpha, gamma, beta),
+        None,  # Liger's tunes itself, on a GPU
         forward,
         backward,
         function,
@@ -290,7 +290,7 @@ def dyt():
 
 @case
 def group_norm():
-    samples, channels, groups, size = 2, 16, 4, N
+    samples, channels, groups, size = 2, 64, 32, N  # as many groups as benchmarks/gpu has
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = torch.empty_like(x, memory_format=CONTIGUOUS)
@@ -319,7 +319,7 @@ def group_norm():
     return Case(
         [leaf(samples, channels, size), leaf(channels), leaf(channels)],
         lambda op, x, w, b: op(x, groups, w, b, 1e-5),
-        lambda liger, x, w, b: liger.liger_group_norm(x, w, b, channels, groups, 1e-5),
+        None,  # Liger's does not compile for so few numbers
         forward,
         backward,
         function,

@@ -227,13 +227,18 @@ VOCABULARY = [32768, 65536, 128256, 262144]
 LLAMA = {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}
 
 
+OF_CLASSES = "vocab_parallel_cross_entropy", "kl_div", "jsd", "tvd"
+
+
 def sizes_of(operator):
     if operator.startswith("linear_"):
         axes = {"tokens": TOKENS, "vocabulary": VOCABULARY, "hidden": HIDDEN[:4]}
         sizes = [LLAMA | {axis: value} for axis, values in axes.items() for value in values]
-    elif operator.startswith("cross_entropy"):
+    elif operator in OF_CLASSES or operator.startswith("cross_entropy"):
         axes = {"tokens": TOKENS, "vocabulary": VOCABULARY}
         sizes = [{key: (LLAMA | {axis: value})[key] for key in axes} for axis, values in axes.items() for value in values]
+        if operator == "vocab_parallel_cross_entropy":
+            sizes.append({"tokens": LLAMA["tokens"], "vocabulary": LLAMA["vocabulary"] // 4})
     else:
         width = 14336 if operator.endswith("glu") else 4096
         sizes = [{"tokens": 2048, "hidden": h} for h in HIDDEN] + [{"tokens": t, "hidden": width} for t in TOKENS]

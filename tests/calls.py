@@ -105,19 +105,20 @@ def geglu(rows):
 
 
 def relu_squared(rows):
-    for (gate, _), _ in gated(rows):
+    for (gate, up), _ in gated(rows):
         yield (gate,), {}
+        yield (up,), {}
 
 
 def dyt(rows):
-    for dtype, n in itertools.product(DTYPES, (64, 63, 2048)):
+    for dtype, n in itertools.product(DTYPES, (64, 63, 1009, 2032, 2048)):
         for t in dict.fromkeys([dtype, torch.float32]):
             beta = randn(n, dtype=t) if n != 63 else None
             yield (randn(rows(n), n, dtype=dtype), randn(1, dtype=t), randn(n, dtype=t), beta), {}
 
 
 def softmax(rows):
-    for dtype, n in itertools.product(DTYPES, (1008, 1009, 4096, 4095, 4112, 4113)):
+    for dtype, n in itertools.product(DTYPES, (48, 63, 1008, 1009, 4096, 4095, 4112, 4113)):
         yield (randn(rows(n), n, dtype=dtype),), {}
 
 

@@ -1,6 +1,7 @@
 """The static report and the model that predicts: what they count is what the package launches and what the cubins hold."""
 
 import json
+import math
 import re
 import sys
 
@@ -140,7 +141,7 @@ def test_the_model_knows_the_loops_of_every_kernel(arch):
     every = [of for kernel in launches.KERNELS for of in list(variants(pack, kernel))[:: len(pack.table(kernel)) - 1]]
     codes = sass.disassemble(pack, every)
     for kernel, v in every:
-        sizes = {"n": 5, "rows": 5, "half": 2, "smoothing": 0.0, "programs": 1}
+        sizes = {"n": 5, "rows": 5, "half": 2, "smoothing": 0.0, "programs": 1, "size": 5}
         trips = launches.KERNELS[kernel].trips(sizes | v.constants)
         assert len(codes[v.cubin].loops) == len(trips), v.cubin
         assert codes[v.cubin].classes
@@ -212,7 +213,7 @@ def on_cpu(operator, sizes, dtype):
         outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
         forward = len(stub.launches)
         torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
-    seen = [(x.kernel, x.grid[0], x.cubin) for x in stub.launches]
+    seen = [(x.kernel, math.prod(x.grid), x.cubin) for x in stub.launches]
     return {"forward": seen[:forward], "backward": seen[forward:]}
 
 
