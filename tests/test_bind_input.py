@@ -343,6 +343,7 @@ def test_a_head_with_a_forward_of_its_own_is_left():
 def test_a_head_under_a_tensor_parallel_plan_is_left_with_its_reason(tmp_path):
     from torch.distributed import destroy_process_group
     from torch.distributed import init_process_group
+    from torch.distributed import is_initialized
     from torch.distributed.device_mesh import init_device_mesh
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
@@ -354,6 +355,8 @@ def test_a_head_under_a_tensor_parallel_plan_is_left_with_its_reason(tmp_path):
         model.lm_head._is_hooked = True
         return model
 
+    if is_initialized():  # by a trainer of a test before
+        destroy_process_group()
     init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))

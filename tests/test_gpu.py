@@ -73,7 +73,7 @@ def test_a_dry_run_ends_well(dry):
 
 
 def without_liger(content):
-    return {c["why"] for c in content["cut"] if c["case"].startswith("liger-kernel")}
+    return {c["why"] for c in content["cut"] if "liger-kernel" in c["case"]}
 
 
 def test_a_dry_run_has_no_figure(dry):

@@ -258,7 +258,7 @@ def host_rows(machine, record, name, functional):
         calls = {(OURS, "forward"): own["forward"], (OURS, "both"): own["both"]}
         calls[EAGER, "forward"] = lambda: cases.IN_TORCH[name](*plain)
         calls[EAGER, "both"] = host.both(cases.IN_TORCH[name], case.inputs)
-        if functional:
+        if functional and case.liger:
             notes = {}
             try:
                 theirs = host.theirs(case, functional, name, notes)

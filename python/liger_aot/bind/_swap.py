@@ -206,7 +206,6 @@ def heads_of(model):
     return heads, all(any(head is m for m in called) for head in heads)
 
 
-@torch.compiler.assume_constant_result  # what is assigned later is another function, for which the model is traced anew
 def own_logits(model):
     """Whether model's loss_function is one that was assigned to it and is not of transformers.
 
@@ -214,6 +213,11 @@ def own_logits(model):
     """
     function = getattr(model, "_loss_function", None)  # where transformers keeps it
     return function is not None and not getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers.")
+
+
+# What is assigned later is another function, for which the model is traced anew. This is torch.compiler.assume_constant_result,
+# which would import all of Dynamo, and make its cache's folder, with this package.
+own_logits._dynamo_marked_constant = True
 
 
 def model_class(original, keep_logits, fused):

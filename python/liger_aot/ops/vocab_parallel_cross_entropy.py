@@ -95,7 +95,8 @@ def join(nlls, lses, owner):
     As the owner's loss and what the others' classes add to it: its digits stay where the target is all but certain.
     """
     own = lses.gather(0, owner)
-    more = (lses - own).scatter(0, owner, -torch.inf)
+    processes = torch.arange(lses.shape[0], device=lses.device).unsqueeze(1)
+    more = torch.where(processes == owner, -torch.inf, lses - own)
     most = more.amax(0).clamp(min=0.0)
     others = (more - most).exp().sum(0)
     added = torch.where(most == 0, others.log1p(), most + ((-most).exp() + others).log())
