@@ -89,14 +89,16 @@ def gathered(kinds, group, world):
     return torch.ops._c10d_functional.wait_tensor(out).view(world, *kinds.shape)
 
 
+LOWEST = torch.finfo(torch.float32).min  # whose exp is 0; Inductor's C++ cannot spell an infinity here
+
+
 def join(nlls, lses, owner):
     """(loss, logsumexp) over all classes, from those over each process's (world, rows), of which `owner` has the target.
 
     As the owner's loss and what the others' classes add to it: its digits stay where the target is all but certain.
     """
     own = lses.gather(0, owner)
-    processes = torch.arange(lses.shape[0], device=lses.device).unsqueeze(1)
-    more = torch.where(processes == owner, -torch.inf, lses - own)
+    more = (lses - own).scatter(0, owner, LOWEST)
     most = more.amax(0).clamp(min=0.0)
     others = (more - most).exp().sum(0)
     added = torch.where(most == 0, others.log1p(), most + ((-most).exp() + others).log())
