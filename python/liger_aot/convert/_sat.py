@@ -53,6 +53,10 @@ class SATSource:
             )
         return paths
 
+    def read(self):
+        """The files that the conversion is made of."""
+        return ["latest", "model_config.json", "config.json", *(path.relative_to(self.folder) for path in self.paths())]
+
     def keys(self):
         return list(self.ranks[0])
 
