@@ -5,10 +5,15 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (as torch names it)
 
+from ..functional import cross_entropy
+from ..functional import linear_cross_entropy
 from ..ops._check import FLOATS
 from ._find import close
+from ._find import normal
 from ._swap import is_bound
+from ._swap import linears_of
 from ._swap import model_class
 from ._swap import released
 from ._swap import swap
@@ -61,6 +66,24 @@ def try_rope(module, trial, cls, device):
         if why := difference(own, ours, own):
             return f"{name}: {why}"
     return ""
+
+
+def try_loss(operator, head, device):
+    """difference of the loss of logits and what takes its place, for a small head of the same dtype."""
+    generator, dtype = torch.Generator().manual_seed(0), linears_of(head)[0].weight.dtype
+    target = torch.tensor([-100, 5, 0, 31, 95, 40, 7], device=device)
+    tensors = [normal(generator, *shape, scale=0.3).to(device) for shape in ((7, 64), (96, 64))]
+
+    def own(x, weight):
+        return F.cross_entropy(F.linear(x, weight), target)
+
+    def ours(x, weight):
+        logits = operator == "cross_entropy"
+        return cross_entropy(F.linear(x, weight), target) if logits else linear_cross_entropy(x, weight, target)
+
+    inputs = [(x.to(dtype if dtype in FLOATS else x.dtype), True) for x in tensors]
+    exact = outcome(own, [(x.float(), True) for x, _ in inputs])
+    return difference(outcome(own, inputs), outcome(ours, inputs), exact)
 
 
 class Difference(NamedTuple):
