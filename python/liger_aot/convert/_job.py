@@ -144,7 +144,7 @@ class Job:
             self.report.notes.append(f"{self.lost(theta)}; after loading, {repair} repairs it")
         else:
             remedy = "--allow-rope-theta converts all the same and records it in model_config.json"
-            self.problems.add(f"rope_theta: {self.lost(theta)}; {remedy}")
+            self.problems.add(f"{self.config.path.name}: rope_theta: {self.lost(theta)}; {remedy}")
 
     def lost(self, theta):
         own, name = self.family.rope_base(self.args), self.args["model_class"]
