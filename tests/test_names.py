@@ -48,6 +48,7 @@ MODULES = {
     ],
     "geglu": ["LigerGEGLUMLP", "LigerGEGLUMLPForGemma4"],
     "cross_entropy": ["LigerCrossEntropyLoss"],
+    "tiled_mlp": ["LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP", "apply_tiled_mlp"],
     "kl_div": ["LigerKLDIVLoss"],
     "jsd": ["LigerJSD"],
     "fused_linear_jsd": ["LigerFusedLinearJSD"],
@@ -76,6 +77,7 @@ FUNCTIONS = [
     "TVDLoss",
     "FusedLinearJSD",
     "VocabParallelCE",
+    "TiledMLP",
 ]
 
 
@@ -133,6 +135,8 @@ BUILD = {
     "LigerSwiGLUMLPForMuseGlimmer": (CONFIG,),
     "LigerGEGLUMLP": (CONFIG,),
     "LigerGEGLUMLPForGemma4": (CONFIG,),
+    "LigerTiledSwiGLUMLP": (CONFIG, 3),
+    "LigerTiledGEGLUMLP": (SimpleNamespace(hidden_size=12, intermediate_size=20, hidden_act="gelu_new"), 3),
     "LigerCrossEntropyLoss": (),
     "LigerFusedLinearCrossEntropyLoss": (),
     "LigerKLDIVLoss": (),

@@ -24,6 +24,8 @@ from .swiglu import LigerPhi3SwiGLUMLP
 from .swiglu import LigerQwen3MoeSwiGLUMLP
 from .swiglu import LigerSwiGLUMLP
 from .swiglu import LigerSwiGLUMLPForMuseGlimmer
+from .tiled_mlp import LigerTiledGEGLUMLP
+from .tiled_mlp import LigerTiledSwiGLUMLP
 from .tvd import LigerTVDLoss
 
 __all__ = [
@@ -48,6 +50,8 @@ __all__ = [
     "LigerSwiGLUMLP",
     "LigerSwiGLUMLPForMuseGlimmer",
     "LigerTVDLoss",
+    "LigerTiledGEGLUMLP",
+    "LigerTiledSwiGLUMLP",
     "liger_rotary_pos_emb",
     *(name for name in monkey_patch.__all__ if "apply_liger_kernel" in name),
 ]
