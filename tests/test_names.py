@@ -48,6 +48,7 @@ MODULES = {
     ],
     "geglu": ["LigerGEGLUMLP", "LigerGEGLUMLPForGemma4"],
     "cross_entropy": ["LigerCrossEntropyLoss"],
+    "mlp": ["LigerFalconH1MLP", "LigerMLP"],
     "tiled_mlp": ["LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP", "apply_tiled_mlp"],
     "kl_div": ["LigerKLDIVLoss"],
     "jsd": ["LigerJSD"],
@@ -78,6 +79,7 @@ FUNCTIONS = [
     "FusedLinearJSD",
     "VocabParallelCE",
     "TiledMLP",
+    "MLP",
 ]
 
 
@@ -135,6 +137,8 @@ BUILD = {
     "LigerSwiGLUMLPForMuseGlimmer": (CONFIG,),
     "LigerGEGLUMLP": (CONFIG,),
     "LigerGEGLUMLPForGemma4": (CONFIG,),
+    "LigerMLP": (CONFIG,),
+    "LigerFalconH1MLP": (CONFIG,),
     "LigerTiledSwiGLUMLP": (CONFIG, 3),
     "LigerTiledGEGLUMLP": (SimpleNamespace(hidden_size=12, intermediate_size=20, hidden_act="gelu_new"), 3),
     "LigerCrossEntropyLoss": (),
@@ -145,7 +149,7 @@ BUILD = {
     "LigerTVDLoss": (),
     "LigerVocabParallelCrossEntropy": (),
 }
-SWIGLU = [n for n in BUILD if "SwiGLU" in n or "Top2" in n]
+SWIGLU = [n for n in BUILD if "SwiGLU" in n or "Top2" in n or n in ("LigerMLP", "LigerFalconH1MLP")]
 
 
 def build(name, *arguments, **options):
@@ -269,6 +273,9 @@ def test_gates_by_position():
     a, b = torch.randn(3, 12), torch.randn(3, 12)
     torch.testing.assert_close(L.liger_swiglu(a, b), F.silu(a) * b)
     torch.testing.assert_close(L.liger_geglu(a, b), F.gelu(a, approximate="tanh") * b)
+    v, w = torch.randn(7, 12), torch.randn(12, 7)
+    got = liger_aot.ops.LigerMLPFunction.apply(a, v, 2 * v, w, 0.5, 3.0)
+    torch.testing.assert_close(got, 3 * F.linear(F.silu(0.5 * F.linear(a, v)) * F.linear(a, 2 * v), w))
     got = liger_aot.ops.LigerSiLUMulFunction.apply(a, b, 0.5, 2.0)
     torch.testing.assert_close(got, F.silu(a * 0.5) * b * 2.0)
 

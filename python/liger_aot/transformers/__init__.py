@@ -12,6 +12,8 @@ from .geglu import LigerGEGLUMLP
 from .jsd import LigerJSD
 from .kl_div import LigerKLDIVLoss
 from .layer_norm import LigerLayerNorm
+from .mlp import LigerFalconH1MLP
+from .mlp import LigerMLP
 from .relu_squared import LigerReLUSquared
 from .rms_norm import LigerRMSNorm
 from .rms_norm import LigerRMSNormForMuseGlimmer
@@ -27,11 +29,13 @@ from .swiglu import LigerSwiGLUMLPForMuseGlimmer
 from .tiled_mlp import LigerTiledGEGLUMLP
 from .tiled_mlp import LigerTiledSwiGLUMLP
 from .tvd import LigerTVDLoss
+from .vocab_parallel_cross_entropy import LigerVocabParallelCrossEntropy
 
 __all__ = [
     "LigerBlockSparseTop2MLP",
     "LigerCrossEntropyLoss",
     "LigerDyT",
+    "LigerFalconH1MLP",
     "LigerFalconH1SwiGLUMLP",
     "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
@@ -40,6 +44,7 @@ __all__ = [
     "LigerJSD",
     "LigerKLDIVLoss",
     "LigerLayerNorm",
+    "LigerMLP",
     "LigerPhi3SwiGLUMLP",
     "LigerQwen3MoeSwiGLUMLP",
     "LigerReLUSquared",
@@ -52,6 +57,7 @@ __all__ = [
     "LigerTVDLoss",
     "LigerTiledGEGLUMLP",
     "LigerTiledSwiGLUMLP",
+    "LigerVocabParallelCrossEntropy",
     "liger_rotary_pos_emb",
     *(name for name in monkey_patch.__all__ if "apply_liger_kernel" in name),
 ]
