@@ -149,9 +149,7 @@ def test_model_parallel_files_must_match(llama, tmp_path):
     second = tmp_path / "sat/1/mp_rank_01_model_states.pt"
     module = torch.load(second, weights_only=True)["module"]
     torch.save({"module": module | {"transformer.final_layernorm.weight": torch.zeros(64)}}, second)
-    text = (
-        "mp_rank_01_model_states.pt: transformer.final_layernorm.weight: every rank must hold the same numbers, and rank 0"
-    )
+    text = "mp_rank_01_model_states.pt: transformer.final_layernorm.weight: every rank must hold the same numbers, and rank 0"
     refused(sat_to_hf, tmp_path / "sat", "1 problem", text)
     torch.save({"module": module | {"mixins.lm.lm_head.weight": torch.zeros(63, 64)}}, second)
     text = "mp_rank_01_model_states.pt: mixins.lm.lm_head.weight: the shapes of the ranks differ: [64, 64] in rank 0, [63, 64]"

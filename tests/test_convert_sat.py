@@ -51,6 +51,10 @@ class Pair:
         self.image = torch.randn(2, 3, 32, 32)
         if name.startswith("roberta"):
             self.ids[self.ids == 1] = 3  # padding, which RoBERTa counts positions around
+        self.both_ways = "bert" in name
+        self.extra = {}  # beside what every model takes
+        if name.startswith("bert"):
+            self.extra = {"token_type_ids": torch.zeros_like(self.ids)}
         if name in OWN:
             torch.manual_seed(2)
             self.extra = with_image(self.hf.config, self.ids)
@@ -86,9 +90,7 @@ class Pair:
             return self.sat(ids, torch.arange(2, length + 2)[None].expand(2, -1), torch.ones(1, 1, length, length))[0]
         if self.name in OWN:
             return self.sat(ids, **self.extra)
-        bert = self.name.startswith("bert")
-        more = {"token_type_ids": torch.zeros_like(ids)} if bert else {}
-        return run_sat(self.sat, ids, causal=not bert, **more)
+        return run_sat(self.sat, ids, causal=not self.both_ways, **self.extra)
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=[] if name in OWN else [needs_sat]) for name in MODELS])
@@ -115,16 +117,14 @@ def test_padding_is_unseen_by_both(pair, left):
     seen = torch.ones_like(ids)
     seen[0, :5] = seen[1, :2] = 0
     seen = seen if left else seen.flip(-1)
-    both_ways = "bert" in pair.name
     places = (seen.cumsum(-1) - 1).clamp(min=0) + 2 * pair.name.startswith("roberta")
-    mask = torch.ones(length, length) if both_ways else torch.ones(length, length).tril()
-    more = {"token_type_ids": torch.zeros_like(ids)} if pair.name.startswith("bert") else {}
+    mask = torch.ones(length, length) if pair.both_ways else torch.ones(length, length).tril()
     with torch.no_grad():
         theirs = pair.hf(input_ids=ids, attention_mask=seen, position_ids=places).logits[seen.bool()]
-        ours = pair.sat(ids, places, mask * seen[:, None, None], **more)[0][seen.bool()]
-        unmasked = pair.sat(ids, places, mask[None, None], **more)[0][seen.bool()]
+        ours = pair.sat(ids, places, mask * seen[:, None, None], **pair.extra)[0][seen.bool()]
+        unmasked = pair.sat(ids, places, mask[None, None], **pair.extra)[0][seen.bool()]
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-    if both_ways or left:
+    if pair.both_ways or left:
         assert (unmasked - theirs).abs().max() > 0.1 * theirs.abs().max()
 
 
@@ -153,14 +153,12 @@ def test_masks_are_the_same_to_models_of_the_hub(pair, kind):
 def test_positions_that_begin_later_are_the_same_to_both(pair):
     ids, length = pair.ids, pair.ids.shape[1]
     places = torch.arange(7, 7 + length).expand(2, -1)
-    both_ways = "bert" in pair.name
     mask = torch.ones(1, 1, length, length)
-    more = {"token_type_ids": torch.zeros_like(ids)} if pair.name.startswith("bert") else {}
     with torch.no_grad():
         theirs = pair.hf(input_ids=ids, position_ids=places).logits
-        ours = pair.sat(ids, places, mask if both_ways else mask.tril(), **more)[0]
+        ours = pair.sat(ids, places, mask if pair.both_ways else mask.tril(), **pair.extra)[0]
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-    absolute = both_ways or pair.name == "gpt2"
+    absolute = pair.both_ways or pair.name == "gpt2"
     assert torch.allclose(ours, pair.of_sat(), atol=1e-3) != absolute
 
 
