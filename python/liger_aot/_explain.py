@@ -31,7 +31,7 @@ from ._runtime import short
 SHARED_MEMORY = {(7, 5): 64, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99, (12, 1): 99}
 ASSUMED_MULTIPROCESSORS = 100
 LARGEST = 2**60  # numbers of a tensor, of which 8 bytes each are below 2**63
-MOST_LAUNCHES = 10_000  # of one call, which take some seconds to look at; those of a linear loss over ten million rows
+MOST_LAUNCHES = 3000  # of one call, which take some seconds to look at: those of a linear loss over a million rows
 CONSTANT = {"rope": {"cos", "sin"}, "cross_entropy": {"weight"}, "cross_entropy_stats": {"weight"}}  # may not require gradients
 FITS = {EXACT: "exact", FAMILY: "same family"}
 
