@@ -184,7 +184,7 @@ def losses(model, keep_logits, operator, counts, device):
         if head is None:
             continue
         if operator and head not in heads:
-            why = unfit_head(model, head) or try_loss(operator, head, device)
+            why = unfit_head(model, head) or try_loss(operator, swaps.linears_of(head)[0], device)
             plan = entry(paths.get(head, ""), head, Found(operator, "lazy logits", why, None if why else ()), None, module)
             heads[head] = plan[3].status == "bound"
             yield plan

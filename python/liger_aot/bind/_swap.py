@@ -39,31 +39,25 @@ class Bound(NamedTuple):
     args: tuple
 
 
-class Hidden:
-    """An attribute that a class does not have, though its bases do."""
-
-    def __get__(self, instance, owner=None):
-        raise AttributeError("a bound module is no layer for the kernels library")
-
-
 def left(compile, x):
     """Whether a module's own code runs: in float64, and where torch.compile traces what is Inductor's; an export keeps ours."""
     inductor = compile == "inductor" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return inductor or x.dtype not in FLOATS
 
 
-def forward_of(original, compile, compute):
-    """A forward that computes from its one argument; called otherwise it does what the original does, which may be to raise."""
-    name = next(iter(parameters_of(original.forward)[1:]), None)
+def computing(original, compile, compute, method="forward"):
+    """A method that computes from its one argument; called otherwise it does what the original does, which may be to raise."""
+    own = getattr(original, method)
+    name = next(iter(parameters_of(own)[1:]), None)
 
-    @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
+    @functools.wraps(own)
+    def computed(self, *args, **kwargs):
         x = args[0] if args else kwargs.get(name)
         if x is None or len(args) + len(kwargs) != 1 or left(compile, x):
-            return original.forward(self, *args, **kwargs)
+            return own(self, *args, **kwargs)
         return compute(self, x)
 
-    return forward
+    return {method: computed}
 
 
 def described(original, text):
@@ -95,7 +89,7 @@ def norm_class(original, compile, operator, place, one_dtype, dims, weights, off
         return f"{shape}, eps={eps_of(self)}{options}, was={original.__name__}"
 
     name = "LigerLayerNorm" if operator == "layer_norm" else "LigerRMSNorm"
-    return name, {"forward": forward_of(original, compile, compute), "extra_repr": extra_repr}
+    return name, {"extra_repr": extra_repr, **computing(original, compile, compute)}
 
 
 def untouched(module, others):
@@ -116,16 +110,15 @@ def glu_class(original, compile, kind, act, names, others):
         return getattr(self, down)(GATED[act](*(outputs if len(outputs) == 2 else HALVES[kind](*outputs))))
 
     text = described(original, f"{kind}, {act}, was={original.__name__}")
-    return f"{NAMES[act]}MLP", {"forward": forward_of(original, compile, compute), "extra_repr": text}
+    return f"{NAMES[act]}MLP", {"extra_repr": text, **computing(original, compile, compute)}
 
 
 def experts_class(original, compile, kind, act, others):
-    def _apply_gate(self, gate_up):
-        own = left(compile, gate_up) or not untouched(self, others)
-        return original._apply_gate(self, gate_up) if own else GATED[act](*HALVES[kind](gate_up))
+    def compute(self, x):
+        return GATED[act](*HALVES[kind](x)) if untouched(self, others) else original._apply_gate(self, x)
 
     text = described(original, f"experts, {kind}, {act}, was={original.__name__}")
-    return f"{NAMES[act]}Experts", {"_apply_gate": _apply_gate, "extra_repr": text}
+    return f"{NAMES[act]}Experts", {"extra_repr": text, **computing(original, compile, compute, "_apply_gate")}
 
 
 def rope_class(original, compile, functions):
@@ -217,12 +210,17 @@ def linears_of(head):
     return [head] if copies is None else [head.original_module, *copies.values()]
 
 
-def heads_of(model):
-    """The bound heads of a model, and whether it calls them itself: what is around one may give it weights for its calls."""
-    output = model.get_output_embeddings()
-    called = [] if output is None else linears_of(output)
+def heads_of(model, own_loss):
+    """The bound heads of a model, and why those are to give it logits all the same; empty where they need not."""
+    output, why = model.get_output_embeddings(), ""
     heads = [] if output is None else [m for m in output.modules() if isinstance(m, nn.Linear) and hasattr(type(m), "logits")]
-    return heads, all(any(head is m for m in called) for head in heads)
+    if own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
+        why = "CrossEntropyLoss"
+    elif any(all(head is not m for m in linears_of(output)) for head in heads):  # which may give it weights for its calls
+        why = "a wrapper around the head"
+    elif heads and own_logits(model):
+        why = "a loss_function that is not transformers'"
+    return heads, why
 
 
 def own_logits(model):
@@ -245,21 +243,15 @@ def model_class(original, keep_logits, fused):
     @functools.wraps(original.forward)
     def forward(self, *args, skip_logits=None, **kwargs):
         labels = args[place] if len(args) > place else kwargs.get("labels")
-        wanted = labels is not None and (self.training or skip_logits is not None)
-        (heads, alone), who = heads_of(self) if wanted else ([], True), thread()
-        if wanted and fused and not heads and is_bound(self):  # a forward that others kept may outlive unbind
-            count(self, "unbound: another head than the one that was bound", torch.compiler.is_compiling())
-        if heads and own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
-            heads[0].count("materialised: CrossEntropyLoss", True)
-            heads = []
-        if heads and not alone:
-            heads[0].count("materialised: a wrapper around the head", torch.compiler.is_compiling())
-            heads = []
-        if heads and own_logits(self):
-            heads[0].count("materialised: a loss_function that is not transformers'", torch.compiler.is_compiling())
+        wanted = fused and is_bound(self) and labels is not None and (self.training or skip_logits is not None)
+        heads, why = heads_of(self, own_loss) if wanted else ([], "")
+        if wanted and (why or not heads):
+            what = f"materialised: {why}" if heads else "unbound: another head than the one that was bound"
+            count(self, what, torch.compiler.is_compiling())
             heads = []
         if not heads:
             return original.forward(self, *args, **kwargs)
+        who = thread()
         eager = [head for head in heads if who not in head.liger_lazy]
         for head in eager:
             head.liger_lazy.add(who)
@@ -302,17 +294,11 @@ MADE = {}
 
 def subclass(original, make, args):
     """What make, one of the functions above, gives for original: one class, unless its forward's globals have changed since."""
-    made = MADE.get((original, make, args))
-    if made is None or (make is rope_class and outdated(made)):
-        made = MADE[original, make, args] = make_subclass(original, make, args)
-    return made
-
-
-def outdated(made):
-    """Whether a name that the original forward calls means something else than in its copy."""
-    forward, rotations = made._liger.original.forward, {name for name, *_ in made._liger.args[1]}
-    names = {*called(forward)} - rotations
-    return any(made.forward.__globals__.get(name) is not forward.__globals__.get(name) for name in names)
+    scope = original.forward.__globals__ if make is rope_class else {}
+    key = original, make, args, *(id(scope.get(name)) for name in called(original.forward))
+    if key not in MADE:
+        MADE[key] = make_subclass(original, make, args)
+    return MADE[key]
 
 
 def make_subclass(original, make, args):
@@ -324,7 +310,9 @@ def make_subclass(original, make, args):
         _, _, *state = original.__reduce_ex__(self, protocol)
         return rebuilt, made_of, *state
 
-    common = {"__module__": original.__module__, "__reduce_ex__": reduce, "kernel_layer_name": Hidden(), "_liger": made_of}
+    # A bound module is no layer for the kernels library: the attribute of its class is hidden.
+    hidden = {"kernel_layer_name": types.DynamicClassAttribute()}
+    common = {"__module__": original.__module__, "__reduce_ex__": reduce, "_liger": made_of, **hidden}
     return type(original)(name, (original,), {**common, **members})
 
 
