@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.library import infer_schema
 
+from . import _sharding
+
 try:
     LIBRARY = torch.library.Library("liger", "DEF")
 except RuntimeError as error:
@@ -129,7 +131,7 @@ def direct(function, body, overload):
         "modes_": _len_torch_dispatch_stack,
         "level_": maybe_current_level,
         "body_": body,
-        "overload_": overload,
+        "overload_": _sharding.aware(overload),
     }
     exec(CALL.format_map(words), scope)
     return functools.update_wrapper(scope[function.__name__], function)
