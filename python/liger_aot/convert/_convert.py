@@ -86,7 +86,7 @@ def hf_to_sat(
         writer.close(job.args)
         if verify:
             sat = with_layout(SATSource(folder, writer.tag), job)
-            compare_back(job, hf, sat)
+            compare_back(job, hf, sat, sat)
             compare_logits(job, source, sat, shown)
         writer.seal()
     return job.report
@@ -133,7 +133,8 @@ def sat_to_hf(
         job.report.files = carry(source, folder)
         writer.close()
         if verify:
-            compare_back(job, HFSource(folder, job.config), sat)
+            written = HFSource(folder, job.config)
+            compare_back(job, written, sat, written)
             compare_logits(job, folder, sat, shown)
         writer.seal(job.config)
     return job.report
