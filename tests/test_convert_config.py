@@ -91,6 +91,38 @@ def test_a_window_as_long_as_the_texts_hides_nothing(hf, tmp_path):
     hf_to_sat(hf, tmp_path / "sat")
 
 
+WINDOWS = [
+    ("mistral", {"use_sliding_window": False}, True),
+    ("mistral", {"layer_types": ["full_attention"] * 2}, False),
+    ("mixtral", {"use_sliding_window": False}, True),
+    ("mixtral", {"layer_types": ["full_attention"] * 2}, True),
+    ("qwen2", {"use_sliding_window": False}, False),
+    ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, False),
+    ("llama", {"use_sliding_window": False}, False),
+]
+
+
+@pytest.mark.parametrize(("name", "switch", "used"), WINDOWS, ids=str)
+def test_a_window_is_off_where_transformers_has_it_off(name, switch, used, tmp_path):
+    """Not every model reads each switch; what sees no further than the window has other logits behind it."""
+    import transformers
+
+    model = save(tmp_path / "hf", name)
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    for side in ("hf", "sat"):
+        edit(tmp_path / side / "config.json", drop=("layer_types",))
+        edit(tmp_path / side / "config.json", **({"sliding_window": 8} | switch))
+    windowed, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), torch.arange(20)[None]
+    with torch.no_grad():
+        off = (windowed(ids).logits - model(ids).logits).abs().max()
+    assert (off > 0.1) == used
+    for convert, side in ((hf_to_sat, "hf"), (sat_to_hf, "sat")):
+        if used:
+            refused(convert, tmp_path / side, "sliding_window is 8, less than max_position_embeddings 64")
+        else:
+            convert(tmp_path / side, tmp_path / f"from-{side}")
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in OWN_CODE])
 def test_what_is_not_said_is_what_transformers_takes(name, tmp_path):
     """Without any one entry the configuration is refused, or is the one that transformers reads."""

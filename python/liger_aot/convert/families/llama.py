@@ -44,7 +44,7 @@ class Decoder(Family):
 
     def check_hf(self, config, problems):
         super().check_hf(config, problems)
-        check_window(config, problems)
+        check_window(self.name, config, problems)
         check_head_dim(config, problems)
 
     def sizes(self, config, args):

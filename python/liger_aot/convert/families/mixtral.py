@@ -67,7 +67,6 @@ class Mixtral(Decoder):
         return super().config(args) | {
             "num_local_experts": args.count("num_experts"),
             "num_experts_per_tok": args.count("num_experts_per_tok", 2),
-            "sliding_window": None,
         }
 
 
