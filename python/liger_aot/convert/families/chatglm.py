@@ -151,7 +151,14 @@ class Glm(Decoder):
     model_classes = ("ChatGLM3Model", "ChatGLM2Model", "ChatGLM4Model")
     architecture = "GlmForCausalLM"
     rope_share = 2
-    hf_defaults: ClassVar[dict] = {"glm": {"num_key_value_heads": 2, "head_dim": 128}}
+    hf_defaults: ClassVar[dict] = {
+        "glm": {
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "eos_token_id": [151329, 151336, 151338],
+            "pad_token_id": 151329,
+        }
+    }
     hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",), "attention_bias": (True,), "tie_word_embeddings": (False,)}
     sat_accepts: ClassVar[dict] = {"is_gated_mlp": (False, True)}
     sat_fixed: ClassVar[dict] = ChatGLM.sat_fixed
