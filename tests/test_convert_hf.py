@@ -118,7 +118,7 @@ def test_configurations_that_sat_does_not_compute(hf, change, text):
         ("mistral", {"sliding_window": 32}, "sliding_window is 32, less than max_position_embeddings 64"),
         ("mixtral", {"sliding_window": 32}, "sliding_window is 32, less than max_position_embeddings 64"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "layer_types": None}, "sliding_window is 32, less than"),
-        ("mixtral", {"rope_parameters": {"rope_theta": 1e4}}, "the rotary base is 10000, MixtralModel computes with 1e+06"),
+        ("mixtral", {"rope_parameters": {"rope_theta": 1e4}}, "the rotary base is 10000, MixtralModel computes with 1000000"),
         ("glm", {"head_dim": 32}, "head_dim 32 times num_attention_heads 4 must be hidden_size 64"),
         ("chatglm-6b", {"position_encoding_2d": False}, "position_encoding_2d is False"),
         ("chatglm2", {"rmsnorm": False}, "rmsnorm is False"),

@@ -128,7 +128,7 @@ def sat_to_hf(
         writer = HFWriter(folder, plan, max_bytes)
         bar = Progress(job.report.bytes, progress)
         for item in job.items:
-            write_hf(sat, item, writer.tensors, bar)
+            write_hf(job, sat, item, writer.tensors, bar)
         bar.end()
         job.report.files = carry(source, folder)
         writer.close()
@@ -304,12 +304,13 @@ def write_sat(job, hf, item, ranks, bar):
             bar.add(rank[key].nbytes, key)
 
 
-def write_hf(sat, item, tensors, bar):
+def write_hf(job, sat, item, tensors, bar):
     if not item.hf or item.hf[0] not in tensors or isinstance(item.rule, Alias | Drop | Tied):
         return
     origin = origin_of(sat, item.sat)
     if isinstance(item.rule, Frequencies):
-        results = [[frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"])]] * len(item.hf)
+        theta = job.family.buffer_theta(item.sizes["rope_theta"])
+        results = [[frequencies(item.sizes["rope_dim"], theta)]] * len(item.hf)
     elif isinstance(item.rule, Zeros):
         results = [[torch.zeros(shape)] for shape in item.hf_shapes]
     else:

@@ -166,6 +166,10 @@ class Family:
         config["rope_theta"] = theta
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
 
+    def buffer_theta(self, theta):
+        """Of the frequencies in HF's own files."""
+        return theta
+
     def prepare_sat(self, model, args):
         """What SAT's class computes with and cannot be told by its arguments."""
 

@@ -59,9 +59,10 @@ def compare_back(job, hf, sat, written):
     """
     wrong, count = [], 0
     for item in job.rules(Frequencies):
-        exact = frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"])
+        theta = item.sizes["rope_theta"] if written is sat else job.family.buffer_theta(item.sizes["rope_theta"])
+        exact = frequencies(item.sizes["rope_dim"], theta)
         for key in item.sat if written is sat else item.hf if item.rule.write else ():
-            wrong += [f"{key} differs from the frequencies of rotary base {job.sizes['rope_theta']:g}"] * (
+            wrong += [f"{key} differs from the frequencies of rotary base {theta:.12g}"] * (
                 not same_bits(written.get(key), exact)
             )
     for item in job.kept():
@@ -122,7 +123,7 @@ def compare_logits(job, hf_folder, sat, shown):
     agree = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
     losses = [loss(job.family, logits, inputs) for logits in (theirs, ours)]
     text = f"logits of {about} differ by {off:.2g} of the largest, {agree:.1%} agree on the first choice"
-    text += f"; both with the exact frequencies of rotary base {job.sizes['rope_theta']:g}" if job.family.rotates() else ""
+    text += f"; both with the exact frequencies of rotary base {job.sizes['rope_theta']:.12g}" if job.family.rotates() else ""
     text += f"; loss {losses[0]:.6f} in transformers and {losses[1]:.6f} in SAT" if losses[0] is not None else ""
     text += f"; {hf_time:.2f} s and {sat_time:.2f} s on {device}, loading included"
     if not off <= NEAR:
