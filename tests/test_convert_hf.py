@@ -170,6 +170,23 @@ def test_what_a_cast_would_lose_is_refused(tmp_path, dtype):
     assert not (tmp_path / "sat").exists()
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_cast_makes_zero_is_counted(hf, tmp_path, ranks):
+    tensor = torch.full((64,), 1e-8)
+    tensor[:3] = torch.tensor([0.0, 1.0, 6e-5])
+    put_hf(hf, {"model.norm.weight": tensor})
+    there = str(hf_to_sat(hf, tmp_path / "sat", verify=True, mp=ranks))
+    cast = str(hf_to_sat(hf, tmp_path / "cast", dtype="float16", verify=True, mp=ranks))
+    back = str(sat_to_hf(tmp_path / "sat", tmp_path / "back", dtype="float16", verify=True))
+    assert "became zero" not in there
+    assert "are bit for bit what was read, all finite" in there
+    assert "61 numbers that were not zero became zero in float16" in cast
+    assert "61 numbers that were not zero became zero in float16" in back
+    for report in (cast, back):
+        assert "are bit for bit what was read after the cast to float16, all finite" in report
+    assert "became zero" not in str(hf_to_sat(hf, tmp_path / "wide", dtype="bfloat16"))
+
+
 def test_missing_entries_of_the_configuration(hf):
     edit(hf / "config.json", drop=("hidden_size",))
     refused(hf_to_sat, hf, "config.json: 'hidden_size' is missing")

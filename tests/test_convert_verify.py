@@ -42,9 +42,10 @@ def test_verification_notices_one_bit(bit, hf, tmp_path, monkeypatch):
     put_hf(hf, {key: tensor})
 
     def spoil(target, pieces, origin):
-        fill(target, pieces, origin)
+        zeros = fill(target, pieces, origin)
         if origin.endswith("model.layers.1.mlp.down_proj.weight"):
             target.view(torch.int32)[3, 5] ^= bit
+        return zeros
 
     monkeypatch.setattr(_convert, "fill", spoil)
     refused(hf_to_sat, hf, "verification failed", "model.layers.1.mlp.down_proj.weight differs", verify=True)
@@ -60,10 +61,11 @@ def test_verification_notices_one_bit_of_the_frequencies(convert, tmp_path, monk
     hf_to_sat(tmp_path / "hf", tmp_path / "sat")
 
     def spoil(target, pieces, origin):
-        fill(target, pieces, origin)
+        zeros = fill(target, pieces, origin)
         if target.shape == (8,):
             target.view(torch.int32)[3] ^= 1
             written.append(target)
+        return zeros
 
     monkeypatch.setattr(_convert, "fill", spoil)
     key = {hf_to_sat: "mixins.rotary.rotary_emb.inv_freq", sat_to_hf: "model.layers.1.self_attn.rotary_emb.inv_freq"}[convert]

@@ -81,6 +81,11 @@ class Job:
         self.items = expand(self.family.rules, self.sizes)
         self.layouts = {key: _parallel.layout(item, k) for item in self.items for k, key in enumerate(item.sat)}
 
+    def underflowed(self, zeros):
+        if zeros:
+            kind = str(self.dtype).removeprefix("torch.")
+            self.report.notes.append(f"{zeros} numbers that were not zero became zero in {kind}")
+
     def kept(self):
         """Items whose tensors must be on both sides."""
         return [item for item in self.items if not isinstance(item.rule, Alias | Drop | Frequencies)]

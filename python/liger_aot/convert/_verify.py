@@ -73,7 +73,8 @@ def compare_back(job, hf, sat, written):
             wrong += [f"{key} {what}" for what in faults(pieces, hf.get(key), job.dtype)]
     if wrong:
         raise ConvertError("\n  ".join([f"{job.report.target}: verification failed, nothing was written", *wrong]))
-    job.report.notes.append(f"verified: {count} tensors computed back are bit for bit what was read, all finite")
+    cast = f" after the cast to {job.dtype}".replace("torch.", "") if job.dtype else ""
+    job.report.notes.append(f"verified: {count} tensors computed back are bit for bit what was read{cast}, all finite")
 
 
 def back(sat, item):
