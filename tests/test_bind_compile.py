@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from binding import LAYERS
-from binding import bound
-from binding import check_runs_bound
 
 import liger_aot
 
+from binding import LAYERS
+from binding import bound
+from binding import check_runs_bound
 from tiny import batch
 from tiny import build
 from tiny import check_equal

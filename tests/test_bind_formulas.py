@@ -4,8 +4,6 @@ import functools
 
 import pytest
 import torch
-from binding import check_left
-from binding import row
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.llama import modeling_llama
@@ -15,6 +13,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import liger_aot
 
+from binding import check_left
+from binding import row
 from tiny import WIDTH
 from tiny import batch
 from tiny import build

@@ -10,8 +10,6 @@ import peft
 import pytest
 import torch
 import transformers
-from binding import check_left
-from binding import row
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -24,6 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import liger_aot
 
+from binding import check_left
+from binding import row
 from tiny import WIDTH
 from tiny import batch
 from tiny import build

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
-from binding import flat
-from binding import made
-from binding import with_loss
 
 import liger_aot
 
+from binding import flat
+from binding import made
+from binding import with_loss
 from tiny import VOCABULARY
 from tiny import batch
 from tiny import check_equal

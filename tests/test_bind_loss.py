@@ -3,16 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
-from binding import bound
-from binding import flat
-from binding import made
-from binding import with_loss
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
 import liger_aot
 from liger_aot.bind._lazy import LazyLogits
 
+from binding import bound
+from binding import flat
+from binding import made
+from binding import with_loss
 from tiny import VOCABULARY
 from tiny import WIDTH
 from tiny import batch

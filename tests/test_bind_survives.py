@@ -19,10 +19,6 @@ from accelerate import cpu_offload
 from accelerate.hooks import ModelHook
 from accelerate.hooks import add_hook_to_module
 from accelerate.hooks import remove_hook_from_module
-from binding import LAYERS
-from binding import bound
-from binding import check_runs_bound
-from binding import with_loss
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -33,6 +29,10 @@ from transformers.models.mixtral import modeling_mixtral
 import liger_aot
 from liger_aot.bind import _lazy
 
+from binding import LAYERS
+from binding import bound
+from binding import check_runs_bound
+from binding import with_loss
 from tiny import WIDTH
 from tiny import batch
 from tiny import build

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from training import arguments
 
 from liger_aot.chunked_loss import LigerFusedLinearDPOLoss
 from liger_aot.chunked_loss import LigerFusedLinearGRPOLoss
@@ -16,6 +15,7 @@ from liger_aot.chunked_loss import LigerFusedLinearKTOLoss
 
 from tiny import VOCABULARY
 from tiny import build
+from training import arguments
 
 HERE = Path(__file__).parent
 ROWS, STEPS = 16, 3

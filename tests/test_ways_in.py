@@ -16,7 +16,6 @@ from pathlib import Path
 import kernels
 import pytest
 import torch
-import training
 from transformers import AutoModelForCausalLM
 from transformers import Llama4TextConfig
 from transformers import LlamaForCausalLM
@@ -40,6 +39,7 @@ from liger_aot.transformers.monkey_patch import _apply_liger_kernel
 from liger_aot.transformers.monkey_patch import _apply_liger_kernel_to_instance
 from liger_aot.transformers.monkey_patch import bind_new_models
 
+import training
 from tiny import DECODER
 from tiny import batch
 from tiny import build
