@@ -117,6 +117,82 @@ def test_verification_says_what_it_could_not_check(name, options, why, tmp_path,
     assert "bit for bit" in report
 
 
+def alone(script, *arguments):
+    """What a process of its own prints, in which no framework was imported before."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_sat
+@pytest.mark.parametrize("lacks", ["einops", "requests", "colorsys"])
+def test_a_framework_that_cannot_be_imported_was_not_run(lacks, tmp_path):
+    """pip installs SAT without what it imports; the last stands for what nobody knows yet."""
+    script = """
+import sys
+from liger_aot.convert import hf_to_sat
+if sys.argv[3] == "colorsys":  # SAT does not need it: as if it did
+    import importlib
+    find = importlib.import_module
+    def wrong(name, *more, **options):
+        if name == "sat.model":
+            raise ModuleNotFoundError("No module named 'colorsys'", name="colorsys")
+        return find(name, *more, **options)
+    importlib.import_module = wrong
+else:
+    sys.modules[sys.argv[3]] = None
+print(hf_to_sat(sys.argv[1], sys.argv[2], verify=True))
+"""
+    save(tmp_path / "hf")
+    report = alone(script, tmp_path / "hf", tmp_path / "sat", lacks)
+    (line,) = (line for line in report.splitlines() if "not verified by running: " in line)
+    assert "not verified by running: sat is installed, and cannot be imported: " in line
+    remedy = (
+        "pip install colorsys" if lacks == "colorsys" else "pip install numpy tqdm einops requests && pip install --no-deps S"
+    )
+    assert remedy in line
+    assert lacks in line
+    assert "bit for bit" in report
+    assert (tmp_path / "sat/latest").is_file()
+
+
+@needs_sat
+@pytest.mark.parametrize("before", [False, True], ids=["fresh", "with a group and a kernel"])
+def test_verification_leaves_the_process_as_it_was(before, tmp_path):
+    """All but SAT and transformers being imported."""
+    script = """
+import os, random, sys, types
+import numpy, torch
+from liger_aot.convert import hf_to_sat, sat_to_hf
+kernel = "sat.model.position_embedding.triton_rotary"
+os.environ.pop("SAT_LOGLEVEL", None)
+torch.manual_seed(5), random.seed(5), numpy.random.seed(5)
+if sys.argv[2] == "True":
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    os.environ["SAT_LOGLEVEL"] = "CRITICAL"
+    sys.modules[kernel] = types.ModuleType(kernel)
+    sys.modules[kernel].apply_rotary = None
+    import sat.model
+
+def state():
+    rotary = sys.modules.get(kernel + "_embeddings")
+    parallel = sys.modules.get("sat.mpu.initialize")
+    return [torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state()), dict(os.environ),
+            sys.modules.get(kernel), sys.argv[2] == "True" and rotary.apply_rotary, torch.distributed.is_initialized(),
+            parallel is not None and parallel.model_parallel_is_initialized()]
+
+was = state()
+for way, source, target in ((hf_to_sat, "hf", "sat"), (sat_to_hf, "sat", "back")):
+    assert "note: verified by running: " in str(way(f"{sys.argv[1]}/{source}", f"{sys.argv[1]}/{target}", verify=True))
+    for one, other in zip(was, state(), strict=True):
+        assert one == other, (way, str(one)[:200], str(other)[:200])
+"""
+    save(tmp_path / "hf")
+    alone(script, tmp_path, before)
+
+
 @needs_sat
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta", "glm", "mixtral", "vit"])
 def test_verification_runs_both(name, tmp_path):

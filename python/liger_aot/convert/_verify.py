@@ -1,11 +1,15 @@
 """Hold what was written to what was read: bit by bit always, by running both frameworks where they are installed."""
 
+import importlib
 import importlib.util
 import os
+import random
 import sys
 import tempfile
 import time
 import types
+from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,8 +30,11 @@ from ._rules import frequencies
 from ._sat import numpy_state
 
 NEAR = 1e-5  # of the largest logit; a tensor in the wrong place moves logits by their own size
-PACKAGES = {"transformers": "pip install transformers", "sat": "pip install --no-deps SwissArmyTransformer"}
-KERNEL = "sat.model.position_embedding.triton_rotary"
+PACKAGES = {
+    "transformers": "pip install transformers",
+    "sat": "pip install numpy tqdm einops requests && pip install --no-deps SwissArmyTransformer",
+}
+KERNEL, ROTARY = (f"sat.model.position_embedding.triton_rotary{end}" for end in ("", "_embeddings"))
 TOKENS = 64
 SHORT = 4  # RoBERTa counts from 2, and the loss is of a token and the next
 
@@ -100,19 +107,37 @@ def compare_logits(job, hf_folder, sat, shown):
     if job.family.foreign:
         notes.append(f"not verified by running: {job.family.foreign}")
         return
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    with undisturbed():
+        why = not_run(job, sat) or [text for name in PACKAGES if (text := broken(name))]
+        notes.append(f"not verified by running: {'; '.join(why)}" if why else run_both(job, hf_folder, sat, shown))
+
+
+def not_run(job, sat):
+    """Why one of the two cannot be run, as far as that is seen without importing it."""
     merged = isinstance(sat, Merged)
     short = not job.family.sees and job.args["max_sequence_length"] < SHORT
     typeless, derived = "model_type" not in job.config, job.args["model_class"] not in job.family.model_classes
-    if missing or merged or typeless or derived or short or job.ranks > 1:
-        why = [f"{name} is not installed ({PACKAGES[name]})" for name in missing]
-        why += [f"SAT would need the adapters' own model for {sat.folder}"] * merged
-        why += ["one process cannot run model-parallel files"] * (job.ranks > 1)
-        why += [f"{job.config.path} has no model_type, by which transformers chooses the model"] * typeless
-        why += [f"texts of max_sequence_length {job.args['max_sequence_length']} are too short to compare"] * short
-        why += [f"SAT has no {job.args['model_class']}, which derives from one of its classes"] * derived
-        notes.append(f"not verified by running: {'; '.join(why)}")
-        return
+    why = [f"{name} is not installed ({PACKAGES[name]})" for name in PACKAGES if importlib.util.find_spec(name) is None]
+    why += [f"SAT would need the adapters' own model for {sat.folder}"] * merged
+    why += ["one process cannot run model-parallel files"] * (job.ranks > 1)
+    why += [f"{job.config.path} has no model_type, by which transformers chooses the model"] * typeless
+    why += [f"texts of max_sequence_length {job.args['max_sequence_length']} are too short to compare"] * short
+    why += [f"SAT has no {job.args['model_class']}, which derives from one of its classes"] * derived
+    return why
+
+
+def broken(name):
+    """Why a package that is there cannot be imported: SAT does not declare all that it needs."""
+    try:
+        importlib.import_module("sat.model" if name == "sat" else name)
+    except ImportError as error:
+        lacks = (error.name or name).partition(".")[0]
+        remedy = PACKAGES[name] if lacks in PACKAGES[name].split() or lacks == name else f"pip install {lacks}"
+        return f"{name} is installed, and cannot be imported: {said(error)} ({remedy})"
+    return ""
+
+
+def run_both(job, hf_folder, sat, shown):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = running("transformers", job, lambda: read_config(job, hf_folder))
     inputs, about = read_inputs(job, hf_folder, config, shown)
@@ -131,7 +156,57 @@ def compare_logits(job, hf_folder, sat, shown):
         raise ConvertError(
             f"{job.report.target}: verification failed, nothing was written\n  {text}; at most {NEAR} is rounding"
         )
-    notes.append(f"verified by running: {text}")
+    return f"verified by running: {text}"
+
+
+@contextmanager
+def undisturbed():
+    """SAT draws from, sets and opens what belongs to the process: random numbers, a process group, its level of logging.
+
+    Its rotary kernel runs on a GPU alone: elsewhere what it computes, in torch, takes its place for as long.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    parallel = has_groups()
+    drawn, numpy = random.getstate(), sys.modules.get("numpy")
+    drawn_by_numpy = numpy.random.get_state() if numpy else None
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(put(os.environ, "SAT_LOGLEVEL", os.environ.get("SAT_LOGLEVEL", "ERROR")))
+        if not torch.cuda.is_available():
+            stub = types.ModuleType(KERNEL)
+            stub.apply_rotary = apply_rotary
+            stack.enter_context(put(sys.modules, KERNEL, stub))
+            if ROTARY in sys.modules:
+                stack.enter_context(put(vars(sys.modules[ROTARY]), "apply_rotary", apply_rotary))
+        try:
+            yield
+        finally:
+            random.setstate(drawn)
+            if numpy:
+                numpy.random.set_state(drawn_by_numpy)
+            if has_groups() and not parallel:
+                sys.modules["sat.mpu.initialize"].destroy_model_parallel()
+            if torch.distributed.is_available() and torch.distributed.is_initialized() and not distributed:
+                torch.distributed.destroy_process_group()
+
+
+def has_groups():
+    initialize = sys.modules.get("sat.mpu.initialize")
+    return initialize is not None and initialize.model_parallel_is_initialized()
+
+
+@contextmanager
+def put(where, key, value):
+    """For a while, in place of what is there."""
+    there, kept = key in where, where.get(key)
+    where[key] = value
+    try:
+        yield
+    finally:
+        if there:
+            where[key] = kept
+        else:
+            where.pop(key, None)
 
 
 @torch.no_grad()
@@ -175,13 +250,9 @@ def load_hf(job, folder, config):
 def load_sat(job, sat):
     """SAT's own loader, given a folder with `latest` and a link, since the target has none before all is well.
 
-    Its rotary kernel runs on a GPU alone: elsewhere what it computes, in torch, takes its place. The frequencies are
-    those of the rotary base that was decided on, exact as in transformers: the file may have them rounded, or not at all.
+    The frequencies are those of the rotary base that was decided on, exact as in transformers: the file may have them
+    rounded, or not at all.
     """
-    os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
-    if not torch.cuda.is_available() and KERNEL not in sys.modules:
-        sys.modules[KERNEL] = types.ModuleType(KERNEL)
-        sys.modules[KERNEL].apply_rotary = apply_rotary
     from sat.model import AutoModel
     from sat.training.model_io import load_checkpoint
 
