@@ -178,6 +178,31 @@ def test_a_folder_that_somebody_filled_meanwhile_is_left_alone(hf, tmp_path, mon
     assert [path.name for path in (tmp_path / "sat").iterdir()] == ["theirs"]
 
 
+@pytest.mark.parametrize(("convert", "last"), [("hf_to_sat", "latest"), ("sat_to_hf", "config.json")])
+def test_a_run_killed_while_its_files_move_leaves_nothing_loadable(llama, tmp_path, convert, last):
+    """Only into a folder that was there: it then holds some of them, and somebody must empty it who knows what is in it."""
+    (tmp_path / "out").mkdir()
+    script = f"""
+import os, signal
+from pathlib import Path
+from liger_aot import convert
+rename = Path.rename
+Path.rename = lambda path, to: os.kill(os.getpid(), signal.SIGKILL) if path.name == {last!r} else rename(path, to)
+convert.{convert}({str(llama / convert[:3].strip("_"))!r}, {str(tmp_path / "out")!r})
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(left) > 2
+    assert last not in left
+    again = {"hf_to_sat": hf_to_sat, "sat_to_hf": sat_to_hf}[convert]
+    with pytest.raises(ConvertError):
+        {hf_to_sat: sat_to_hf, sat_to_hf: hf_to_sat}[again](tmp_path / "out", tmp_path / "back")
+    with pytest.raises(ConvertError, match=r"it holds .*; a run that was killed while it moved its files there may have left"):
+        again(llama / convert[:3].strip("_"), tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    again(llama / convert[:3].strip("_"), tmp_path / "out")
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_link_is_followed(hf, tmp_path, there):
     (tmp_path / "far").mkdir()

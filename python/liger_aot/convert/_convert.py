@@ -210,7 +210,9 @@ def fresh(target):
         raise ConvertError(f"{target}: must not exist, or be an empty folder; it is a file")
     held = sorted(path.name for path in target.iterdir() if not is_partial(path, target))
     if held:
-        raise ConvertError(f"{target}: must not exist, or be an empty folder; it holds {', '.join(held[:5])}")
+        killed = any(is_partial(path, target) for path in target.iterdir())
+        why = "; a run that was killed while it moved its files there may have left them" if killed else ""
+        raise ConvertError(f"{target}: must not exist, or be an empty folder; it holds {', '.join(held[:5])}{why}")
     return target
 
 
