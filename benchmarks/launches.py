@@ -228,7 +228,7 @@ def trips_backward(v):
 
 
 def trips_rope(v):
-    left = cdiv(v["n"] - 2 * v["half"], 2 * v["HALF"])
+    left = cdiv(v["n"] - 2 * v["half"] * v["parts"], 2 * v["HALF"])  # of the programs of the first part
     return ([cdiv(v["half"], v["HALF"]), left] if v["LOOP"] else [left]) * 2
 
 

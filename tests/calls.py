@@ -82,6 +82,18 @@ def rope(rows):
             q, k = randn(2, tokens, 9, n, dtype=dtype), randn(2, tokens, 3, n, dtype=dtype)
             angles = (randn(2, tokens, rotated, dtype=t, grad=False) for _ in ("cos", "sin"))
             yield (q.transpose(1, 2), k.transpose(1, 2), *angles), {}
+    # Each order by both tiles of the forms that are not plain, aligned and not; half as sections, and as the last columns.
+    forms = [{"order": "interleaved"}, {"order": "interleaved_to_half"}, {"last": True}, {}]
+    for dtype, rotated, options in itertools.product(DTYPES, (64, 62, 128, 130), forms):
+        tokens = rows(12 * rotated)
+        sizes = {} if options else {"sections": [rotated // 8, rotated // 2 - 2 * (rotated // 8), rotated // 8]}
+        for t in dict.fromkeys([dtype, torch.float32]):
+            q, k = randn(2, tokens, 9, rotated + 16, dtype=dtype), randn(2, tokens, 3, rotated + 16, dtype=dtype)
+            shape = (*[3] * len(sizes), 1, tokens, rotated)
+            angles = (randn(*shape, dtype=t, grad=False) for _ in ("cos", "sin"))
+            yield (q.transpose(1, 2), k.transpose(1, 2), *angles), options | sizes
+        angles = torch.complex(*torch.randn(2, tokens, rotated // 2).unbind())
+        yield (q.transpose(1, 2), k.transpose(1, 2), angles), {"order": "interleaved"}
     for q in views(2, 3, rows(256), 34):
         yield (q, randn(2, 2, rows(256), 34, dtype=q.dtype), *(torch.randn(1, rows(256), 10) for _ in ("cos", "sin"))), {}
 

@@ -5,6 +5,7 @@ count are those whose numbers are held; in a dry run the CPU kernels' numbers ar
 """
 
 import contextlib
+import functools
 import warnings
 
 import torch
@@ -74,8 +75,12 @@ def layer_norm(x, weight, bias):
     return layer.layer_norm, lambda x, w, b: layer.forward_reference(x, w, b, 1e-5)[0], [x, weight, bias], {}
 
 
-def rope(q, k, cos, sin):
-    return rope_.rope, rope_.forward_reference, [q, k, fixed(cos), fixed(sin)], {}
+def rope(q, k, cos, sin=None, **options):
+    def formula(q, k, cos, sin):
+        return rope_.forward_reference(q, k, cos, sin, **options)
+
+    angles = fixed(cos), None if sin is None else fixed(sin)
+    return functools.partial(rope_.rope, **options), formula, [q, k, *angles], {}
 
 
 def swiglu(gate, up, gate_multiplier):

@@ -104,24 +104,51 @@ def _rows(op, input, normalized_shape, **parameters):
 
 
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    unsqueeze_dim: int = 1,
+    *,
+    rotary_dim: int | None = None,
+    order: str = "half",
+    sections: list[int] | None = None,
+    parts: int = 1,
+    last: bool = False,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """transformers' apply_rotary_pos_emb: the first cos.shape[-1] numbers of each head of q and k, rotated by halves.
 
     q and k are (batch, heads, length, d), or (batch, length, heads, d) with unsqueeze_dim 2; cos and sin are
     (batch or 1, length, r) or (length, r). position_ids has no effect, as in transformers since 4.38: cos and sin belong to
-    the positions already.
+    the positions already. k may be None, and is then in the result. The keywords are the forms that other models have:
+    ops.rope says what each does.
 
     >>> q = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2)
     >>> liger_aot.rope(q, q, torch.zeros(1, 2), torch.ones(1, 2))[0].flatten()
     tensor([-2.,  1.])
+    >>> q = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    >>> liger_aot.rope(q, None, torch.tensor([[1j, 1.0]]), order="interleaved")[0].flatten()
+    tensor([-2.,  1.,  3.,  4.])
     """
     if unsqueeze_dim not in (1, 2):
         raise ValueError(f"rope: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
-    if unsqueeze_dim == 1:
-        return _rope.rope(q, k, cos, sin)
-    q, k = _rope.rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-    return q.transpose(1, 2), k.transpose(1, 2)
+    options = {
+        "rotary_dim": rotary_dim,
+        "order": order,
+        "sections": sections,
+        "parts": parts,
+        "last": last,
+        "reverse": reverse,
+    }
+    pair = q, q.narrow(unsqueeze_dim, 0, 0) if k is None else k  # of no k, no heads
+    if unsqueeze_dim == 2:
+        pair = [t.transpose(1, 2) for t in pair]
+    q_out, k_out = _rope.rope(*pair, cos, sin, **options)
+    if unsqueeze_dim == 2:
+        q_out, k_out = q_out.transpose(1, 2), k_out.transpose(1, 2)
+    return q_out, None if k is None else k_out
 
 
 def swiglu(gate: Tensor, up: Tensor, *, gate_multiplier: float = 1.0, down_multiplier: float = 1.0) -> Tensor:

@@ -12,6 +12,8 @@ from .geglu import LigerGEGLUMLP
 from .jsd import LigerJSD
 from .kl_div import LigerKLDIVLoss
 from .layer_norm import LigerLayerNorm
+from .llama4_rope import liger_llama4_text_rotary_pos_emb
+from .llama4_rope import liger_llama4_vision_rotary_pos_emb
 from .relu_squared import LigerReLUSquared
 from .rms_norm import LigerRMSNorm
 from .rms_norm import LigerRMSNormForMuseGlimmer
@@ -48,6 +50,8 @@ __all__ = [
     "LigerSwiGLUMLP",
     "LigerSwiGLUMLPForMuseGlimmer",
     "LigerTVDLoss",
+    "liger_llama4_text_rotary_pos_emb",
+    "liger_llama4_vision_rotary_pos_emb",
     "liger_rotary_pos_emb",
     *(name for name in monkey_patch.__all__ if "apply_liger_kernel" in name),
 ]

@@ -7,6 +7,7 @@ from ..functional import swiglu
 from ..ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from . import functional as L  # noqa: N812
 from ._names import one_of
+from .llama4_rope import liger_llama4_text_rotary_pos_emb
 
 
 class LigerRMSNormFunction:
@@ -28,6 +29,17 @@ class LigerLayerNormFunction:
 
 class LigerRopeFunction:
     apply = staticmethod(L.liger_rope)
+
+
+class LigerQwen2VLMRopeFunction:
+    apply = staticmethod(L.liger_qwen2vl_mrope)
+
+
+class LigerLlama4RopeFunction:
+    @staticmethod
+    def apply(q, k, freqs_cis, BLOCK_SIZE: int | None = None):
+        one_of("LigerLlama4RopeFunction", "BLOCK_SIZE", BLOCK_SIZE, (None,))
+        return liger_llama4_text_rotary_pos_emb(q, k, freqs_cis)
 
 
 class LigerSiLUMulFunction:
