@@ -2,20 +2,14 @@
 
 import collections
 import dataclasses
-import io
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
-
-from elftools.elf.elffile import ELFFile
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "tests"))
 from stub import machinery
 
 gate = machinery("_gate")
-SIZE = 16  # bytes of an instruction, from Volta on
 CLASSES = {
     "global memory": "LDG STG ATOM ATOMG RED LDGSTS LDGDEPBAR CCTL",
     "shared memory": "LDS STS LDSM STSM ATOMS",
@@ -97,28 +91,15 @@ def count(instructions):
     return dict(found)
 
 
-def text(cubin, kernel):
-    """The bytes of a kernel's instructions."""
-    return ELFFile(io.BytesIO(cubin)).get_section_by_name(f".text.{kernel}").data()
-
-
 def disassemble(pack, variants):
-    """{cubin: Code} of [(kernel, Variant)]: all in one run of nvdisasm, which takes half a second to start."""
-    bodies = [text(pack.read(v.cubin), kernel) for kernel, v in variants]
-    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
-        file.write(b"".join(bodies))
-        file.flush()
-        command = [gate._nvdisasm(), "--no-dataflow", "--binary", f"SM{pack.arch}", file.name]
-        listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    instructions = [Instruction(int(m[1], 16), m[2], m[3], m[4].strip()) for m in LINE.finditer(listing)]
-    if len(instructions) != sum(map(len, bodies)) // SIZE:
-        raise RuntimeError(f"nvdisasm: {len(instructions)} instructions read of {sum(map(len, bodies)) // SIZE}")
-    codes, start = {}, 0
-    for (_, variant), body in zip(variants, bodies, strict=True):
-        end = start + len(body) // SIZE
-        codes[variant.cubin] = code(instructions[start:end])
-        start = end
-    return codes
+    """{cubin: Code} of [(kernel, Variant)]."""
+    listings = gate.listings([(kernel, pack.read(v.cubin)) for kernel, v in variants], pack.arch)
+    return {v.cubin: code([instruction(line) for line in lines]) for (_, v), lines in zip(variants, listings, strict=True)}
+
+
+def instruction(line):
+    m = LINE.match(line)
+    return Instruction(int(m[1], 16), m[2], m[3], m[4].strip())
 
 
 def code(instructions):
@@ -126,5 +107,5 @@ def code(instructions):
     for at, i in enumerate(instructions):
         target = re.search(r"0x[0-9a-f]+", i.operands) if i.opcode == "BRA" else None
         if target and first <= int(target[0], 16) < i.address:  # the trap at the end is a branch to itself
-            loops.append(((int(target[0], 16) - first) // SIZE, at))
+            loops.append(((int(target[0], 16) - first) // gate.INSTRUCTION, at))
     return Code(instructions, loops)

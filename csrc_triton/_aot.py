@@ -186,7 +186,7 @@ def compile_variant(kernel, types, constants, options, aligned, arch):
         "warps": binary.metadata.num_warps,
         "shared": binary.metadata.shared,
     }
-    entry["registers"] = _gate.check(name, binary.asm["cubin"], binary.metadata, report[0], kernel, types, constants, aligned)
+    entry["registers"] = _gate.check(name, binary.asm["cubin"], binary.metadata, report[0], kernel, types, aligned)
     return entry, binary.asm["cubin"]
 
 
@@ -201,10 +201,12 @@ def whole(out, **options):
 
 def compile_file(source, arch, out):
     """Every declared form of every kernel in one file, into one partial pack."""
+    import _gate
+
     started = time.monotonic()
     os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # without paths and line numbers, half the size and reproducible
     kernels = {name: k for name, k in runpy.run_path(source).items() if hasattr(k, "variants")}
-    count = 0
+    count, aligned = 0, []
     with tempfile.TemporaryDirectory() as cache, whole(out) as part:
         os.environ["TRITON_CACHE_DIR"] = cache
         for name, kernel in sorted(kernels.items()):
@@ -214,7 +216,10 @@ def compile_file(source, arch, out):
             part.writestr(f"{name}.json", json.dumps(table))
             for entry, cubin in built:
                 part.writestr(entry["cubin"], cubin)
+                if entry["aligned"]:
+                    aligned.append((f"{entry['cubin']} for sm_{arch}", kernel, cubin))
             count += len(built)
+        _gate.check_widths(aligned, arch)
     print(f"sm_{arch} {source.stem}: {count} variants in {time.monotonic() - started:.0f} s")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import pathlib
 import re
 import struct
@@ -13,6 +14,7 @@ from elftools.elf.elffile import ELFFile
 SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 EIATTR_KPARAM_INFO = 0x17
 LONG_FORM = 4  # an attribute whose value has a length of its own; every other form holds two bytes
+INSTRUCTION = 16  # bytes, from Volta on
 
 
 def expected_parameters(types):
@@ -46,37 +48,54 @@ def _nvdisasm():
     return pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 
 
-def global_widths(cubin):
-    """({bits: count} of global loads, the same of global stores) in the machine code."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def listings(cubins, arch):
+    """[lines of machine code] for each (symbol, cubin): all in one run of nvdisasm, which takes 0.3 s to start."""
+    codes = [ELFFile(io.BytesIO(cubin)).get_section_by_name(f".text.{symbol}").data() for symbol, cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
         file.flush()
-        text = subprocess.run([_nvdisasm(), file.name], check=True, capture_output=True, text=True).stdout
+        command = [_nvdisasm(), "--no-dataflow", "--binary", f"SM{arch}", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines, counts = re.findall(r"/\*[0-9a-f]+\*/.*;", text), [len(code) // INSTRUCTION for code in codes]
+    if len(lines) != sum(counts):
+        raise RuntimeError(f"nvdisasm: {len(lines)} instructions read of {sum(counts)}")
+    rest = iter(lines)
+    return [list(itertools.islice(rest, count)) for count in counts]
+
+
+def global_widths(lines):
+    """({bits: count} of global loads, the same of global stores) in machine code."""
     widths = {"LDG": {}, "STG": {}}
-    for kind, modifiers in re.findall(r"\b(LDG|STG)\.E((?:\.\w+)*)", text):
+    for kind, modifiers in re.findall(r"\b(LDG|STG)\.E((?:\.\w+)*)", "\n".join(lines)):
         bits = next((int(b) for b in re.findall(r"\b(?:U|S)?(8|16|64|128|256)\b", modifiers.replace(".", " "))), 32)
         widths[kind][bits] = widths[kind].get(bits, 0) + 1
     return widths["LDG"], widths["STG"]
 
 
-def check(name, cubin, metadata, report, kernel, types, constants, aligned):
+def require(holds, name, what):
+    if not holds:
+        raise SystemExit(f"build gate: {name}: {what}")
+
+
+def check_widths(cubins, arch):
+    """Raise SystemExit with the name of the first of [(name, kernel, cubin)], aligned variants, without 128-bit accesses."""
+    codes = listings([(kernel.__name__, cubin) for _, kernel, cubin in cubins], arch)
+    for (name, kernel, _), lines in zip(cubins, codes, strict=True):
+        for what, widths in zip(("loads", "stores"), global_widths(lines), strict=True):
+            require(what in kernel.scalar or 128 in widths, name, f"no 128-bit global {what}, only {widths}")
+
+
+def check(name, cubin, metadata, report, kernel, types, aligned):
     """Raise SystemExit with the variant's name unless it passes; the number of registers a thread uses."""
-
-    def require(holds, what):
-        if not holds:
-            raise SystemExit(f"build gate: {name}: {what}")
-
     got, expected = parameter_table(cubin, kernel.__name__), expected_parameters(types.values())
-    require(got == expected, f"its parameters (offset, size) are {got}, the launcher packs {expected}")
-    require(metadata.name == kernel.__name__, f"its symbol is {metadata.name}")
+    require(got == expected, name, f"its parameters (offset, size) are {got}, the launcher packs {expected}")
+    require(metadata.name == kernel.__name__, name, f"its symbol is {metadata.name}")
     for scratch in ("global_scratch_size", "profile_scratch_size"):
-        require(getattr(metadata, scratch) == 0, f"{scratch} is {getattr(metadata, scratch)}, must be 0")
-    require(metadata.num_ctas == 1 and not metadata.tensordesc_meta, "clusters and tensor descriptors are not launched")
+        require(getattr(metadata, scratch) == 0, name, f"{scratch} is {getattr(metadata, scratch)}, must be 0")
+    single = metadata.num_ctas == 1 and not metadata.tensordesc_meta
+    require(single, name, "clusters and tensor descriptors are not launched")
     if aligned:
         stack = [int(n) for n in re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)]
         local = [int(n) for n in re.findall(r"(\d+) bytes lmem", report)]
-        require(len(stack) == 3 and not any(stack + local), f"it spills or uses local memory:\n{report}")
-        loads, stores = global_widths(cubin)
-        for what, widths in (("loads", loads), ("stores", stores)):
-            require(what in kernel.scalar or 128 in widths, f"no 128-bit global {what}, only {widths}")
+        require(len(stack) == 3 and not any(stack + local), name, f"it spills or uses local memory:\n{report}")
     return int(re.search(r"Used (\d+) registers", report)[1])

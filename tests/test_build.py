@@ -105,12 +105,23 @@ def hold(form="aligned", types=None, metadata=None, report=GOOD, scalar=("stores
     cubin = pack.read(f"column_sum-fp32-fp32-ROWS32-BLOCK128-{form}.cubin")
     types = types or dict(pack.parameters("column_sum"))
     kernel = SimpleNamespace(__name__="column_sum", scalar=scalar)
-    return gate.check("that one", cubin, SimpleNamespace(**METADATA | (metadata or {})), report, kernel, types, {}, aligned)
+    registers = gate.check("that one", cubin, SimpleNamespace(**METADATA | (metadata or {})), report, kernel, types, aligned)
+    if aligned:
+        gate.check_widths([("that one", kernel, cubin)], pack.arch)
+    return registers
 
 
 def test_the_gate_lets_good_cubins_pass():
     assert hold() == 32
     assert hold(form="any", aligned=False, report=GOOD.replace("0 bytes", "8 bytes")) == 32
+
+
+def test_the_gate_reads_many_cubins_as_it_reads_one():
+    pack = pack_of(min(_runtime.pack_paths()))
+    cubins = [(k, pack.read(v.cubin)) for k in ("column_sum", "rms_norm_bwd") for v in list(pack.table(k).values())[:2]]
+    alone = [gate.listings([one], pack.arch)[0] for one in cubins]
+    assert [gate.global_widths(lines) for lines in gate.listings(cubins, pack.arch)] == [*map(gate.global_widths, alone)]
+    assert len(set(map(len, alone))) > 2
 
 
 @pytest.mark.parametrize("fault", BAD_CUBINS)
