@@ -251,6 +251,7 @@ def pointwise(name, arguments, saved):
 
 CASES["relu_squared"] = lambda: pointwise("relu_squared", (), "input")
 CASES["softmax"] = lambda: pointwise("softmax", (-1,), "output")
+CASES["sparsemax"] = lambda: pointwise("sparsemax", (-1,), "output")
 
 
 @case

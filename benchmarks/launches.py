@@ -25,6 +25,7 @@ from liger_aot.ops import relu_squared
 from liger_aot.ops import rms_norm
 from liger_aot.ops import rope
 from liger_aot.ops import softmax
+from liger_aot.ops import sparsemax
 from liger_aot.ops import swiglu
 from liger_aot.ops import tvd
 from liger_aot.ops import vocab_parallel_cross_entropy
@@ -103,6 +104,10 @@ def of_dyt(s, dtype):
 
 def of_softmax(s, dtype):
     return softmax.SoftmaxFunction, (shape(*norm_sizes(s), dtype=dtype),)
+
+
+def of_sparsemax(s, dtype):
+    return sparsemax.SparsemaxFunction, (shape(*norm_sizes(s), dtype=dtype),)
 
 
 def of_group_norm(s, dtype):
@@ -242,6 +247,18 @@ def walked(*names):
     return again
 
 
+STEPS = 4  # assumed, of the search for a row's threshold, which depends on the numbers
+
+
+def trips_sparsemax(v):
+    return [blocks(v), STEPS * blocks(v), STEPS, blocks(v)] if v["LOOP"] else [STEPS]
+
+
+def again_sparsemax(v):
+    row = v["n"] * v["x"].element_size()
+    return ((STEPS + 1) * v["programs"] * row, row) if v["LOOP"] else (0, 0)
+
+
 def smoothed(v):
     row = v["n"] * v["logits"].element_size()
     return (v["programs"] * row, row) if v["smoothing"] else (0, 0)
@@ -270,6 +287,8 @@ KERNELS = {
     "dyt_bwd": Kernel(("dx", "partial"), lambda v: [v["rows"] * blocks(v) / v["programs"]]),
     "softmax_fwd": Kernel(("y",), twice, walked("x")),
     "softmax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
+    "sparsemax_fwd": Kernel(("y",), trips_sparsemax, again_sparsemax),
+    "sparsemax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
     "group_norm_fwd": Kernel(("y", "mean", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),
     "group_norm_sums": Kernel(("partial",), lambda v: [cdiv(v["size"], v["BLOCK"])]),
     "group_norm_bwd": Kernel(("dx",), lambda v: [cdiv(v["n"] // v["size"], v["BLOCK"]), blocks(v)]),

@@ -134,6 +134,11 @@ def softmax(rows):
         yield (randn(rows(n), n, dtype=dtype),), {}
 
 
+def sparsemax(rows):
+    for dtype, n in itertools.product(DTYPES, (48, 63, 1008, 1009, 4112, 4113)):
+        yield (randn(rows(n), n, dtype=dtype),), {}
+
+
 def group_norm(rows):
     for dtype, size in itertools.product(DTYPES, (64, 63)):
         for weight, bias in itertools.product(weights(8, dtype), repeat=2):
@@ -218,6 +223,6 @@ def vocab_parallel_cross_entropy(rows):
 
 # operator -> rows -> each call's (arguments, options)
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
-CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, group_norm)}
+CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

@@ -107,5 +107,14 @@ class Rounded(torch.autograd.Function):
         return y * (dy - (dy * y).sum(-1, keepdim=True)), None
 
 
+def sparsemax(x):
+    """Martins and Astudillo 2016 (arXiv 1602.02068), algorithm 1."""
+    z = x.sort(-1, descending=True).values
+    k = torch.arange(1, x.shape[-1] + 1, device=x.device)
+    kept = 1 + k * z > z.cumsum(-1)
+    threshold = (torch.where(kept, z, 0).sum(-1, keepdim=True) - 1) / kept.sum(-1, keepdim=True)
+    return functional.relu(x - threshold)
+
+
 def softmax(dtype):
     return lambda x: Rounded.apply(x, dtype)

@@ -203,6 +203,7 @@ WIDTHS = {
     "layer_norm": (("3W", "W", "W"), True),
     "fused_add_rms_norm": (("3W", "3W", "W"), True),
     "softmax": (("3W",), True),
+    "sparsemax": (("3W",), False),
     "rope": (("123W", "123W", "13W", "13W"), True),
     "swiglu": (("3W", "3W"), False),
     "geglu": (("3W", "3W"), False),

@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (as torch names it)
 import liger_aot
 from liger_aot.functional import CrossEntropyOutput
 
+import formulas
 from harness import DTYPES
 from harness import fixed
 from harness import run
@@ -133,6 +134,11 @@ def test_softmax():
     same(lambda x: liger_aot.softmax(x, 1), lambda x: torch.softmax(x, 1), x)
     wide = liger_aot.softmax(x.bfloat16(), -1, dtype=torch.float32)
     torch.testing.assert_close(wide, torch.softmax(x.bfloat16(), -1, dtype=torch.float32))
+
+
+def test_sparsemax():
+    same(liger_aot.sparsemax, formulas.sparsemax, torch.randn(2, 6, 5))
+    same(lambda x: liger_aot.sparsemax(x, 1), lambda x: formulas.sparsemax(x.mT).mT, torch.randn(2, 6, 5))
 
 
 def test_dyt_and_relu_squared():

@@ -14,6 +14,7 @@ import liger_aot.transformers as names
 import liger_aot.transformers.functional as L  # noqa: N812
 from liger_aot.functional import CrossEntropyOutput
 
+import formulas
 from harness import run
 
 # Beyond `__all__`, what stands in Liger's modules of these paths.
@@ -36,6 +37,7 @@ MODULES = {
     "dyt": ["LigerDyT"],
     "relu_squared": ["LigerReLUSquared"],
     "softmax": ["LigerSoftmax"],
+    "sparsemax": ["LigerSparsemax"],
     "rope": ["liger_rotary_pos_emb", "liger_rotary_pos_emb_gpt_oss", "liger_rotary_pos_emb_vision"],
     "qwen2vl_mrope": ["liger_multimodal_rotary_pos_emb"],
     "llama4_rope": ["liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"],
@@ -68,6 +70,7 @@ FUNCTIONS = [
     "DyT",
     "ReLUSquared",
     "Softmax",
+    "Sparsemax",
     "Rope",
     "Qwen2VLMRope",
     "Llama4Rope",
@@ -128,6 +131,7 @@ BUILD = {
     "LigerDyT": (12,),
     "LigerReLUSquared": (),
     "LigerSoftmax": (),
+    "LigerSparsemax": (),
     "LigerBlockSparseTop2MLP": (CONFIG,),
     "LigerFalconH1SwiGLUMLP": (CONFIG,),
     "LigerHunyuanV1SwiGLUMLP": (CONFIG, 1),
@@ -297,6 +301,15 @@ def test_llama4_rope():
     cast = angles[0].real.bfloat16()  # what a model has after .to(torch.bfloat16)
     want = multiplied(q, cast.float()), multiplied(k, cast.float())
     torch.testing.assert_close(names.liger_llama4_vision_rotary_pos_emb(q, k, cast), want)
+
+
+def test_sparsemax():
+    x = torch.randn(3, 12)
+    want = formulas.sparsemax(x.double()).float()
+    torch.testing.assert_close(L.liger_sparsemax(x), want)
+    torch.testing.assert_close(build("LigerSparsemax")(x), want)
+    torch.testing.assert_close(liger_aot.ops.LigerSparsemaxFunction.apply(x.mT, 0), want.mT)
+    torch.testing.assert_close(build("LigerSparsemax", 0)(x), formulas.sparsemax(x.mT.double()).mT.float())
 
 
 def test_gates_by_position():

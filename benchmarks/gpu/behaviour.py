@@ -243,6 +243,7 @@ def same_bits(machine, name):
         "geglu": x,
         "relu_squared": x[:1],
         "softmax": x[:1],
+        "sparsemax": x[:1],
         "dyt": [x[0], weight[:1].detach(), weight, bias],
         "group_norm": [x[0], 1, weight, bias],
         "cross_entropy": [x[0], target],
@@ -254,7 +255,7 @@ def same_bits(machine, name):
             machine.same(outcome(function, calls[name]), want)
 
 
-ONE_TENSOR = "rms_norm", "layer_norm", "relu_squared", "softmax"
+ONE_TENSOR = "rms_norm", "layer_norm", "relu_squared", "softmax", "sparsemax"
 ROW_WISE = *ONE_TENSOR, "fused_add_rms_norm", "dyt", "rope", "swiglu", "geglu", "cross_entropy"
 
 

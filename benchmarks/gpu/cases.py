@@ -53,6 +53,14 @@ def eager_rope(q, k, cos, sin):
     return rotated(q, cos, sin), rotated(k, cos, sin)
 
 
+def eager_sparsemax(x):
+    """The paper's algorithm, which sorts."""
+    z = x.float().sort(-1, descending=True).values
+    kept = 1 + torch.arange(1, x.shape[-1] + 1, device=x.device) * z > z.cumsum(-1)
+    threshold = (torch.where(kept, z, 0).sum(-1, keepdim=True) - 1) / kept.sum(-1, keepdim=True)
+    return functional.relu(x.float() - threshold).to(x.dtype)
+
+
 def eager_logprob(hidden, weight, target):
     logits = functional.linear(hidden, weight).float()
     return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
@@ -77,6 +85,7 @@ IN_TORCH = {
     "geglu": lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
     "relu_squared": lambda x: functional.relu(x).square(),
     "softmax": lambda x: functional.softmax(x, -1),
+    "sparsemax": eager_sparsemax,
     "dyt": lambda x, alpha, gamma, beta: torch.tanh(alpha * x) * gamma + beta,
     "group_norm": lambda x, w, b: functional.group_norm(x, GROUPS, w, b, 1e-5),
     "cross_entropy": functional.cross_entropy,
@@ -256,7 +265,7 @@ def vocab_parallel_cross_entropy(tokens, vocabulary, liger):
 
 BUILD = {name: norm(name) for name in ("rms_norm", "fused_add_rms_norm", "layer_norm")} | {"rope": rope}
 BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {"dyt": dyt, "group_norm": group_norm}
-BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax")}
+BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax", "sparsemax")}
 BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy, "linear_logprob": linear_logprob}
 BUILD |= {"kl_div": divergence("kl_div", {"reduction": "batchmean", "log_target": True}), "jsd": divergence("jsd", {})}
 BUILD |= {"tvd": divergence("tvd", {"reduction": "batchmean"}, log=False), "linear_jsd": linear_jsd}
@@ -279,7 +288,7 @@ FIRST = [
     ("linear_jsd", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
     *((name, {"tokens": 4096, "vocabulary": 128256}) for name in ("jsd", "kl_div", "tvd")),
     ("vocab_parallel_cross_entropy", {"tokens": 4096, "vocabulary": 32064}),
-    *((name, {"tokens": 8192, "hidden": 4096}) for name in ("softmax", "relu_squared", "dyt", "group_norm")),
+    *((name, {"tokens": 8192, "hidden": 4096}) for name in ("softmax", "sparsemax", "relu_squared", "dyt", "group_norm")),
 ]
 
 
@@ -288,7 +297,7 @@ def sweeps():
     widths = [HIDDEN[i] for i in (0, 5, 2, 3, 1, 4)]
     tokens = [TOKENS[i] for i in (0, 4, 2, 3, 1)]
     elementwise = ["rms_norm", "swiglu", "rope", "fused_add_rms_norm", "layer_norm", "geglu"]
-    elementwise += ["softmax", "relu_squared", "dyt", "group_norm"]
+    elementwise += ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm"]
     for place in range(len(widths)):
         yield from ((name, {"tokens": 2048, "hidden": widths[place]}) for name in elementwise)
         if place < len(tokens):

@@ -20,6 +20,7 @@ from liger_aot.ops import relu_squared as relu
 from liger_aot.ops import rms_norm as rms
 from liger_aot.ops import rope as rope_
 from liger_aot.ops import softmax as softmax_
+from liger_aot.ops import sparsemax as sparsemax_
 from liger_aot.ops import swiglu as swiglu_
 
 import formulas
@@ -107,6 +108,10 @@ def dyt(x, alpha, gamma, beta):
 
 def softmax(x):
     return softmax_.softmax, formulas.softmax(x.dtype), [x], {}
+
+
+def sparsemax(x):
+    return sparsemax_.sparsemax, formulas.sparsemax, [x], {}
 
 
 def group_norm(x, num_groups, weight, bias):
@@ -234,7 +239,7 @@ def linear_jsd(x, w, y, v, labels, temperature, reduction):
 
 # operator -> its arguments and options -> (function, formula, inputs, what harness.check is told)
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
-HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, group_norm)}
+HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}
 HELD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy

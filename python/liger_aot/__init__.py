@@ -24,6 +24,7 @@ from .functional import relu_squared
 from .functional import rms_norm
 from .functional import rope
 from .functional import softmax
+from .functional import sparsemax
 from .functional import swiglu
 from .functional import tvd
 from .functional import vocab_parallel_cross_entropy
@@ -51,6 +52,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "softmax",
+    "sparsemax",
     "swiglu",
     "tvd",
     "unbind",

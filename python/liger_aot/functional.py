@@ -25,6 +25,7 @@ from .ops import relu_squared as _relu_squared
 from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
 from .ops import softmax as _softmax
+from .ops import sparsemax as _sparsemax
 from .ops import swiglu as _swiglu
 from .ops import tvd as _tvd
 from .ops import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
@@ -205,6 +206,15 @@ def softmax(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Ten
     tensor([0.5000, 0.5000])
     """
     return _softmax.softmax(input if dtype is None else input.to(dtype), dim)
+
+
+def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
+    """The point nearest to input among those of sum one and no number below zero: a softmax of which most is zero.
+
+    >>> liger_aot.sparsemax(torch.tensor([2.0, 1.5, 0.0]))
+    tensor([0.7500, 0.2500, 0.0000])
+    """
+    return _sparsemax.sparsemax(input, dim)
 
 
 def cross_entropy(

@@ -44,6 +44,20 @@ class Softmax(torch.nn.Softmax):
         return F.softmax(input, self.dim)
 
 
+class Sparsemax(torch.nn.Module):
+    """liger_aot.sparsemax along dim."""
+
+    def __init__(self, dim: int = -1):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.sparsemax(input, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
 class DyT(torch.nn.Module):
     """liger_aot.dyt over the last dimension, of hidden_size; alpha starts as init_alpha, gamma as one, beta as zero."""
 

@@ -20,6 +20,7 @@ from .rms_norm import LigerRMSNormForMuseGlimmer
 from .rms_norm import LigerRMSNormForMuseGlimmerTextCentered
 from .rope import liger_rotary_pos_emb
 from .softmax import LigerSoftmax
+from .sparsemax import LigerSparsemax
 from .swiglu import LigerBlockSparseTop2MLP
 from .swiglu import LigerFalconH1SwiGLUMLP
 from .swiglu import LigerPhi3SwiGLUMLP
@@ -47,6 +48,7 @@ __all__ = [
     "LigerRMSNormForMuseGlimmer",
     "LigerRMSNormForMuseGlimmerTextCentered",
     "LigerSoftmax",
+    "LigerSparsemax",
     "LigerSwiGLUMLP",
     "LigerSwiGLUMLPForMuseGlimmer",
     "LigerTVDLoss",

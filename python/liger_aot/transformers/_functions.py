@@ -68,6 +68,12 @@ class LigerSoftmaxFunction:
         return L.liger_softmax(input_)
 
 
+class LigerSparsemaxFunction:
+    @staticmethod
+    def apply(x: torch.Tensor, dim: int):
+        return L.liger_sparsemax(x, dim)
+
+
 class LigerGroupNormFunction:
     apply = staticmethod(L.liger_group_norm)
 

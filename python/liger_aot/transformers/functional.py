@@ -26,6 +26,7 @@ __all__ = [
     "liger_rms_norm",
     "liger_rope",
     "liger_softmax",
+    "liger_sparsemax",
     "liger_swiglu",
     "liger_tvd",
 ]
@@ -77,6 +78,10 @@ def liger_dyt(x, alpha, gamma, beta):
 
 def liger_softmax(x):
     return F.softmax(x, -1)
+
+
+def liger_sparsemax(input, dim: int = -1):
+    return F.sparsemax(input, dim)
 
 
 def liger_group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
