@@ -13,6 +13,7 @@ from liger_aot import _runtime
 from liger_aot.ops import cross_entropy
 from liger_aot.ops import dyt
 from liger_aot.ops import fused_add_rms_norm
+from liger_aot.ops import gated_rms_norm
 from liger_aot.ops import geglu
 from liger_aot.ops import group_norm
 from liger_aot.ops import jsd
@@ -70,6 +71,12 @@ def of_rms_norm(s, dtype):
 def of_fused_add_rms_norm(s, dtype):
     x, residual = (shape(*norm_sizes(s), dtype=dtype) for _ in range(2))
     return fused_add_rms_norm.FusedAddRMSNormFunction, (x, residual, shape(s["hidden"], dtype=dtype), 1e-6, 0.0, False)
+
+
+def of_gated_rms_norm(s, dtype):
+    x, gate = (shape(*norm_sizes(s), dtype=dtype) for _ in range(2))
+    options = 1, 1e-6, False, True, True
+    return gated_rms_norm.GatedRMSNormFunction, (x, gate, shape(s["hidden"], dtype=dtype), *options)
 
 
 def of_layer_norm(s, dtype):
@@ -224,6 +231,12 @@ def again_backward(v):
     return v["rows"] * rows + 2 * share * (groups(v) - v["programs"]), v["ROWS"] * rows + share
 
 
+def again_gated_backward(v):
+    """As again_backward, of one group of columns."""
+    rows, share = row(v, "x", "gate", "dy"), 4 * v["n"]
+    return (v["rows"] * rows + 2 * share * (groups(v) - v["programs"]), v["ROWS"] * rows + share) if v["LOOP"] else (0, 0)
+
+
 def turns(v):
     return groups(v) / v["programs"]
 
@@ -273,6 +286,8 @@ KERNELS = {
     "rms_norm_fwd": Kernel(("y", "rstd"), twice, again_forward("x")),
     "rms_norm_bwd": Kernel(("dx", "dw"), trips_backward, again_backward),
     "fused_add_rms_norm_fwd": Kernel(("s", "y", "rstd"), twice, again_forward("s")),
+    "gated_rms_norm_fwd": Kernel(("y", "rstd"), twice, again_forward("x")),
+    "gated_rms_norm_bwd": Kernel(("dx", "dgate", "dw"), trips_backward, again_gated_backward),
     "layer_norm_fwd": Kernel(("y", "mean", "rstd"), twice, again_forward("x")),
     "layer_norm_bwd": Kernel(("dx", "partial"), trips_backward, again_backward),
     "column_sum": Kernel(("out",), lambda v: [cdiv(v["rows"], v["ROWS"])]),

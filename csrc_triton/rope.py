@@ -41,7 +41,7 @@ def turn_half(
     PAIRS_OUT: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    other, first, sign, step, axis, height, width = angles
+    other, first, sign, step, height, width, height_at, width_at = angles
     col = (start + tl.arange(0, HALF))[None, :]
     keep = real & (col < half)
     both = (2 * start + tl.arange(0, 2 * HALF))[None, :]  # where pairs lie side by side
@@ -53,7 +53,7 @@ def turn_half(
         x2 = tl.load(x_at + half + col, mask=keep, other=0.0).to(tl.float32)
     at = col
     if not PLAIN:
-        at = col * step + ((col >= height).to(tl.int64) + (col >= width).to(tl.int64)) * axis
+        at = col * step + tl.where(col >= width, width_at, tl.where(col >= height, height_at, 0))
     # Each head loads the angles itself, from the first level cache: to share them between threads would take barriers.
     c1 = tl.load(cos_at + at, mask=keep, other=0.0).to(tl.float32)
     c2 = tl.load(cos_at + other + at, mask=keep, other=0.0).to(tl.float32)
@@ -135,9 +135,10 @@ def turn(
     swap="i32",
     sign="fp32",
     step="i32",
-    axis="i64",
     height="i32",
     width="i32",
+    height_at="i32",
+    width_at="i32",
     imaginary="i32",
     begin="i32:16",
     parts="i32",
@@ -183,9 +184,10 @@ def rope(
     swap,
     sign,
     step,
-    axis,
     height,
     width,
+    height_at,
+    width_at,
     imaginary,
     begin,
     parts,
@@ -198,8 +200,8 @@ def rope(
 ):
     # full: whether each number of a pair has its own cos and sin, or both have one. Forward: swap is 0 and sign 1. Backward:
     # swap is 1, so that s1 is the second number's, and sign -1. All other than PLAIN: angles lie `step` apart, and those of
-    # sin `imaginary` behind its start; pairs from `height` on have the angles of the second axis, from `width` on those of
-    # the third; what is rotated starts at the column `begin` and is `parts` times two halves.
+    # sin `imaginary` behind its start; pairs from `height` on have angles that are `height_at` behind, from `width` on those
+    # `width_at` behind; what is rotated starts at the column `begin` and is `parts` times two halves.
     q_blocks = (q_heads + HEADS - 1) // HEADS
     blocks = q_blocks + (k_heads + HEADS - 1) // HEADS
     block = tl.program_id(0) % blocks
@@ -215,7 +217,7 @@ def rope(
         offset = begin + part * 2 * half
         if PAIRS_IN and PAIRS_OUT:  # the angles too
             other, step = full, step * (1 + full)
-    angles = other, swap * other, sign, step, axis, height, width
+    angles = other, swap * other, sign, step, height, width, height_at, width_at
     batch, token = (place // tokens).to(tl.int64), (place % tokens).to(tl.int64)
     cos_at, sin_at = cos + batch * cos_batch + token * cos_token, sin + batch * cos_batch + token * cos_token
     if block < q_blocks:

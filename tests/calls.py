@@ -66,6 +66,15 @@ def fused_add_rms_norm(rows):
         yield (x, residual, weight, *eps), options
 
 
+def gated_rms_norm(rows):
+    for dtype, n, casting in itertools.product(DTYPES, (96, 97, 1008, 1009, 4080, 4081, 8176, 8177), ("none", "llama")):
+        for weight in weights(n, dtype)[1:]:
+            options = {"gate_first": casting == "none", "activation": ("silu", "sigmoid")[n % 2], "casting": casting}
+            yield (randn(rows(n), n, dtype=dtype), randn(rows(n), n, dtype=dtype), weight, 1e-6), options
+    for x, gate in zip(views(rows(66), 66), views(rows(66), 66, layouts=LAYOUTS[::-1]), strict=True):
+        yield (x, gate, randn(66, dtype=x.dtype), 1e-6), {"groups": 3}
+
+
 def layer_norm(rows):
     for dtype, n in itertools.product(DTYPES, WIDTHS):
         for weight, bias in itertools.product(weights(n, dtype), repeat=2):
@@ -223,6 +232,6 @@ def vocab_parallel_cross_entropy(rows):
 
 # operator -> rows -> each call's (arguments, options)
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
-CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm)}
+CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

@@ -116,5 +116,15 @@ def sparsemax(x):
     return functional.relu(x - threshold)
 
 
+def gated_rms_norm(groups=1, gate_first=False, activation="silu", eps=1e-6):
+    def formula(x, gate, weight):
+        gates = {"silu": functional.silu, "sigmoid": torch.sigmoid}[activation](gate)
+        u = (x * gates if gate_first else x).unflatten(-1, (groups, x.shape[-1] // groups))
+        y = (u / torch.sqrt(u.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight
+        return y if gate_first else y * gates
+
+    return formula
+
+
 def softmax(dtype):
     return lambda x: Rounded.apply(x, dtype)

@@ -13,6 +13,7 @@ import torch
 from liger_aot import _runtime
 from liger_aot.ops import dyt as dyt_
 from liger_aot.ops import fused_add_rms_norm as fused
+from liger_aot.ops import gated_rms_norm as gated_rms
 from liger_aot.ops import geglu as geglu_
 from liger_aot.ops import group_norm as group
 from liger_aot.ops import layer_norm as layer
@@ -70,6 +71,15 @@ def fused_add_rms_norm(x, residual, weight, eps=rms.DEFAULT_EPS, casting="none")
         return fused.forward_reference(x, r, w, eps, 0.0, False)[:2]
 
     return lambda x, r, w: fused.fused_add_rms_norm(x, r, w, eps, casting=casting), formula, [x, residual, weight], how
+
+
+def gated_rms_norm(x, gate, weight, eps, casting="none", **options):
+    how = {"slack": 6.0, "through": x.dtype} if casting == "llama" and x.dtype != torch.float32 else {}  # rounds three times
+
+    def function(x, gate, weight):
+        return gated_rms.gated_rms_norm(x, gate, weight, eps, casting=casting, **options)
+
+    return function, formulas.gated_rms_norm(eps=eps, **options), [x, gate, weight], how
 
 
 def layer_norm(x, weight, bias):
@@ -239,7 +249,7 @@ def linear_jsd(x, w, y, v, labels, temperature, reduction):
 
 # operator -> its arguments and options -> (function, formula, inputs, what harness.check is told)
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
-HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm)}
+HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}
 HELD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy

@@ -12,6 +12,7 @@ from .bind import verify
 from .functional import cross_entropy
 from .functional import dyt
 from .functional import fused_add_rms_norm
+from .functional import gated_rms_norm
 from .functional import geglu
 from .functional import group_norm
 from .functional import jsd
@@ -38,6 +39,7 @@ __all__ = [
     "explain",
     "functional",
     "fused_add_rms_norm",
+    "gated_rms_norm",
     "geglu",
     "group_norm",
     "jsd",

@@ -13,6 +13,7 @@ from torch.nn import _reduction
 from .ops import cross_entropy as _cross_entropy
 from .ops import dyt as _dyt
 from .ops import fused_add_rms_norm as _fused_add_rms_norm
+from .ops import gated_rms_norm as _gated_rms_norm
 from .ops import geglu as _geglu
 from .ops import group_norm as _group_norm
 from .ops import jsd as _jsd
@@ -77,6 +78,27 @@ def fused_add_rms_norm(
     (tensor([[0.8485, 1.1314]]), tensor([[3., 4.]]))
     """
     return _fused_add_rms_norm.fused_add_rms_norm(input, residual, weight, eps, offset=offset, casting=casting)
+
+
+def gated_rms_norm(
+    input: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float | None = None,
+    *,
+    groups: int = 1,
+    gate_first: bool = False,
+    activation: str = "silu",
+    casting: str = "none",
+) -> Tensor:
+    """RMSNorm of groups of columns, times weight and silu(gate), as Qwen3-Next has it; with gate_first, as Mamba 2 has it, of
+    input · silu(gate), times weight.
+
+    >>> liger_aot.gated_rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 1.0]]), torch.ones(2))
+    tensor([[0.0000, 0.8271]])
+    """
+    options = {"groups": groups, "gate_first": gate_first, "activation": activation, "casting": casting}
+    return _gated_rms_norm.gated_rms_norm(input, gate, weight, eps, **options)
 
 
 def layer_norm(

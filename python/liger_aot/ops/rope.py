@@ -3,6 +3,10 @@
 Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021 (arXiv 2104.09864). Which columns are a pair is
 the `order`: "half", transformers' own, pairs column n with column n + r / 2; "interleaved", the paper's, 2n with 2n + 1;
 "interleaved_to_half", DeepSeek's, reads the one and writes the other.
+
+What the models of transformers have, beside Llama's form: order "interleaved" (Cohere, GLM, ERNIE), of one angle a pair
+with rotary_dim (GPT-J, Helium; GPT-OSS by halves), complex angles (Llama 4, DeepSeek-V2), "interleaved_to_half" (DeepSeek-V3),
+last (DeepSeek-V4), reverse (nanochat), parts (Gemma 4's images), sections (Qwen2-VL).
 """
 
 import functools
@@ -68,10 +72,10 @@ def turned(x, cos, sin, rotary_dim, order, sections, parts, last, reverse, backw
         s1, s2, beside_in, beside_out = -s2, -s1, beside_out, beside_in
     out, width = torch.empty_like(x), 2 * parts * c1.shape[-1]
     begin = x.shape[-1] - width if last else 0
-    xs, ys = (t.narrow(-1, begin, width).unflatten(-1, (parts, width // parts)) for t in (x, out))
-    (x1, x2), (y1, y2) = pairs(wide(xs), beside_in), pairs(ys, beside_out)
-    y1.copy_(x1 * c1 - x2 * s1)
-    y2.copy_(x2 * c2 + x1 * s2)
+    x1, x2 = pairs(wide(x.narrow(-1, begin, width)).unflatten(-1, (parts, width // parts)), beside_in)
+    y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+    ys = torch.stack((y1, y2), -1).flatten(-2) if beside_out else torch.cat((y1, y2), -1)
+    out[..., begin : begin + width] = ys.flatten(-2)
     rest = slice(None, begin) if last else slice(width, None)
     out[..., rest] = x[..., rest]
     return out
@@ -111,9 +115,9 @@ def turn(q, k, cos, sin, rotary_dim, order, sections, parts, last, reverse, back
     q_out_batch, q_out_head, q_out_token, _ = q_out.stride()
     k_out_batch, k_out_head, k_out_token, _ = k_out.stride()
     (batch, q_heads, tokens, n), k_heads, angle_shape = q.shape, k.shape[1], cos.shape
-    axis = height = width = 0
+    height = width = axis = 0
     if sections is not None:
-        axis, height, width = angle_strides[0], sections[0], sections[0] + sections[1]
+        height, width, axis = sections[0], sections[0] + sections[1], angle_strides[0]
         angle_shape, angle_strides = angle_shape[1:], angle_strides[1:]
     turns = angle_shape[-1] if rotary_dim is None else rotary_dim
     half = turns // (2 * parts)
@@ -124,7 +128,7 @@ def turn(q, k, cos, sin, rotary_dim, order, sections, parts, last, reverse, back
         q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
         0 if len(angle_shape) == 2 or angle_shape[0] == 1 else angle_strides[0], angle_strides[-2],
         tokens, q_heads, k_heads, half, n, full, 1 if backward else 0, -1.0 if backward is not reverse else 1.0,
-        step, axis, height, width, imaginary, n - turns if last else 0, parts,
+        step, height, width, axis, 2 * axis, imaginary, n - turns if last else 0, parts,
         HEADS=HEADS, HALF=HALF, LOOP=LOOP, PAIRS_IN=pairs_in, PAIRS_OUT=pairs_out, PLAIN=plain,
     )  # fmt: skip
     return q_out, k_out
@@ -203,6 +207,8 @@ def rope(
     with angles of their own. `last` rotates the last columns instead of the first, `reverse` by -sin. Raises ValueError on
     shapes, devices or dtypes that do not fit together, and where cos or sin require a gradient, of which there is none.
     """
+    if parts != 1:
+        parts = int(parts)  # the model's number, no size: a graph is for one
     check(q, k, cos, sin, rotary_dim, order, sections, parts)
     if needs_grad("rope", q, k, cos, sin):
         if cos.requires_grad or (sin is not None and sin.requires_grad):
