@@ -132,6 +132,8 @@ def gated_rms_norm_fwd(
     cast="i32",
     last="i32",
     silu="i32",
+    # Without a bound of its own, ptxas spills one or two numbers to fit more programs.
+    maxnreg=lambda LOOP: 96 if LOOP else 128,
     **AXES,
 )
 @triton.jit

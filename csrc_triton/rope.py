@@ -1,7 +1,7 @@
 """Rotary embedding of q and k: HEADS heads of one token a program, arithmetic in fp32. Tensors keep their strides.
 
 The two numbers of a pair lie half a rotated part apart, or side by side: PAIRS_IN says where they are read, PAIRS_OUT where
-they are written. PLAIN is the common form: halves, and nothing but cos and sin as wide as what is rotated, or half as wide.
+they are written. PLAIN is the common form: halves, and cos and sin as wide as the columns that are rotated, the first.
 The backward is the forward with what is in and what is out exchanged, and the two numbers of sin exchanged and negated.
 """
 
@@ -59,12 +59,12 @@ def turn_half(
     c2 = tl.load(cos_at + other + at, mask=keep, other=0.0).to(tl.float32)
     s1 = tl.load(sin_at + first + at, mask=keep, other=0.0).to(tl.float32) * sign
     s2 = tl.load(sin_at + (other - first) + at, mask=keep, other=0.0).to(tl.float32) * sign
-    y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
     if PAIRS_OUT:
-        tl.store(out_at + both, tl.reshape(tl.join(y1, y2), (HEADS, 2 * HALF)), mask=real & (both < 2 * half))
+        ys = tl.reshape(tl.join(x1 * c1 - x2 * s1, x2 * c2 + x1 * s2), (HEADS, 2 * HALF))
+        tl.store(out_at + both, ys, mask=real & (both < 2 * half))
     else:
-        tl.store(out_at + col, y1, mask=keep)
-        tl.store(out_at + half + col, y2, mask=keep)
+        tl.store(out_at + col, x1 * c1 - x2 * s1, mask=keep)
+        tl.store(out_at + half + col, x2 * c2 + x1 * s2, mask=keep)
 
 
 @triton.jit
@@ -131,9 +131,9 @@ def turn(
     k_heads="i32",
     half="i32:16",
     n="i32:16",
-    full="i32",
-    swap="i32",
+    first="i32:16",
     sign="fp32",
+    full="i32",
     step="i32",
     height="i32",
     width="i32",
@@ -151,6 +151,8 @@ def turn(
     PAIRS_OUT=[False, True],
     PLAIN=[False, True],
     num_warps=num_warps,
+    # Without a bound of its own, ptxas spills one or two numbers to fit more programs.
+    maxnreg=lambda PLAIN: 72 if PLAIN else 128,
     where=declared,
 )
 @triton.jit
@@ -180,9 +182,9 @@ def rope(
     k_heads,
     half,
     n,
-    full,
-    swap,
+    first,
     sign,
+    full,
     step,
     height,
     width,
@@ -198,15 +200,16 @@ def rope(
     PAIRS_OUT: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    # full: whether each number of a pair has its own cos and sin, or both have one. Forward: swap is 0 and sign 1. Backward:
-    # swap is 1, so that s1 is the second number's, and sign -1. All other than PLAIN: angles lie `step` apart, and those of
-    # sin `imaginary` behind its start; pairs from `height` on have angles that are `height_at` behind, from `width` on those
-    # `width_at` behind; what is rotated starts at the column `begin` and is `parts` times two halves.
+    # Forward: first is 0 and sign 1. Backward: first is half, so that s1 is the second half of sin, and sign is -1. All of the
+    # rest is for what is not PLAIN. full: whether each number of a pair has its own cos and sin, or both have one. Angles lie
+    # `step` apart, and those of sin `imaginary` behind its start; pairs from `height` on have angles that are `height_at`
+    # behind, from `width` on those `width_at` behind; what is rotated starts at the column `begin` and is `parts` times two
+    # halves.
     q_blocks = (q_heads + HEADS - 1) // HEADS
     blocks = q_blocks + (k_heads + HEADS - 1) // HEADS
     block = tl.program_id(0) % blocks
     place = tl.program_id(0) // blocks
-    other, offset, rest, end = full * half, 0, 2 * half, n
+    other, offset, rest, end = half, 0, 2 * half, n
     if not PLAIN:
         part = place % parts
         place = place // parts
@@ -215,21 +218,23 @@ def rope(
         rest = tl.where(begin == 0, parts * 2 * half, 0)
         end = tl.where(part == 0, rest + n - parts * 2 * half, rest)  # the first part sees to the others
         offset = begin + part * 2 * half
+        other = full * half
         if PAIRS_IN and PAIRS_OUT:  # the angles too
             other, step = full, step * (1 + full)
-    angles = other, swap * other, sign, step, height, width, height_at, width_at
+        first = tl.where(first == 0, 0, other)
+    angles = other, first, sign, step, height, width, height_at, width_at
     batch, token = (place // tokens).to(tl.int64), (place % tokens).to(tl.int64)
-    cos_at, sin_at = cos + batch * cos_batch + token * cos_token, sin + batch * cos_batch + token * cos_token
+    at = batch * cos_batch + token * cos_token
     if block < q_blocks:
         x, out = q + batch * q_batch + token * q_token, q_out + batch * q_out_batch + token * q_out_token
         turn(
-            x, out, cos_at, sin_at, q_head, q_out_head, q_heads, block, half, angles, offset, rest, end,
+            x, out, cos + at, sin + at, q_head, q_out_head, q_heads, block, half, angles, offset, rest, end,
             HEADS, HALF, LOOP, PAIRS_IN, PAIRS_OUT, PLAIN,
         )  # fmt: skip
     else:
         x, out = k + batch * k_batch + token * k_token, k_out + batch * k_out_batch + token * k_out_token
         block -= q_blocks
         turn(
-            x, out, cos_at, sin_at, k_head, k_out_head, k_heads, block, half, angles, offset, rest, end,
+            x, out, cos + at, sin + at, k_head, k_out_head, k_heads, block, half, angles, offset, rest, end,
             HEADS, HALF, LOOP, PAIRS_IN, PAIRS_OUT, PLAIN,
         )  # fmt: skip

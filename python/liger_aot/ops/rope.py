@@ -99,8 +99,8 @@ def tile(half, plain):
 
 
 def turn(q, k, cos, sin, rotary_dim, order, sections, parts, last, reverse, backward):
-    plain = order == "half" and sin is not None and sections is None and parts == 1 and not last
     full = 1 if sin is not None and (rotary_dim is None or rotary_dim == cos.shape[-1]) else 0
+    plain = full == 1 and order == "half" and sections is None and parts == 1 and not last
     step, imaginary = 1, 0
     if sin is None:
         cos = sin = as_numbers(cos)
@@ -127,8 +127,8 @@ def turn(q, k, cos, sin, rotary_dim, order, sections, parts, last, reverse, back
         q, k, cos, sin, q_out, k_out, q_batch, q_head, q_token, k_batch, k_head, k_token,
         q_out_batch, q_out_head, q_out_token, k_out_batch, k_out_head, k_out_token,
         0 if len(angle_shape) == 2 or angle_shape[0] == 1 else angle_strides[0], angle_strides[-2],
-        tokens, q_heads, k_heads, half, n, full, 1 if backward else 0, -1.0 if backward is not reverse else 1.0,
-        step, height, width, axis, 2 * axis, imaginary, n - turns if last else 0, parts,
+        tokens, q_heads, k_heads, half, n, half if backward else 0, -1.0 if backward is not reverse else 1.0,
+        full, step, height, width, axis, 2 * axis, imaginary, n - turns if last else 0, parts,
         HEADS=HEADS, HALF=HALF, LOOP=LOOP, PAIRS_IN=pairs_in, PAIRS_OUT=pairs_out, PLAIN=plain,
     )  # fmt: skip
     return q_out, k_out
