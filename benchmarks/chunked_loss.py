@@ -8,16 +8,13 @@ head. Tables in MB.
 import argparse
 import contextlib
 import itertools
-import json
 import math
-import pathlib
-import tempfile
 import unittest.mock
 
 import torch
 from torch.nn.functional import linear
 
-from liger_aot._demo import silent_stderr
+from liger_aot._demo import peak_memory
 from liger_aot.chunked_loss import _base
 from liger_aot.chunked_loss import _preference
 from liger_aot.chunked_loss import functional as F  # noqa: N812 (as torch names it)
@@ -25,24 +22,6 @@ from liger_aot.chunked_loss import grpo_loss
 from liger_aot.chunked_loss import kto_loss
 
 LENGTH = 64  # of a sequence
-
-
-def peak(step, device):
-    """Bytes that step() allocates at most beyond what is there before it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with tempfile.TemporaryDirectory() as folder, silent_stderr():
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            step()
-        trace = pathlib.Path(folder, "trace.json")
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    changes = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    return max(itertools.accumulate(e["args"]["Bytes"] for e in changes))
 
 
 def whole_logprob(hidden, weight, target, *, bias=None, temperature=1.0, ignore_index=-100):
@@ -103,7 +82,7 @@ def memory(name, tokens, classes, width, device, whole=False, **options):
     with contextlib.ExitStack() as stack:
         for module in MODULES if whole else ():
             stack.enter_context(unittest.mock.patch.object(module, "linear_logprob", whole_logprob))
-        return peak(step, device)
+        return peak_memory(step, device)
 
 
 def main():

@@ -1,19 +1,31 @@
-"""Small models of transformers with every parameter drawn at random, saved; and SAT on a CPU to hold them to."""
+"""Small models of transformers with every parameter drawn at random, saved and changed; and SAT on a CPU to hold them to."""
 
 import json
 import os
 import re
 import sys
 import types
+from collections import OrderedDict
+from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from references import Frequencies
 from references import HubChatGLM
 from references import HubCogVLM
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 
+from liger_aot.convert import ConvertError
 from liger_aot.convert._verify import apply_rotary
+from liger_aot.convert.families import FAMILIES
 
+needs_sat = pytest.mark.skipif(
+    not any((Path(path) / "sat/model/official").is_dir() for path in sys.path),
+    reason="SwissArmyTransformer is not installed: pip install --no-deps SwissArmyTransformer==0.4.12",
+)
+FILE = "1/mp_rank_00_model_states.pt"
 TOKENS, BATCH = 19, 2
 NORM = re.compile(r"(norm|ln_\w|LayerNorm)\d?\.weight$")
 SMALL = {
@@ -36,7 +48,8 @@ GPT2 = {
     "eos_token_id": 2,
     "layer_norm_epsilon": 1e-6,
 }
-BERT = {key: SMALL[key] for key in SMALL if key != "num_key_value_heads"} | {"layer_norm_eps": 1e-12}
+MHA = {key: SMALL[key] for key in SMALL if key != "num_key_value_heads"}
+BERT = MHA | {"layer_norm_eps": 1e-12}
 ROBERTA = BERT | {"type_vocab_size": 1, "max_position_embeddings": 66}
 # Gate and up are one matrix in HF, two in SAT: at this width a processor multiplies both by the same blocks.
 GLM = SMALL | {"intermediate_size": 128, "head_dim": 16, "attention_bias": True, "pad_token_id": 0, "eos_token_id": 1}
@@ -67,7 +80,7 @@ CHATGLM = {
     "gmask_token_id": 127,
     "pad_token_id": 3,
 }
-COGVLM = {key: SMALL[key] for key in SMALL if key != "num_key_value_heads"} | {
+COGVLM = MHA | {
     "architectures": ["CogVLMForCausalLM"],
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
@@ -86,6 +99,8 @@ COGVLM = {key: SMALL[key] for key in SMALL if key != "num_key_value_heads"} | {
         "dropout_prob": 0.0,
     },
 }
+for own in ("cogvlm", "cogvlm2"):  # in SAT's code the tower is 1792 wide; small models have small ones
+    FAMILIES[own].width = COGVLM["vision_config"]["hidden_size"]
 # name: (model class, configuration). More than one of a kind where SAT's format differs.
 MODELS = {
     "llama": ("LlamaForCausalLM", SMALL),
@@ -114,6 +129,7 @@ MODELS = {
     "cogvlm": (HubCogVLM, COGVLM),
     "cogvlm2": (HubCogVLM, COGVLM | {"num_multi_query_heads": 2}),
 }
+OWN_CODE = {"chatglm2", "chatglm3", "chatglm-6b", "cogvlm", "cogvlm2"}  # which transformers does not have
 # Of each, what HF holds and nobody computes with: transformers takes the decoder's bias where it is not tied.
 IDLE = {"bert-untied": {"cls.predictions.bias"}, "roberta-untied": {"lm_head.bias"}}
 # SAT's classes for them; where a family cannot be seen from the configuration, it is named.
@@ -164,8 +180,6 @@ def save(folder, name="llama", dtype=torch.float32, **over):
 
 
 def write(folder, state, config):
-    from safetensors.torch import save_file
-
     folder.mkdir()
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -206,8 +220,6 @@ def save_remote(folder, model):
 
 def tensors(folder):
     """Of every safetensors file, name to tensor."""
-    from safetensors.torch import load_file
-
     return {key: tensor for path in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(path).items()}
 
 
@@ -220,6 +232,44 @@ def identical(ours, theirs):
 def same_bits(a, b):
     raw = [tensor.contiguous().flatten().view(torch.uint8) for tensor in (a, b)]
     return a.dtype is b.dtype and a.shape == b.shape and torch.equal(*raw)
+
+
+def copy(source, target):
+    for path in source.rglob("*"):
+        if path.is_file():
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            (target / path.relative_to(source)).write_bytes(path.read_bytes())
+    return target
+
+
+def edit(path, drop=(), **change):
+    entries = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in entries.items() if key not in drop}))
+
+
+def state(folder):
+    return torch.load(folder / FILE, weights_only=True)["module"]
+
+
+def put(folder, **change):
+    torch.save({"module": OrderedDict(state(folder) | change)}, folder / FILE)
+
+
+def put_hf(folder, change, drop=()):
+    kept = {key: tensor for key, tensor in (tensors(folder) | change).items() if key not in drop}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(convert, source, *texts, **options):
+    """The message has every text, and nothing is there afterwards that was not before."""
+    target = source.parent / "out"
+    before = sorted(source.parent.rglob("*"))
+    with pytest.raises(ConvertError) as raised:
+        convert(source, target, **options)
+    for text in texts:
+        assert text in str(raised.value), str(raised.value)
+    assert sorted(source.parent.rglob("*")) == before
+    return str(raised.value)
 
 
 def load_sat(folder):

@@ -1,6 +1,7 @@
-"""One call of every public operator, for the tests that hold for all of them."""
+"""One call of every public operator, and modules of such calls, for what holds for all of them."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def tensors(*shapes, dtype):
@@ -69,3 +70,75 @@ def call(name, arguments, options):
     """The outputs that are differentiable, as a list."""
     out = getattr(torch.ops.liger, name).default(*arguments, **options)
     return list(out) if isinstance(out, (tuple, list)) else [out]
+
+
+class Call(torch.nn.Module):
+    """One operator as a module of its tensors."""
+
+    def __init__(self, name, arguments, options):
+        super().__init__()
+        self.name, self.options = name, options
+        self.others = [None if isinstance(a, torch.Tensor) else a for a in arguments]
+
+    def forward(self, *tensors):
+        rest = iter(tensors)
+        return call(self.name, [next(rest) if a is None else a for a in self.others], self.options)
+
+
+class Everything(torch.nn.Module):
+    """A call of each of several operators."""
+
+    def __init__(self, modules):
+        super().__init__()
+        self.calls = torch.nn.ModuleDict(modules)
+
+    def forward(self, inputs):
+        return {name: module(*inputs[name]) for name, module in self.calls.items()}
+
+
+def example(name, dtype=torch.float32):
+    """A public operator's example as (module, its tensors), which want no gradients."""
+    arguments, options = EXAMPLES[name.removesuffix("_stats")](dtype)
+    tensors = tuple(a.detach().as_subclass(torch.Tensor) for a in arguments if isinstance(a, torch.Tensor))
+    return Call(name, arguments, options), tensors
+
+
+class Body(torch.nn.Module):
+    """A call of one of the operators that the public ones are made of."""
+
+    def __init__(self, overload, arguments):
+        super().__init__()
+        self.overload, self.others = overload, [None if isinstance(a, torch.Tensor) else a for a in arguments]
+        self.places = [n for n, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+
+    def forward(self, *tensors):
+        given = dict(zip(self.places, tensors, strict=True))
+        return self.overload(*(given.get(n, a) for n, a in enumerate(self.others)))
+
+
+class Calls(TorchDispatchMode):
+    """(operator, arguments) of calls inside, the first with these numbers and words."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "liger":
+            self.seen.setdefault((function, str([a for a in args if not isinstance(a, torch.Tensor)])), (function, args))
+        return function(*args, **kwargs or {})
+
+
+def bodies_of(name):
+    """The operators that a training step of a public one calls: each with a module and its tensors."""
+    arguments, options = EXAMPLES[name](torch.float32)
+    arguments = leaves(arguments)
+    with Calls() as calls:
+        schema = getattr(torch.ops.liger, name).default._schema
+        for reduced in ({}, {"reduction": "none"}) if "reduction" in {a.name for a in schema.arguments} else ({},):
+            outputs = call(name, arguments, options | reduced)
+            wanted = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+            torch.autograd.grad([o.sum() for o in outputs], wanted)
+    for overload, given in calls.seen.values():
+        tensors = tuple(a.detach().clone() for a in given if isinstance(a, torch.Tensor))
+        yield overload, Body(overload, given), tensors

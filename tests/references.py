@@ -51,9 +51,11 @@ def heads(x, dim):
     return x.unflatten(-1, (-1, dim)).transpose(1, 2)
 
 
-def attend(q, k, v, causal):
+def attend(q, k, v, causal, seen=None):
+    """`seen` [batch, 1, length, length] is 1 where a token sees another, and takes the place of `causal`."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+    hidden = None if seen is None else -10000.0 * (1 - seen)
+    return F.scaled_dot_product_attention(q, k, v, hidden, is_causal=causal and seen is None).transpose(1, 2).flatten(2)
 
 
 def swiglu(x, gate, up, down):
@@ -163,7 +165,7 @@ class HubCogVLM(nn.Module):
         x = swiglu(x, project.gate_proj, project.dense_h_to_4h, project.dense_4h_to_h)
         return torch.cat([vision.boi.expand(len(x), -1, -1), x, vision.eoi.expand(len(x), -1, -1)], 1)
 
-    def forward(self, ids, positions, image, in_image, by_expert):
+    def forward(self, ids, positions, image, in_image, by_expert, seen=None):
         dim, parts = wide(self.config)
         x = self.model.embed_tokens(ids)
         x = x.masked_scatter(in_image[..., None], self.see(image))
@@ -171,13 +173,13 @@ class HubCogVLM(nn.Module):
             own, y = layer.self_attn, layer.input_layernorm(x)
             fused = sorted_by(by_expert, y, own.vision_expert_query_key_value, own.language_expert_query_key_value)
             q, k, v = (heads(part, dim) for part in fused.split(parts, -1))
-            y = attend(own.rotary_emb(q, positions), own.rotary_emb(k, positions), v, True)
+            y = attend(own.rotary_emb(q, positions), own.rotary_emb(k, positions), v, True, seen)
             x = x + sorted_by(by_expert, y, own.vision_expert_dense, own.language_expert_dense)
-            y, seen, read = layer.post_attention_layernorm(x), layer.mlp.vision_mlp, layer.mlp.language_mlp
+            y, vision, text = layer.post_attention_layernorm(x), layer.mlp.vision_mlp, layer.mlp.language_mlp
             x = x + torch.where(
                 by_expert[..., None],
-                swiglu(y, seen.gate_proj, seen.up_proj, seen.down_proj),
-                swiglu(y, read.gate_proj, read.up_proj, read.down_proj),
+                swiglu(y, vision.gate_proj, vision.up_proj, vision.down_proj),
+                swiglu(y, text.gate_proj, text.up_proj, text.down_proj),
             )
         return self.lm_head(self.model.norm(x))
 
@@ -283,7 +285,7 @@ class SATCogVLM(nn.Module):
         x = glu.dense_4h_to_h(F.silu(glu.gate_proj(x)) * glu.dense_h_to_4h(x))
         return torch.cat([eva.boi.expand(len(x), -1, -1), x, eva.eoi.expand(len(x), -1, -1)], 1)
 
-    def forward(self, ids, positions, image, in_image, by_expert):
+    def forward(self, ids, positions, image, in_image, by_expert, seen=None):
         dim, parts = wide(self.args)
         rotary, mlp = self.mixins.rotary, self.mixins.mlp
         x = self.transformer.word_embeddings(ids)
@@ -293,13 +295,13 @@ class SATCogVLM(nn.Module):
             y = layer.input_layernorm(x)
             fused = sorted_by(by_expert, y, rotary.vision_query_key_value_list[k], layer.attention.query_key_value)
             query, key, value = (heads(part, dim) for part in fused.split(parts, -1))
-            y = attend(rotary.rotary_emb(query, positions), rotary.rotary_emb(key, positions), value, True)
+            y = attend(rotary.rotary_emb(query, positions), rotary.rotary_emb(key, positions), value, True, seen)
             x = x + sorted_by(by_expert, y, rotary.vision_dense_list[k], layer.attention.dense)
             y = layer.post_attention_layernorm(x)
-            seen = F.silu(mlp.vision_gate_proj[k](y)) * mlp.vision_dense_h_to_4h_list[k](y)
-            read = F.silu(mlp.gate_proj[i](y)) * layer.mlp.dense_h_to_4h(y)
-            seen, read = mlp.vision_dense_4h_to_h_list[k](seen), layer.mlp.dense_4h_to_h(read)
-            x = x + torch.where(by_expert[..., None], seen, read)
+            vision = F.silu(mlp.vision_gate_proj[k](y)) * mlp.vision_dense_h_to_4h_list[k](y)
+            text = F.silu(mlp.gate_proj[i](y)) * layer.mlp.dense_h_to_4h(y)
+            vision, text = mlp.vision_dense_4h_to_h_list[k](vision), layer.mlp.dense_4h_to_h(text)
+            x = x + torch.where(by_expert[..., None], vision, text)
         return self.mixins.lm.lm_head(self.transformer.final_layernorm(x))
 
 
@@ -330,7 +332,7 @@ class HubChatGLM(nn.Module):
         )
         self.lm_head = linear(hidden, config["vocab_size"])
 
-    def forward(self, ids, positions):
+    def forward(self, ids, positions, seen=None):
         """positions [batch, 2, length]"""
         dim = self.config["hidden_size"] // self.config["num_attention_heads"]
         scale = (2 * self.config["num_layers"]) ** 0.5
@@ -342,7 +344,7 @@ class HubChatGLM(nn.Module):
             q, k = (
                 torch.cat([own.rotary_emb(part, positions[:, n]) for n, part in enumerate(t.chunk(2, -1))], -1) for t in (q, k)
             )
-            x = scale * y + own.dense(attend(q, k, v, True))
+            x = scale * y + own.dense(attend(q, k, v, True, seen))
             y = layer.post_attention_layernorm(x)
             y_in = layer.mlp.dense_h_to_4h(y)
             # As the code on the hub spells it: F.gelu rounds otherwise.

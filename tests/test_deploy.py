@@ -13,8 +13,6 @@ import pytest
 import torch
 from test_export import OPERATORS
 from test_export import Logits
-from test_export import bodies_of
-from test_export import example
 from test_export import tiny_llama
 from test_operators import SCHEMAS
 from test_runtime import packs  # noqa: F401 (a fixture)
@@ -32,7 +30,9 @@ from liger_aot import export
 from liger_aot.__main__ import main
 
 from examples import EXAMPLES
+from examples import bodies_of
 from examples import call
+from examples import example
 from examples import leaves
 from stub import copy_pack
 from stub import stubbed
@@ -174,9 +174,12 @@ renamed = define("swiglu(Tensor gate, Tensor up, *, float alpha=1.) -> Tensor", 
 gone = define("rms_normal(Tensor x) -> Tensor", like)
 fewer = define("rope_fwd(Tensor q, Tensor k) -> (Tensor, Tensor)", lambda q, k: (like(q), like(k)))
 results = define("geglu(Tensor gate, Tensor up) -> (Tensor, Tensor)", lambda gate, up: (like(gate), like(up)))
+before = define("rms_norm(Tensor x, float? eps=None) -> Tensor", like)
+type_ = define("softmax(Tensor x, str dim='last') -> Tensor", like)
 calls = {
     "renamed": lambda x: renamed(x, x, alpha=3.0), "gone": gone,
     "fewer": lambda x: fewer(x, x), "results": lambda x: results(x, x),
+    "before": lambda x: before(x, 1e-6), "type": lambda x: type_(x, "first"),
     "within": lambda x: torch.cond(x.sum() > 0, lambda x: gone(x), lambda x: x + 1, (x,)),
 }
 for name, call in calls.items():
@@ -191,6 +194,8 @@ WHY = {
     "fewer": r"liger::rope_fwd\(q, k\) with 2 results, which this version has as liger::rope_fwd\(Tensor q, .* Tensor cos",
     "results": r"liger::geglu\(gate, up\) with 2 results, which this version has as liger::geglu\(.*\) -> Tensor",
     "within": r"liger::rms_normal\(x\), which this version does not have",
+    "before": r"liger::rms_norm\(x, eps\) with 1 results, which this version has as liger::rms_norm\(Tensor x, Tensor\? weight",
+    "type": r"liger::softmax\(tensor x, string dim\) with 1 results, which this version has as liger::softmax\(Tensor x, Sym",
 }
 
 
@@ -214,11 +219,74 @@ def test_programs_of_another_version_are_refused_by_operator(others, case):
 
 def test_packages_of_another_version_are_refused_by_operator(tmp_path):
     """In the form that AOTInductor writes for operators that it calls."""
-    node = {"target": "liger::swiglu_fwd", "inputs": [{"name": name} for name in ("gate", "up")], "outputs": [{}]}
+    inputs = [{"name": name, "arg": {"as_tensor": {}}, "kind": 1} for name in ("gate", "up")]
+    node = {"target": "liger::swiglu_fwd", "inputs": inputs, "outputs": [{}]}
     path = tmp_path / "package.pt2"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("package/data/aotinductor/model/c1.wrapper.json", json.dumps({"nodes": [{"name": "b", "node": node}]}))
     with pytest.raises(RuntimeError, match=r"liger::swiglu_fwd\(gate, up\) with 1 results, which this version has as"):
+        export.load(path)
+
+
+def saved(path, change=lambda schemas: None):
+    """A file of export.save, in which another version wrote down other schemas."""
+    export.save(torch.export.export(*example("softmax")), first := path.with_suffix(".first"))
+    with zipfile.ZipFile(first) as archive, zipfile.ZipFile(path, "w") as copy:
+        for name in archive.namelist():
+            data = archive.read(name)
+            if name.endswith("/extra/liger_aot.json"):
+                change(schemas := json.loads(data))
+                data = json.dumps(schemas)
+            copy.writestr(name, data)
+    return path
+
+
+OTHER_SCHEMAS = {
+    "default": (
+        {"softmax": "liger::softmax(Tensor x, SymInt dim=0) -> Tensor"},
+        r"liger::softmax\(Tensor x, SymInt dim=0\) -> Tensor, which this version has as liger::softmax\(.* dim=-1\)",
+    ),
+    "gone": (
+        {"rms_normal": "liger::rms_normal(Tensor x) -> Tensor"},
+        r"liger::rms_normal\(Tensor x\) -> Tensor, which this version does not have",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_SCHEMAS)
+def test_programs_are_held_to_the_schemas_that_they_were_saved_with(tmp_path, case):
+    """A default is in no graph: of a file that torch.export.save wrote nobody can say what it was."""
+    schemas, text = OTHER_SCHEMAS[case]
+    path = saved(tmp_path / "program.pt2", lambda known: known.update(schemas))
+    with pytest.raises(RuntimeError, match=text):
+        export.load(path)
+
+
+def test_what_save_writes_down_is_what_load_takes(tmp_path):
+    found = {}
+    path = saved(tmp_path / "program.pt2", found.update)
+    assert found == {"softmax": str(torch.ops.liger.softmax.default._schema)}
+    x = torch.randn(3, 4, 24)
+    assert torch.equal(export.load(path).module()(x)[0], torch.ops.liger.softmax(x))
+    before = {"rms_norm": "liger::rms_norm(Tensor x, Tensor? weight=None, float? eps=None) -> Tensor"}
+    export.load(saved(tmp_path / "older.pt2", lambda known: known.update(before)))  # arguments were appended since
+    with pytest.raises(
+        ValueError, match=r"save: program must be a torch\.export\.ExportedProgram, got Linear; export it first"
+    ):
+        export.save(torch.nn.Linear(2, 2), path)
+
+
+@pytest.mark.parametrize("place", ["weights/weight_0", "model.json"])
+def test_a_program_with_one_wrong_bit_is_refused(tmp_path, place):
+    """torch does not look at the checksums of weights: it would compute with others."""
+    program, path = torch.export.export(torch.nn.Linear(64, 64), (torch.randn(2, 64),)), tmp_path / "program.pt2"
+    export.save(program, path)
+    with zipfile.ZipFile(path) as archive:
+        (info,) = (i for i in archive.infolist() if i.filename.endswith(place))
+    data = bytearray(path.read_bytes())
+    data[info.header_offset + 200 + info.file_size // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"program\.pt2 must be a whole .*, got one of which \S*{place} is damaged; copy it"):
         export.load(path)
 
 
@@ -331,7 +399,10 @@ def test_explain_takes_shapes_of_any_size(capsys):
     ("line", "kernels"),
     [
         ("rope 1x4x8x64 1x2x8x64 1x8x64 1x8x64", ["rope", "rope"]),
-        ("cross_entropy 8x64 8:int64 64:float32", ["cross_entropy_fwd", "cross_entropy_reduce", "cross_entropy_bwd"]),
+        (
+            "cross_entropy 8x64 8:int64 64:float32 --set loss_dtype=float32 softcap=None label_smoothing=0",
+            ["cross_entropy_fwd", "cross_entropy_reduce", "cross_entropy_bwd"],
+        ),
     ],
 )
 def test_explain_of_gradients_where_some_tensors_may_have_none(line, kernels, capsys):
@@ -363,6 +434,18 @@ MISUNDERSTOOD = {
     "explain softmax 0x99999999999999999999 --arch 90": "fewer than 2**60 numbers, got 0x99999999999999999999",
     "explain rmsnorm 8x64 --arch 90": "if rmsnorm is meant as an operator, it must be one of cross_entropy,",
     "explain rmsnorm": "must be given an operator (cross_entropy, ",
+    "explain rms_norm 8x64 63 --arch 90": "rms_norm: weight must have shape (64,), got (63,)",
+    "explain rms_norm 8x64 --arch 90 --set eps=abc": "explain: eps must be of type float or None, got 'abc'",
+    "explain rms_norm 8x64 --arch 90 --set casting=1": "explain: casting must be of type str, got 1",
+    "explain rms_norm 8x64 --arch 90 --set weight=1": "explain: weight must be given as a shape, like 8x4096, got 1",
+    "explain softmax 8x64 --arch 90 --set dim=99999999999999999999": "dim must be of type int, got 99999999999999999999",
+    "explain softmax 8x64 --arch 90 --set dim=True": "explain: dim must be of type int, got True",
+    "explain tvd 8x64 8x64 --arch 90 --set loss_dtype=half2": "loss_dtype must be a dtype of torch like float32, got 'h",
+    "explain rms_norm 2147483648x64 --arch 90": "rms_norm_fwd: rows must be an integer below 2**31 (split",
+    "explain rms_norm 2147483647x64 --arch 90": "rms_norm_fwd: rows must be an integer up to 2**31 - 2**15 (split",
+    "explain swiglu 4294967296x1024 4294967296x1024 --arch 90": "swiglu_fwd must take at most 2**31 - 1 programs, takes 4",
+    "explain linear_cross_entropy 1000000000x64 128x64 1000000000:int64 --arch 90": "must take at most 3000 launches, takes",
+    "explain linear_cross_entropy 4294967296x64 128x64 4294967296:int64 --arch 90": "at most 2**31 - 2**15 rows, got 4294967",
     "explain rms_norm 8x64": "without a CUDA device, --arch must say for which, like 90",
 }
 

@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ import time
 import pytest
 import torch
 
+import liger_aot
 from liger_aot import _jit
 from liger_aot import _op
 from liger_aot import _runtime
 
+import examples
 from calls import CALLS
 from calls import few
 from examples import EXAMPLES
@@ -38,6 +41,7 @@ from gpu.machine import Dry
 from gpu.machine import Gpu
 from gpu.record import Record
 
+compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor wants a C++ compiler, and there is no g++")
 BENCHMARKS = pathlib.Path(run.__file__).parent.parent
 README = BENCHMARKS.parent / "README.md"
 # Every figure that is measured, which no dry run may have.
@@ -271,6 +275,7 @@ HELD_BY_BITS = [
     *((behaviour.same_bits, name) for name in ("rms_norm", "swiglu")),
     *((behaviour.beyond_31_bits, name) for name in behaviour.ROW_WISE),
     *((behaviour.autocast, name) for name in behaviour.WITH_MATMULS),
+    *((behaviour.from_a_cpu, name) for name in ("rms_norm", "cross_entropy_stats", "linear_jsd")),
 ]
 
 
@@ -288,6 +293,44 @@ def test_a_launch_that_misses_its_graph_or_stream_is_seen(name, monkeypatch):
     monkeypatch.setattr(behaviour, "refill", lambda *_: None)  # what a launch before the copy would see
     with pytest.raises(AssertionError):
         behaviour.two_streams(Exact(), name)
+
+
+@pytest.fixture
+def on_this_device(monkeypatch):
+    """Packages are programs, which load here, and lowering leaves them as they are."""
+    monkeypatch.setattr(Exact, "dry", False)
+    monkeypatch.setattr(behaviour.export, "lower", lambda program, multiprocessors: program)
+
+    def compile_into(folder, program):
+        torch.export.save(program, path := f"{folder}/package.pt2")
+        return path
+
+    monkeypatch.setattr(behaviour, "compile_into", compile_into)
+    for name in ("beside_library", "without_library"):
+        monkeypatch.setattr(behaviour, name, lambda path, inputs: torch.export.load(path).module()(*inputs))
+
+
+@pytest.mark.parametrize("subject", ["rms_norm", behaviour.ALL])
+@pytest.mark.parametrize("check", [behaviour.package, behaviour.lowered])
+def test_what_packages_give_is_what_eager_execution_gives(on_this_device, monkeypatch, check, subject):
+    assert check(Exact(), subject).endswith(" MB")
+    eager = examples.Call.forward
+    monkeypatch.setattr(examples.Call, "forward", lambda self, *tensors: [1.1 * t for t in eager(self, *tensors)])
+    with pytest.raises(AssertionError, match="are not close"):
+        check(Exact(), subject)
+
+
+@pytest.mark.slow
+@compiles
+def test_a_package_runs_where_the_library_is_not(tmp_path):
+    """And one that calls its operators does not."""
+    inputs = (torch.randn(2, 8),)
+    own, ours = torch.nn.RMSNorm(8), liger_aot.nn.RMSNorm(8)
+    path = behaviour.compile_into(tmp_path, torch.export.export(own, inputs))
+    torch.testing.assert_close(behaviour.without_library(path, inputs), own(*inputs))
+    path = behaviour.compile_into(tmp_path, torch.export.export(ours, inputs))
+    with pytest.raises(AssertionError, match="Could not find schema for liger::rms_norm_fwd"):
+        behaviour.without_library(path, inputs)
 
 
 def test_a_bound_model_as_on_a_gpu(monkeypatch):

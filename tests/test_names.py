@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import pathlib
 import re
 from types import SimpleNamespace
 
@@ -52,6 +53,8 @@ MODULES = {
     ],
     "geglu": ["LigerGEGLUMLP", "LigerGEGLUMLPForGemma4"],
     "cross_entropy": ["LigerCrossEntropyLoss"],
+    "mlp": ["LigerFalconH1MLP", "LigerMLP"],
+    "tiled_mlp": ["LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP", "apply_tiled_mlp"],
     "kl_div": ["LigerKLDIVLoss"],
     "jsd": ["LigerJSD"],
     "fused_linear_jsd": ["LigerFusedLinearJSD"],
@@ -83,6 +86,8 @@ FUNCTIONS = [
     "TVDLoss",
     "FusedLinearJSD",
     "VocabParallelCE",
+    "TiledMLP",
+    "MLP",
 ]
 
 
@@ -100,6 +105,25 @@ def test_signature_is_ligers(module, name):
     assert parameters(ours) == parameters(theirs)
     if isinstance(theirs, type) and issubclass(theirs, torch.nn.Module):
         assert parameters(ours.forward) == parameters(theirs.forward)
+
+
+SURFACE = "transformers", "transformers.functional", "chunked_loss", "ops"
+
+
+@pytest.mark.parametrize("module", SURFACE)
+def test_every_name_of_ligers_is_here_or_listed_as_missing(module):
+    """Classes and functions; those of autograd are public under ops alone."""
+    theirs = pytest.importorskip(f"liger_kernel.{module}", reason="liger-kernel, to compare names with, is not installed")
+    public = {n for n in vars(theirs) if n.startswith(("Liger", "liger_", "Grpo")) and callable(getattr(theirs, n))}
+    if module.startswith("transformers"):
+        public = {n for n in public if not n.endswith("Function")}
+    public |= set(getattr(theirs, "__all__", []))
+    ours = importlib.import_module(f"liger_aot.{module}")
+    missing = {name for name in public if not hasattr(ours, name)}
+    text = pathlib.Path(__file__).parent.parent.joinpath("docs/names.md").read_text()
+    row = re.search(rf"^\| `{re.escape(module)}` \| (.*) \|$", text, re.M)
+    assert missing == set(re.findall(r"`(\w+)`", row[1] if row else ""))
+    assert len(missing) < len(public)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -141,6 +165,10 @@ BUILD = {
     "LigerSwiGLUMLPForMuseGlimmer": (CONFIG,),
     "LigerGEGLUMLP": (CONFIG,),
     "LigerGEGLUMLPForGemma4": (CONFIG,),
+    "LigerMLP": (CONFIG,),
+    "LigerFalconH1MLP": (CONFIG,),
+    "LigerTiledSwiGLUMLP": (CONFIG, 3),
+    "LigerTiledGEGLUMLP": (SimpleNamespace(hidden_size=12, intermediate_size=20, hidden_act="gelu_new"), 3),
     "LigerCrossEntropyLoss": (),
     "LigerFusedLinearCrossEntropyLoss": (),
     "LigerKLDIVLoss": (),
@@ -149,7 +177,7 @@ BUILD = {
     "LigerTVDLoss": (),
     "LigerVocabParallelCrossEntropy": (),
 }
-SWIGLU = [n for n in BUILD if "SwiGLU" in n or "Top2" in n]
+SWIGLU = [n for n in BUILD if "SwiGLU" in n or "Top2" in n or n in ("LigerMLP", "LigerFalconH1MLP")]
 
 
 def build(name, *arguments, **options):
@@ -316,6 +344,9 @@ def test_gates_by_position():
     a, b = torch.randn(3, 12), torch.randn(3, 12)
     torch.testing.assert_close(L.liger_swiglu(a, b), F.silu(a) * b)
     torch.testing.assert_close(L.liger_geglu(a, b), F.gelu(a, approximate="tanh") * b)
+    v, w = torch.randn(7, 12), torch.randn(12, 7)
+    got = liger_aot.ops.LigerMLPFunction.apply(a, v, 2 * v, w, 0.5, 3.0)
+    torch.testing.assert_close(got, 3 * F.linear(F.silu(0.5 * F.linear(a, v)) * F.linear(a, 2 * v), w))
     got = liger_aot.ops.LigerSiLUMulFunction.apply(a, b, 0.5, 2.0)
     torch.testing.assert_close(got, F.silu(a * 0.5) * b * 2.0)
 

@@ -1,4 +1,3 @@
-import math
 import re
 
 import pytest
@@ -94,7 +93,7 @@ def test_nothing_in_nothing_out(path, shape):
     y = rms_norm(x, weight, 1e-6)
     y.sum().backward()
     assert y.shape == x.grad.shape == shape
-    assert rms_norm_fwd(x, weight, 1e-6, 0.0, False)[1].shape == (math.prod(shape[:-1]),)
+    assert rms_norm_fwd(x, weight, 1e-6, 0.0, False)[1].shape == shape[:-1]
     assert torch.equal(weight.grad, torch.zeros(shape[-1]))
 
 

@@ -517,8 +517,6 @@ def test_command_line(capsys, packs):
     assert json.loads(capsys.readouterr().out)["arch"] == "90"
     assert main(["explain", "rms_norm", "8x64", "--arch", "75"]) == 1
     assert "no kernels for compute capability 7.5" in capsys.readouterr().err
-    assert main(["explain", "rms_norm", "8x64", "63", "--arch", "90"]) == 1
-    assert "rms_norm: weight must have shape (64,), got (63,)" in capsys.readouterr().err
     assert main(["explain", "rms_norm", "8x64", "--arch", "90", "--set", "epsilon=1"]) == 2
     assert "unknown ['epsilon']" in capsys.readouterr().err
 

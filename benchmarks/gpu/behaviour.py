@@ -1,15 +1,27 @@
-"""What a launcher must do besides the right sums: under opcheck, compile, CUDA graphs, streams, threads, contexts, preload.
+"""What a launcher must do besides the right sums: under opcheck, compile, CUDA graphs, streams, threads, contexts, preload;
+and what becomes of programs that were exported where no GPU is.
 
 Each check takes the machine and what it is of; it raises, or returns a note. Bits are compared with those of an eager call.
 """
 
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 
 import torch
+from torch.export.passes import move_to_device_pass
 
 import liger_aot
+from liger_aot import _op
+from liger_aot import export
 from liger_aot._runtime import kernels
 
+import examples
 from examples import EXAMPLES
 from examples import call
 from examples import leaves
@@ -297,6 +309,120 @@ def tail(function, arguments, name):
     return [t[:, :, -3:] if name == "rope" else t[-3:] for t in (output.detach(), gradient)]
 
 
+def in_a_process(code, *arguments, **environment):
+    """Run Python code in a process of its own; what that says is raised where it fails."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise AssertionError(f"a process ended with status {done.returncode}: {done.stderr[-1500:]}")
+
+
+ALL = "all"  # operators together
+EXPORT = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+from gpu import behaviour
+assert not torch.cuda.is_available()
+behaviour.export_to(sys.argv[1])
+"""
+
+
+def export_to(folder):
+    """Files of programs: of each operator, and of all of them together."""
+    modules, tensors = {}, {}
+    for name in _op.PUBLIC:
+        modules[name], tensors[name] = examples.example(name, torch.bfloat16)
+        export.save(torch.export.export(modules[name], tensors[name]), f"{folder}/{name}.pt2")
+    export.save(torch.export.export(examples.Everything(modules), (tensors,)), f"{folder}/{ALL}.pt2")
+
+
+@functools.cache
+def carried():
+    """The folder of programs that a process exported which sees no GPU; there while this process is."""
+    folder = tempfile.TemporaryDirectory()
+    in_a_process(EXPORT, folder.name, *sys.path, CUDA_VISIBLE_DEVICES="")
+    return folder
+
+
+def carried_program(machine, subject):
+    """(a program that was exported without a GPU, its inputs on the machine's device, what they give in eager execution)."""
+    found = {}
+    for name in _op.PUBLIC if subject == ALL else [subject]:
+        module, tensors = examples.example(name, torch.bfloat16)
+        tensors = tuple(t.to(machine.device) for t in tensors)
+        found[name] = tensors, module(*tensors)
+    inputs, want = ({name: pair[n] for name, pair in found.items()} for n in range(2))
+    program = export.load(f"{carried().name}/{subject}.pt2")
+    return program, (inputs,) if subject == ALL else inputs[subject], want if subject == ALL else {subject: want[subject]}
+
+
+def same_results(machine, got, want, exact=False):
+    got = got if isinstance(got, dict) else dict.fromkeys(want, got)
+    for name in want:
+        if {g.device for g in got[name]} != {machine.device}:
+            raise AssertionError(f"{name}: results are on {[str(g.device) for g in got[name]]}, not on {machine.device}")
+        machine.same(got[name], want[name], exact=exact)
+
+
+def from_a_cpu(machine, name):
+    """A graph that was exported where no GPU is runs on one as it is."""
+    with machine.launching(machine.launcher()):
+        program, inputs, want = carried_program(machine, name)
+        same_results(machine, program.module()(*inputs), want, exact=not name.startswith("linear"))
+
+
+def package(machine, subject):
+    """A package of AOTInductor of it, beside this library."""
+    if machine.dry and not shutil.which("g++"):
+        return "no C++ compiler"
+    program, inputs, want = carried_program(machine, subject)
+    with tempfile.TemporaryDirectory() as folder:
+        path = compile_into(folder, move_to_device_pass(program, machine.device))
+        same_results(machine, beside_library(path, inputs), want)
+        return f"{pathlib.Path(path).stat().st_size / 1e6:.1f} MB"
+
+
+def compile_into(folder, program):
+    return torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/package.pt2")
+
+
+def beside_library(package, inputs):
+    """What a package gives for inputs in this process."""
+    return export.load(package)(*inputs)
+
+
+WITHOUT = """
+import sys
+sys.modules["liger_aot"] = None
+import torch
+package, inputs, outputs = sys.argv[1:]
+torch.save(torch._inductor.aoti_load_package(package)(*torch.load(inputs)), outputs)
+"""
+
+
+def without_library(package, inputs):
+    """What a package gives for inputs in a process that has no liger_aot."""
+    folder = pathlib.Path(package).parent
+    torch.save(inputs, folder / "inputs.pt")
+    in_a_process(WITHOUT, package, folder / "inputs.pt", folder / "outputs.pt")
+    return torch.load(folder / "outputs.pt")
+
+
+def lowered(machine, subject):
+    """A package of a lowered program, in a process that has no liger_aot: our kernels as Triton compiles them here."""
+    program, inputs, want = carried_program(machine, subject)
+    multiprocessors = machine.launcher().at(0).multiprocessors
+    program = export.lower(move_to_device_pass(program, machine.device), multiprocessors=multiprocessors)
+    launches = sum("triton_kernel_wrapper" in str(node.target) for node in program.graph.nodes)
+    if machine.dry:
+        return f"{launches} launches, which only a GPU compiles"
+    with tempfile.TemporaryDirectory() as folder:
+        path = compile_into(folder, program)
+        same_results(machine, without_library(path, inputs), want)
+        return f"{launches} launches, {pathlib.Path(path).stat().st_size / 1e6:.1f} MB"
+
+
 def autocast(machine, name):
     """Under autocast a linear loss is what it is for inputs that were cast before."""
     arguments, options = example(machine, name, torch.float32)
@@ -343,13 +469,18 @@ CHECKS = [
     (back_ends, "rms_norm"),
     (other_device, "rms_norm"),
     *((same_bits, name) for name in (*ROW_WISE, "group_norm")),
+    *((from_a_cpu, name) for name in _op.PUBLIC),
+    (lowered, "rms_norm"),
     *((opcheck, name) for name in EXAMPLES),
     *((bound_model, family) for family in ("llama", "gemma2")),
     *((compiled, name) for name in EXAMPLES),
+    (package, "rms_norm"),
+    (lowered, ALL),
+    (package, ALL),
     *((beyond_31_bits, name) for name in ROW_WISE),
     *((autocast, name) for name in WITH_MATMULS),
 ]
-COSTLY = opcheck, compiled, bound_model  # of which a dry run tries one subject each
+COSTLY = opcheck, compiled, bound_model, from_a_cpu, package, lowered  # of which a dry run tries one subject each
 
 
 def named(check, subject):

@@ -21,6 +21,7 @@ import sysconfig
 import tempfile
 import textwrap
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
@@ -107,19 +108,22 @@ def progress(label, losses, seconds, total):
         print(line, flush=True)
 
 
-def peak_memory(model, ids):
-    """Bytes that one training step allocates at most beyond what is there before it, as torch's allocator counts them."""
-    if ids.is_cuda:
+def step_and_forget(model, ids):
+    model(input_ids=ids, labels=ids).loss.backward()
+    model.zero_grad()
+
+
+def peak_memory(step, device):
+    """Bytes that step() allocates at most beyond what is there before it, as torch's allocator counts them."""
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        model(input_ids=ids, labels=ids).loss.backward()
-        model.zero_grad()
+        step()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with tempfile.TemporaryDirectory() as folder, silent_stderr():
         with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            model(input_ids=ids, labels=ids).loss.backward()
-            model.zero_grad()  # all that was allocated is free again: what outlives the profile would spoil the next
+            step()  # all that was allocated is to be free again: what outlives the profile would spoil the next
         trace = pathlib.Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
@@ -271,7 +275,7 @@ def main(args):
     runs = {name: train(name, model, data[:-1]) for name, model in models.items()}
     curves = {name: losses for name, (losses, _) in runs.items()}
     seconds = {name: statistics.median(times) for name, (_, times) in runs.items()}
-    memory = {name: peak_memory(models[name], data[-1]) for name in ("plain", "bound")}
+    memory = {name: peak_memory(partial(step_and_forget, models[name], data[-1]), args.device) for name in ("plain", "bound")}
     whole = distances({name: state(model, curves[name], data[-1]) for name, model in models.items()}, RUN)
 
     print(f"\n{'':34} {'plain':>10} {'bound':>10}")

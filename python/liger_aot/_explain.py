@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import re
+import struct
 import sys
 from argparse import ArgumentTypeError
 from collections import Counter
@@ -13,8 +14,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _op
+from ._driver import MOST_PROGRAMS
 from ._runtime import EXACT
 from ._runtime import FAMILY
+from ._runtime import MOST
+from ._runtime import WALKED
+from ._runtime import Plan
 from ._runtime import fitness
 from ._runtime import kernels
 from ._runtime import pack_paths
@@ -26,6 +31,7 @@ from ._runtime import short
 SHARED_MEMORY = {(7, 5): 64, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99, (12, 1): 99}
 ASSUMED_MULTIPROCESSORS = 100
 LARGEST = 2**60  # numbers of a tensor, of which 8 bytes each are below 2**63
+MOST_LAUNCHES = 3000  # of one call, which take some seconds to look at: those of a linear loss over a million rows
 CONSTANT = {"rope": {"cos", "sin"}, "cross_entropy": {"weight"}, "cross_entropy_stats": {"weight"}}  # may not require gradients
 FITS = {EXACT: "exact", FAMILY: "same family"}
 
@@ -104,6 +110,7 @@ class Launch:
     def __init__(self, device, kernel, grid, args, constants):
         types = [type_ for _, type_ in device.pack.parameters(kernel)]
         pointers = [a.data_ptr() for a, type_ in zip(args, types, strict=True) if type_.startswith("*")]
+        refuse(Plan(device, kernel), kernel, grid, pointers, args[len(pointers) :])
         sizes = [a for a, type_ in zip(args, types, strict=True) if type_.endswith(":16")]
         dtypes = [a.dtype for a in args[: len(pointers)]]
         self.kernel, self.grid, self.dtypes, self.constants = kernel, tuple(grid), dtypes, constants
@@ -126,6 +133,20 @@ class Launch:
         )
 
 
+def refuse(plan, kernel, grid, pointers, scalars):
+    """The errors that a launch ends with where a size is too large."""
+    walked = [value for (name, _), value in zip(plan.parameters, [*pointers, *scalars], strict=True) if name in WALKED]
+    try:
+        plan.pack_into(bytearray(plan.size), 0, *pointers, *scalars, 0, 0)
+        fits = max(walked, default=0) <= MOST
+    except (struct.error, OverflowError, TypeError):
+        fits = False
+    if not fits:
+        raise ValueError(plan.mismatch(kernel, pointers, scalars))
+    if grid[0] > MOST_PROGRAMS:
+        raise ValueError(f"explain: {kernel} must take at most 2**31 - 1 programs, takes {grid[0]}; split the tensor")
+
+
 class Trace:
     """A launcher that launches nothing, and remembers what was asked of it."""
 
@@ -138,6 +159,10 @@ class Trace:
 
     def launch(self, kernel, grid, *args, **constants):
         if not isinstance(args[0], FakeTensor) and 0 not in grid:
+            if len(self.launches) == MOST_LAUNCHES:
+                raise ValueError(
+                    f"explain: {self.name} must take at most {MOST_LAUNCHES} launches, takes more; give fewer rows"
+                )
             self.launches.append(Launch(self.device, kernel, grid, args, constants))
 
     @property
@@ -210,6 +235,23 @@ def parse_option(text):
         return name, value
 
 
+def option(argument, value):
+    """The value of an option, which an argument of a schema takes; a ValueError says what it must be."""
+    optional, kind = re.fullmatch(r"(Optional\[)?(\w+)\]?", str(argument.real_type)).groups()
+    if optional and value is None:
+        return None
+    if kind == "ScalarType":
+        if isinstance(dtype := getattr(torch, str(value), None), torch.dtype):
+            return dtype
+        raise ValueError(f"explain: {argument.name} must be a dtype of torch like float32, got {value!r}")
+    if kind == "Tensor":
+        raise ValueError(f"explain: {argument.name} must be given as a shape, like 8x4096, got {value!r}")
+    number = kind in ("int", "float") and type(value) is int and -(2**63) <= value < 2**63
+    if number or {"float": float, "bool": bool, "str": str}.get(kind) is type(value):
+        return value
+    raise ValueError(f"explain: {argument.name} must be of type {kind}{' or None' if optional else ''}, got {value!r}")
+
+
 def misunderstood(args, declared):
     """What is wrong with a command line for an operator of these arguments; None where nothing is."""
     shaped, rest = declared[: len(args.shape)], declared[len(args.shape) :]
@@ -224,6 +266,8 @@ def misunderstood(args, declared):
         return f"{takes}; unknown {unknown}"
     if missing := [a.name for a in rest if not a.has_default_value() and a.name not in dict(args.set)]:
         return f"{takes}; missing {missing}"
+    if args.what.startswith("linear") and math.prod(args.shape[0][0][:-1]) > MOST:
+        return f"{args.what} must have at most 2**31 - 2**15 rows, got {math.prod(args.shape[0][0][:-1])}"
     return None if args.arch or torch.cuda.is_available() else "without a CUDA device, --arch must say for which, like 90"
 
 
@@ -241,7 +285,13 @@ def main(args):
     for t, argument in zip(tensors, declared, strict=False):
         constant = argument.name in CONSTANT.get(args.what, ())
         t.requires_grad_(args.backward and t.is_floating_point() and not constant)
-    trace = explain(args.what, *tensors, arch=args.arch, **dict(args.set))
+    given = dict(args.set)
+    try:
+        options = {a.name: option(a, given[a.name]) for a in declared if a.name in given}
+        trace = explain(args.what, *tensors, arch=args.arch, **options)
+    except ValueError as error:  # what the command gives is not what the operator takes
+        print(error, file=sys.stderr)
+        return 2
     if args.json:
         about = {"arch": trace.device.pack.arch, "packs": trace.packs, "launches": trace.chosen, "candidates": trace.rows}
         print(json.dumps(about, indent=1))

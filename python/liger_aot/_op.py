@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.library import infer_schema
 
+from . import _sharding
+
 try:
     LIBRARY = torch.library.Library("liger", "DEF")
 except RuntimeError as error:
@@ -28,6 +30,7 @@ BODIES = {}  # name -> the function that launches the kernels, for whoever runs 
 
 
 def _define(function):
+    function.__signature__ = inspect.signature(function)  # taken once for all who ask: a quarter of the package's import
     LIBRARY.define(function.__name__ + infer_schema(function, mutates_args=()), tags=TAGS)
     return getattr(torch.ops.liger, function.__name__).default
 
@@ -103,48 +106,34 @@ def {name}({parameters}):
         return body_({passed})
     return overload_({passed})
 """
-# is_dynamo_compiling comes first: Dynamo takes it for true, and looks no further.
-PUBLIC_CALL = """\
-def {name}({parameters}):
-    if dynamo_() or tracing_() or modes_() or level_() is not None:
-        return overload_({passed})
-    return body_({passed})
-"""
 
 
 def direct(function, body, overload):
     """A call of body where all tensors are plain and nobody traces or transforms, else of overload."""
-    plain = []
-    for name, parameter in inspect.signature(function).parameters.items():
+    parameters, plain = function.__signature__.parameters, []
+    for name, parameter in parameters.items():
         if parameter.annotation is torch.Tensor:
             plain.append(f"type({name}) in TENSORS_ and not {name}.is_neg()")
         elif parameter.annotation == torch.Tensor | None:
             plain.append(f"({name} is None or type({name}) in TENSORS_ and not {name}.is_neg())")
-        elif "Tensor" in str(parameter.annotation):
-            raise TypeError(f"{function.__name__}: {name} must be a tensor, optional or not, got {parameter.annotation}")
-    return spell_out(CALL, function, body, overload, plain=" and ".join(plain))
-
-
-def spell_out(text, function, body, overload, **words):
-    """The function that text defines, with function's signature."""
-    declared, passed, parameters = [], [], inspect.signature(function).parameters
-    for name, p in parameters.items():
-        if p.kind is p.KEYWORD_ONLY and "*" not in declared:
-            declared.append("*")
-        declared.append(name if p.default is p.empty else f"{name}={p.default!r}")
-        passed.append(f"{name}={name}" if p.kind is p.KEYWORD_ONLY else name)
-    words |= {"name": function.__name__, "first": next(iter(parameters))}
+        elif "Tensor" in str(parameter.annotation) or parameter.kind is parameter.KEYWORD_ONLY:
+            raise TypeError(f"{function.__name__}: a tensor, optional or not, or a number by position, got {parameter}")
+    words = {
+        "name": function.__name__,
+        "parameters": ", ".join(n if p.default is p.empty else f"{n}={p.default!r}" for n, p in parameters.items()),
+        "passed": ", ".join(parameters),
+        "first": next(iter(parameters)),
+        "plain": " and ".join(plain),
+    }
     scope = {
         "DIRECT_ON_CPU_": DIRECT_ON_CPU,
         "TENSORS_": TENSORS,
-        "dynamo_": is_dynamo_compiling,
-        "tracing_": _get_tracing_state,
         "modes_": _len_torch_dispatch_stack,
         "level_": maybe_current_level,
         "body_": body,
-        "overload_": overload,
+        "overload_": _sharding.aware(overload),
     }
-    exec(text.format(parameters=", ".join(declared), passed=", ".join(passed), **words), scope)
+    exec(CALL.format_map(words), scope)
     return functools.update_wrapper(scope[function.__name__], function)
 
 
@@ -156,7 +145,15 @@ def public(function):
     overload = _define(function)
     LIBRARY.impl(function.__name__, function, "CompositeImplicitAutograd")
     PUBLIC.append(function.__name__)
-    return spell_out(PUBLIC_CALL, function, function, overload)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        # is_dynamo_compiling comes first: Dynamo takes it for true, and looks no further.
+        if is_dynamo_compiling() or _get_tracing_state() or _len_torch_dispatch_stack() or maybe_current_level() is not None:
+            return overload(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 @contextlib.contextmanager

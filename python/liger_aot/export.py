@@ -1,5 +1,6 @@
 """Programs that run without this library:  lower(exported_program)  puts its Triton kernels into the graph.
-Programs from other versions of it:  load(path)  refuses those whose operators are not this version's.
+Programs from other versions of it:  save(program, path)  writes down its operators' schemas, and  load(path)  refuses a file
+whose operators are not this version's.
 
 An exported program holds nodes torch.ops.liger.*, for which whoever runs it needs this package. AOTInductor compiles Triton
 kernels in a graph into its package itself, which a C++ program can load then without Python. So each node becomes what the
@@ -7,9 +8,12 @@ operator's body does: allocations, and launches of the kernels whose sources are
 and to compile, not to run.
 """
 
+import contextlib
 import functools
 import importlib
 import json
+import logging
+import math
 import pathlib
 import re
 import sys
@@ -25,6 +29,7 @@ from . import _build
 from ._op import BODIES
 from ._op import PUBLIC
 from ._op import on_cpu
+from ._runtime import DAMAGE
 from ._runtime import kernels
 
 SOURCES = pathlib.Path(__file__).parent / "_triton"
@@ -33,6 +38,17 @@ WHOLE_ROWS = "fused_add_rms_norm", "gated_rms_norm", "layer_norm", "rms_norm", "
 # Whose kernels hold a row in one tile, which is chosen by its width, and the argument of which that is the last dimension.
 TILED = {f"{op}_{way}": 2 if op == "rope" else 0 for op in WHOLE_ROWS for way in ("fwd", "bwd")}
 MODELS, PACKAGES = "*/models/*.json", "*/data/aotinductor/*/*.json"  # where .pt2 files have their graphs
+SCHEMAS = "liger_aot.json"  # beside them, in files that save wrote: the schemas of their operators
+# As what torch serializes an argument of a type. A float may be given as a whole number.
+FORMS = {
+    "Tensor": {"as_tensor"},
+    "int": {"as_int", "as_sym_int"},
+    "float": {"as_float", "as_sym_float", "as_int", "as_sym_int"},
+    "bool": {"as_bool", "as_sym_bool"},
+    "str": {"as_string"},
+    "ScalarType": {"as_scalar_type"},
+}
+POSITIONAL = 1  # of torch's ArgumentKind
 ALLOCATIONS = {
     "empty",
     "empty_like",
@@ -46,33 +62,55 @@ ALLOCATIONS = {
 }
 
 
-def load_sources(folder=SOURCES):
-    """{name: Triton kernel} of the kernel files in a folder; modules of other people by these names are left alone."""
+def load_modules(folder):
+    """The kernel files in a folder, imported; modules of other people by these names are left alone."""
     names = sorted(path.stem for path in folder.glob("*.py") if path.stem != "_gate")
     others = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.path.insert(0, str(folder))
     try:
-        modules = [importlib.import_module(name) for name in names]
+        return [importlib.import_module(name) for name in names]
     finally:
         sys.path.remove(str(folder))
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(others)
+
+
+def kernels_of(modules):
+    """{name: Triton kernel} of kernel files."""
     return {name: kernel for module in modules for name, kernel in vars(module).items() if hasattr(kernel, "variants")}
+
+
+def load_sources(folder=SOURCES):
+    """{name: Triton kernel} of the kernel files in a folder."""
+    return kernels_of(load_modules(folder))
+
+
+class Spelled(float):
+    """A number whose repr is Python: Inductor writes what kernels take from their modules by repr, and `inf` names nothing."""
+
+    def __repr__(self):
+        return f"float('{float(self)}')"
 
 
 @functools.cache
 def sources():
     """{name: Triton kernel} of the package, to be compiled."""
     try:
-        found = load_sources()
+        modules = load_modules(SOURCES)
     except ImportError as error:
         if error.name != "triton":
             raise
         raise RuntimeError("lower: needs Triton, which is missing: pip install triton") from None
     # The kernel files have imported Triton, if it is there: this file does not.
-    if not all(isinstance(kernel, sys.modules["triton"].JITFunction) for kernel in found.values()):
+    triton, found = sys.modules["triton"], kernels_of(modules)
+    if not all(isinstance(kernel, triton.JITFunction) for kernel in found.values()):
         raise RuntimeError("lower: Triton interprets kernels in this process; unset TRITON_INTERPRET and start it again")
+    constexpr = triton.language.constexpr
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if type(value) is constexpr and type(value.value) is float and not math.isfinite(value.value):
+                setattr(module, name, constexpr(Spelled(value.value)))
     return found
 
 
@@ -105,10 +143,12 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
     An operator of one launch becomes it; a linear loss, for each chunk of rows, matmuls and the kernels of its logits' loss.
     multiprocessors is how many the device has for which it is compiled: backward kernels start as many programs as fit there,
     and run anywhere. A program is lowered where it lies, and the linear losses take other chunks and matmuls on a CPU: move one
-    that was exported there first, with torch.export.passes.move_to_device_pass. Raises ValueError on what is no exported
-    program or no number of multiprocessors, and NotImplementedError, with the operator's name, for one whose body a graph
-    cannot hold: the linear losses where the number of rows is dynamic, since they take as many steps as there are chunks;
-    norms over the last dimension, softmax and rope where that dimension is dynamic, since their tiles are chosen by it.
+    that was exported there first, with torch.export.passes.move_to_device_pass. Where the number of rows is dynamic, the
+    backward kernels of norms and dyt, whose programs are counted while the graph is made, are one program each: right, and
+    slow. Raises ValueError on what is no exported program or no number of multiprocessors, and NotImplementedError, with the
+    operator's name, for one whose body a graph cannot hold: the linear losses where the number of rows is dynamic, since they
+    take as many steps as there are chunks; norms over the last dimension, softmax and rope where that dimension is dynamic,
+    since their tiles are chosen by it.
     """
     if not isinstance(program, ExportedProgram):
         raise ValueError(
@@ -119,15 +159,18 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
             f"lower: multiprocessors must be an integer of at least 1, got {multiprocessors!r}; "
             "torch.cuda.get_device_properties(device).multi_processor_count has that of a device"
         )
-    with on_cpu(), kernels.launched_by(Tracer(multiprocessors)):
+    with on_cpu(), kernels.launched_by(Tracer(multiprocessors)), without_a_gpu():
         bodies = {getattr(torch.ops.liger, name).default: body_of(name) for name in BODIES}
-        program = program.run_decompositions({**torch.export.default_decompositions()} | bodies)
-    left = named(program)
+        try:
+            program = program.run_decompositions({**torch.export.default_decompositions()} | bodies)
+        except NotImplementedError as error:  # to which torch adds where in the graph it was, with a traceback
+            raise NotImplementedError(str(error).partition("\n\nWhile executing")[0]) from None
+    left = {str(node.target) for node in nodes(program) if str(node.target).startswith("liger.")}
     if left:
         raise NotImplementedError(
             f"lower: the graph still holds {', '.join(sorted(left))}, which has no form as Triton kernels"
         )
-    for node in program.graph.nodes:
+    for node in nodes(program):
         if node.target is triton_kernel_wrapper_functional:
             # Triton finds what a kernel writes only where there is a GPU, and says everything elsewhere: we allocate it.
             given = node.kwargs["kwargs"]
@@ -136,9 +179,35 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
             # What it reads alone is itself for a later kernel too, and no result of this one.
             for result in [user for user in node.users if user.args[1] not in written]:
                 result.replace_all_uses_with(given[result.args[1]])
-                program.graph.erase_node(result)
-    program.graph_module.recompile()
+                node.graph.erase_node(result)
+    for graph in graphs(program):
+        graph.recompile()
     return program
+
+
+def graphs(program):
+    """The graph modules of a program: its own, and those of its conditions and loops."""
+    return [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+
+
+def nodes(program):
+    """What a program calls."""
+    return [node for graph in graphs(program) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+@contextlib.contextmanager
+def without_a_gpu():
+    """Inside the `with`, torch does not log a traceback for each kernel of which it cannot find what it writes: lower says."""
+    log = logging.getLogger("torch._dynamo")  # which the module of triton_kernel_wrapper_functional logs to
+
+    def other(record):
+        return "identify_accessed_tensors" not in record.getMessage()
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
 
 
 def allocated(value):
@@ -147,12 +216,6 @@ def allocated(value):
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return allocated(value.args[0]) if target.is_view else target.overloadpacket.__name__ in ALLOCATIONS
-
-
-def named(program):
-    """The names of the liger operators in a program's graph."""
-    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    return {target for target in targets if target.startswith("liger.")}
 
 
 def body_of(name):
@@ -174,45 +237,91 @@ def body_of(name):
     return traced
 
 
-def load(path):
-    """torch.export.load(path), or aoti_load_package(path) of a package, where the operators in it are this version's.
+def save(program: ExportedProgram, path):
+    """torch.export.save(program, path), with the schemas of the program's operators.
 
-    torch itself drops an argument that an operator no longer has, and the program computes something else then. Raises
-    RuntimeError with the operator, what the file passes and what this version takes; ValueError for what is no such file.
+    torch writes down the arguments that a call gives, and no defaults: without this a load cannot see that one has changed.
     """
+    if not isinstance(program, ExportedProgram):
+        raise ValueError(f"save: program must be a torch.export.ExportedProgram, got {type(program).__name__}; export it first")
+    used = {node.target for node in nodes(program) if str(node.target).startswith("liger.")}
+    schemas = {overload._schema.name.partition("::")[2]: str(overload._schema) for overload in used}
+    torch.export.save(program, path, extra_files={SCHEMAS: json.dumps(schemas, sort_keys=True)})
+
+
+def load(path):
+    """torch.export.load(path), or aoti_load_package(path) of a package, of a whole file whose operators are this version's.
+
+    torch itself drops an argument that an operator no longer has, gives one to another where one was put before it, and reads
+    weights without their checksums: the program computes something else then. Raises RuntimeError with the operator, what the
+    file passes and what this version takes; ValueError for what is no such file or is damaged.
+    """
+    damaged = None
     try:
         with zipfile.ZipFile(path) as archive:
             names = [pathlib.PurePosixPath(name) for name in archive.namelist()]
             models, packages = ([n for n in names if n.match(form)] for form in (MODELS, PACKAGES))
-            nodes = [node for name in (*models, *packages) for node in nodes_of(json.loads(archive.read(str(name))))]
-    except zipfile.BadZipFile:
-        models = packages = ()
-    if not models and not packages:
-        raise ValueError(f"load: {path} must be a whole .pt2 file of torch.export.save or AOTInductor, got one that is not")
-    if unlike := sorted({why for node in nodes if (why := difference(*node))}):
+            damaged = archive.testzip() if models or packages else None
+            written = [n for n in names if n.match(f"*/extra/{SCHEMAS}")]
+            contents, schemas = ([json.loads(archive.read(str(n))) for n in some] for some in ([*models, *packages], written))
+    except OSError:
+        raise
+    except DAMAGE:
+        models = packages = None
+    if damaged or not (models or packages):
+        wrong = f"of which {damaged} is damaged; copy it again" if damaged else "that is not"
+        raise ValueError(f"load: {path} must be a whole .pt2 file of torch.export.save or AOTInductor, got one {wrong}")
+    unlike = {why for content in contents for call in calls_in(content) if (why := difference(*call))}
+    unlike |= {why for known in schemas for name, schema in known.items() if (why := change(name, schema))}
+    if unlike:
         raise RuntimeError(
-            f"load: {path} was made with another version of liger-aot:\n  " + "\n  ".join(unlike) + "\n"
+            f"load: {path} was made with another version of liger-aot:\n  " + "\n  ".join(sorted(unlike)) + "\n"
             f"Remedy: export the program again with this version, {_build.VERSION}, or install the one that it was made with"
         )
     return torch.export.load(path) if models else torch._inductor.aoti_load_package(path)
 
 
-def nodes_of(part):
-    """(operator, arguments, number of results) of the nodes of liger operators in serialized graphs."""
+def calls_in(part):
+    """(operator, arguments, number of results) of the calls of liger operators in serialized graphs."""
     target = part.get("target") if isinstance(part, dict) else None
     if isinstance(target, str) and (found := re.fullmatch(r"(?:torch\.ops\.liger\.|liger::)(\w+)(?:\.default)?", target)):
-        return [(found[1], [argument["name"] for argument in part["inputs"]], len(part["outputs"]))]
+        return [(found[1], part["inputs"], len(part["outputs"]))]
     values = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    return [node for value in values for node in nodes_of(value)]
+    return [call for value in values for call in calls_in(value)]
 
 
-def difference(name, passed, results):
-    """In words, how a node differs from the operator of its name; None where it does not."""
+def takes(argument, given):
+    """Whether an argument of a schema takes what was serialized for it."""
+    (form,) = given["arg"].get("as_optional_tensor", given["arg"])
+    optional = re.fullmatch(r"Optional\[(.*)\]", type_ := str(argument.real_type))
+    return form in FORMS[optional[1] if optional else type_] | ({"as_none"} if optional else set())
+
+
+def difference(name, given, results):
+    """In words, how a call differs from the operator of its name; None where it does not."""
+    passed = ", ".join(argument["name"] for argument in given)
     if name not in BODIES and name not in PUBLIC:
-        return f"liger::{name}({', '.join(passed)}), which this version does not have"
+        return f"liger::{name}({passed}), which this version does not have"
     schema = getattr(torch.ops.liger, name).default._schema
-    known = {argument.name for argument in schema.arguments}
+    known = {argument.name: argument for argument in schema.arguments}
     needed = {argument.name for argument in schema.arguments if not argument.has_default_value()}
-    if needed <= set(passed) <= known and results == len(schema.returns):
+    in_order = [argument["name"] for argument in given if argument["kind"] == POSITIONAL]
+    if (
+        needed <= {argument["name"] for argument in given} <= known.keys()
+        and in_order == list(known)[: len(in_order)]
+        and results == len(schema.returns)
+    ):
+        if all(takes(known[argument["name"]], argument) for argument in given):
+            return None
+        passed = ", ".join(f"{next(iter(argument['arg'])).removeprefix('as_')} {argument['name']}" for argument in given)
+    return f"liger::{name}({passed}) with {results} results, which this version has as {schema}"
+
+
+def change(name, schema):
+    """In words, how an operator's schema differs from what it was in a file; None where its calls mean the same."""
+    if name not in BODIES and name not in PUBLIC:
+        return f"{schema}, which this version does not have"
+    now = getattr(torch.ops.liger, name).default._schema
+    if now.is_backward_compatible_with(torch._C.parse_schema(schema)):
         return None
-    return f"liger::{name}({', '.join(passed)}) with {results} results, which this version has as {schema}"
+    return f"{schema}, which this version has as {now}"

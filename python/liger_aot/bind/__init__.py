@@ -22,6 +22,7 @@ from ._report import Counts
 from ._report import Report
 from ._report import Row
 from ._verify import Verification
+from ._verify import try_loss
 from ._verify import try_module
 from ._verify import try_rope
 from ._verify import verify
@@ -71,11 +72,12 @@ def bind(
     wanted = {name for name, flag in flags.items() if flag}
     counts = Counts()
     plan = []
+    operator = "cross_entropy" if cross_entropy else "linear_cross_entropy" if linear_cross_entropy else None
+    device = next((p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")), torch.device("cpu"))
     # Trials have gradients and dtypes of their own, wherever bind is called.
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        plan += layers(model, wanted, compile)
-    operator = "cross_entropy" if cross_entropy else "linear_cross_entropy" if linear_cross_entropy else None
-    plan += losses(model, keep_logits, operator, counts)
+        plan += layers(model, wanted, compile, device)
+        plan += losses(model, keep_logits, operator, counts, device)
     report = Report([row for _, _, _, row in plan if row], base_path(model), compile, counts)
     missed = [row for row in report.left if row.operator]
     if strict and missed:
@@ -108,26 +110,21 @@ def check_module(function, model):
 
 def release(module):
     if swaps.is_bound(module):
-        make = type(module)._liger.make
         swaps.swap(module, swaps.released(type(module)))
-        if make is swaps.head_class:
-            for name in HEAD:
-                vars(module).pop(name, None)
-
-
-HEAD = ("lazy", "real", "counts")  # what a bound head has more than its class has
+        for name in swaps.HEAD:
+            vars(module).pop(name, None)
 
 
 def base_path(model):
-    """Where the base model is; empty where base_model_prefix names nothing."""
-    base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
+    """Where the base model is, also inside of a wrapper; empty where base_model_prefix names nothing."""
+    whole = next((m for m in model.modules() if hasattr(type(m), "base_model_prefix")), model)
+    base = getattr(whole, getattr(whole, "base_model_prefix", "") or "", None)
     return next((path for path, module in model.named_modules() if module is base), "")
 
 
-def layers(model, wanted, compile):
+def layers(model, wanted, compile, device):
     """(module, class to swap in or None, attributes, Row) of each norm, gated unit, experts and attention."""
     known = {}
-    device = next((p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")), torch.device("cpu"))
 
     def once(key, look, *args):
         if key not in known:
@@ -144,6 +141,8 @@ def layers(model, wanted, compile):
             continue
         cls = None if found.args is None else swaps.subclass(type(module), make, (compile, *found.args))
         if why := cls and once((key, cls), trial, module, found.trial, cls, device):
+            found = found._replace(args=None, why=why)
+        if cls is not None and (why := unfit_weights(model, module)):
             found = found._replace(args=None, why=why)
         yield entry(path, module, found, cls)
 
@@ -174,7 +173,7 @@ def shadowed(module):
     return method is not None and getattr(method, "__func__", None) is not type(module).forward
 
 
-def losses(model, keep_logits, operator, counts):
+def losses(model, keep_logits, operator, counts, device):
     """The heads, and the models that compute a loss from what those give."""
     heads, paths = {}, {module: path for path, module in model.named_modules()}
     for module in list(paths):
@@ -185,15 +184,17 @@ def losses(model, keep_logits, operator, counts):
         if head is None:
             continue
         if operator and head not in heads:
-            why = unfit_head(model, head)
+            why = unfit_head(model, head) or try_loss(operator, swaps.linears_of(head)[0], device)
             plan = entry(paths.get(head, ""), head, Found(operator, "lazy logits", why, None if why else ()), None, module)
             heads[head] = plan[3].status == "bound"
             yield plan
             for linear in swaps.linears_of(head) if heads[head] else ():
-                attributes = {"lazy": set(), "real": operator == "cross_entropy", "counts": counts}
+                attributes = {"liger_lazy": set(), "liger_real": operator == "cross_entropy", "liger_counts": counts}
                 yield linear, swaps.subclass(type(linear), swaps.head_class, ()), attributes, None
         if not shadowed(module):  # for its skip_logits, if for nothing else
-            yield module, swaps.subclass(kind, swaps.model_class, (keep_logits, heads.get(head, False))), {}, None
+            fused = heads.get(head, False)
+            attributes = {"liger_counts": counts} if fused else {}
+            yield module, swaps.subclass(kind, swaps.model_class, (keep_logits, fused)), attributes, None
 
 
 def unfit_head(model, head):
@@ -203,4 +204,14 @@ def unfit_head(model, head):
             return f"a {type(linear).__module__}.{type(linear).__qualname__} computes its output in its own way"
         if getattr(linear, "_is_hooked", False) or getattr(model, "_tp_size", None):
             return "it is under a tensor-parallel plan"
+        if why := unfit_weights(model, linear):
+            return why
     return ""
+
+
+def unfit_weights(model, module):
+    """Why the weights of a module are none that kernels could read; empty where they are plain ones, or FSDP2 makes them so."""
+    others = {type(p) for p in find.weights_of(module).values()} - {nn.Parameter, torch.Tensor}
+    if not others or any(c.__module__.startswith("torch.distributed.fsdp") for m in model.modules() for c in type(m).__mro__):
+        return ""
+    return "; ".join(f"its weights are {cls.__module__}.{cls.__qualname__}" for cls in others)

@@ -39,6 +39,20 @@ def parameters_of(function):
     return [p.name for p in parameters] if all(p.kind == p.POSITIONAL_OR_KEYWORD for p in parameters) else []
 
 
+def called(function):
+    """The names that a function's code reads; of a decorated one's, that which it wraps."""
+    return getattr(getattr(inspect.unwrap(function), "__code__", None), "co_names", ())
+
+
+def takes_one(module):
+    """Whether a module's forward takes one argument, or does not say what, as where a decorator hides it."""
+    forward = type(module).forward
+    return len(parameters_of(forward)) == 2 or str(inspect.signature(forward)).removeprefix("(self, ") in UNTOLD
+
+
+UNTOLD = ("(*args, **kwargs)", "*args, **kwargs)")
+
+
 def weights_of(module):
     return dict(module.named_parameters(recurse=False))
 
@@ -55,12 +69,13 @@ def identity(module):
 def shell(module, sizes=None, **children):
     """A module of the same class and attributes without hooks, a forward of its own, or weights.
 
-    Integers that are keys of `sizes`, and the children given, take the place of its own.
+    Integers that are keys of `sizes`, and the children given, take the place of its own. What it appends to is a copy.
     """
     copy = type(module).__new__(type(module))
     nn.Module.__init__(copy)
     skipped = {*vars(copy), "forward", "_old_forward", "_hf_hook"}
     own = {name: value for name, value in vars(module).items() if name not in skipped}
+    own = {name: v.copy() if isinstance(v, (list, dict, set)) else v for name, v in own.items()}
     vars(copy).update({name: sizes.get(v, v) if sizes and type(v) is int else v for name, v in own.items()})
     copy._parameters.update(dict.fromkeys(module._parameters))
     copy._modules.update({name: children.get(name) or shell(child) for name, child in module.named_children()})
@@ -165,7 +180,7 @@ MIXED = (BF16, FP32, 1.0)
 def norm_like(module):
     """One input; a weight and bias of one dimension, or none and "norm" in the name. Names only spare probes here."""
     weights = weights_of(module)
-    if any(True for _ in module.children()) or len(parameters_of(type(module).forward)) != 2:
+    if any(True for _ in module.children()) or not takes_one(module):
         return False
     flat = all(name in ("weight", "bias") and p.dim() == 1 for name, p in weights.items())
     return flat and (bool(weights) or "norm" in type(module).__name__.lower())
@@ -181,11 +196,12 @@ def find_norm(module):
     for (name, (formula, _)), (place, value) in itertools.product(formulas.items(), places.items()):
         every[name, place] = lambda x, w, b, f=formula, e=value: f(x, w, b, torch.finfo(FP32).eps if e is None else e)
 
-    def inputs(x_dtype, w_dtype, scale):
+    def inputs(x_dtype, w_dtype, scale, dim=3):
         given = [
             normal(generator, n, dtype=w_dtype, scale=0.5, shift=1.2) if k in weights else None for k in ("weight", "bias")
         ]
-        return normal(generator, 5, 7, n, dtype=x_dtype, scale=scale, shift=0.1), *given
+        shape = (5, 7, n) if dim == 3 else (*[2] * (dim - 1), n)
+        return normal(generator, *shape, dtype=x_dtype, scale=scale, shift=0.1), *given
 
     def compute(x, *given):
         for name, tensor in zip(("weight", "bias"), given, strict=True):
@@ -201,9 +217,11 @@ def find_norm(module):
     found = one(name, formulas[name][1], copy, "forward", inputs(*NORM_INPUTS[0])[0])
     if found.args is None:
         return found
-    # Where only a mixture of dtypes is computed otherwise, that is left to the module.
+    formula = {0: every[name, place]}
+    dims = tuple(d for d in range(1, 6) if d == 3 or survivors(compute, formula, [inputs(FP32, FP32, 1.0, d)])[0])
+    # Where only a mixture of dtypes, or inputs of other dimensions, are computed otherwise, those are left to the module.
     return found._replace(
-        args=(found.operator, place, not mixed, tuple(weights), *found.args),
+        args=(found.operator, place, not mixed, dims, tuple(weights), *found.args),
         why="" if mixed else "where x has the weight's dtype",
     )
 
@@ -258,7 +276,7 @@ def linears(module):
 
 
 def glu_like(module):
-    return len(linears(module)) in (2, 3) and len(parameters_of(type(module).forward)) == 2
+    return len(linears(module)) in (2, 3) and takes_one(module)
 
 
 def small(sizes):
@@ -370,8 +388,8 @@ def rotated(rotation, rule, *tensors):
 
 def rope_functions(forward):
     """{name: function} of the functions that a forward calls to rotate q and k."""
-    names = getattr(getattr(forward, "__code__", None), "co_names", ())
-    found = {name: forward.__globals__.get(name) for name in names}
+    scope = getattr(inspect.unwrap(forward), "__globals__", {})
+    found = {name: scope.get(name) for name in called(forward)}
     like = {name for name, f in found.items() if inspect.isfunction(f) and ("rotary" in name or "rope" in name)}
     return {name: f for name, f in found.items() if name in like or (callable(f) and {"cos", "sin"} <= {*parameters_of(f)})}
 
@@ -382,12 +400,15 @@ def attention_like(module):
 
 def find_attention(module):
     """What the rotations of one class are, taken together."""
-    found = {name: find_rope(f) for name, f in rope_functions(type(module).forward).items()}
+    forward = type(module).forward
+    found = {name: find_rope(f) for name, f in rope_functions(forward).items()}
     bound = {name: f for name, f in found.items() if f.operator}
     formula = "; ".join(dict.fromkeys(f.formula for f in (bound or found).values() if f.formula))
     why = "; ".join(f"{name}: {f.why}" for name, f in found.items() if f.why)
     if not bound:
         return Found(None, formula, why)
+    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+        return Found("rope", formula, "its forward is decorated: a copy of it would have no decorator")
     args = tuple((name, *f.args) for name, f in sorted(bound.items()))
     return Found("rope", formula, why, (args,), tuple((name, f.trial) for name, f in bound.items()))
 

@@ -106,6 +106,7 @@ class LazyLogits:
         self.head, self.form, self.parent, self.call = head, form, parent, call
         self.value, self.children, self.grad = None, [], torch.is_grad_enabled()
         self.autocast = autocast_of(form.hidden) if parent is None else parent.autocast
+        self.made = (form.hidden, versions(head, form.hidden)) if parent is None else parent.made
         if parent is not None and not torch.compiler.is_compiling():
             parent.children.append(weakref.ref(self))
 
@@ -151,9 +152,29 @@ class LazyLogits:
         if self.parent is not None:
             name, args, kwargs = self.call
             return getattr(self.parent.value, name)(*args, **kwargs)
-        self.head.count(why if self.head.real else f"materialised: {why}", torch.compiler.is_compiling())
+        self.head.count(why if self.head.liger_real else f"materialised: {why}", torch.compiler.is_compiling())
+        return self.at_head(type(self.head).logits)
+
+    def at_head(self, use):
+        """use(head, hidden) with the head's weights at hand, if they are those of the forward that made these logits."""
+        if self.grad and within_function():
+            raise RuntimeError(
+                "bind: an autograd.Function must be given tensors, the only things it has gradients for, got a bound head's "
+                "logits; give it logits + 0, or bind(model, linear_cross_entropy=False)"
+            )
+        hidden, before = self.made
+
+        def checked(head, x):
+            now = versions(head, hidden)
+            if before and now and now != before:
+                raise RuntimeError(
+                    "bind: logits that were not computed must be asked for before the weights change, got a bound head whose "
+                    "weights, or input, are others by now; bind(model, keep_logits=True) computes logits at once"
+                )
+            return use(head, x)
+
         with torch.autocast(*self.autocast):
-            return self.head(self.form.hidden, use=type(self.head).logits)
+            return self.head(self.form.hidden, use=checked)
 
     @property
     def computed(self):
@@ -187,8 +208,9 @@ class LazyLogits:
         options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         form, classes = self.form, not target.is_floating_point()  # probabilities are torch's
         rows = self.ndim == 2 and target.dim() == 1 and classes and form.hidden.dtype in FLOATS
-        if self.head.real or not rows or form.softcap == 0 or self.computed or size_average is not None or reduce is not None:
-            loss = cross_entropy if self.head.real and classes else F.cross_entropy
+        real, old = self.head.liger_real, size_average is not None or reduce is not None
+        if real or old or not rows or form.softcap == 0 or self.computed:
+            loss = cross_entropy if real and classes else F.cross_entropy
             return loss(self.compute("cross_entropy"), target, size_average=size_average, reduce=reduce, **options)
 
         # There torch computes this loss in no less, whatever the logits are.
@@ -201,8 +223,20 @@ class LazyLogits:
             return linear_cross_entropy(hidden, weight, target, linear_bias=bias, **options, **shape)
 
         self.head.count("fused", torch.compiler.is_compiling())
-        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()), torch.autocast(*self.autocast):
-            return self.head(form.hidden, use=loss)
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            return self.at_head(loss)
+
+
+def within_function():
+    """Whether this runs in an autograd.Function's forward, where forward-mode differentiation is off as nowhere else."""
+    off = not torch.compiler.is_compiling() and not torch._C._is_fwd_grad_enabled()
+    return off and not torch.is_inference_mode_enabled()
+
+
+def versions(head, hidden):
+    """How often a head's parameters and its input were changed in place; those that torch counts."""
+    tensors = () if torch.compiler.is_compiling() else (hidden, *head.parameters())
+    return [0 if t.is_inference() else t._version for t in tensors]
 
 
 def first(count, parameter):

@@ -15,11 +15,13 @@ from torch import nn
 
 from ..functional import rope
 from ..ops._check import FLOATS
+from ..ops._check import under_autocast
 from ..ops.geglu import geglu
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
 from ._find import HALVES
+from ._find import called
 from ._find import parameters_of
 from ._find import rope_functions
 from ._lazy import LazyLogits
@@ -37,31 +39,25 @@ class Bound(NamedTuple):
     args: tuple
 
 
-class Hidden:
-    """An attribute that a class does not have, though its bases do."""
-
-    def __get__(self, instance, owner=None):
-        raise AttributeError("a bound module is no layer for the kernels library")
-
-
 def left(compile, x):
     """Whether a module's own code runs: in float64, and where torch.compile traces what is Inductor's; an export keeps ours."""
     inductor = compile == "inductor" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return inductor or x.dtype not in FLOATS
 
 
-def forward_of(original, compile, compute):
-    """A forward that computes from its one argument; called otherwise it does what the original does, which may be to raise."""
-    _, name = parameters_of(original.forward)
+def computing(original, compile, compute, method="forward"):
+    """A method that computes from its one argument; called otherwise it does what the original does, which may be to raise."""
+    own = getattr(original, method)
+    name = next(iter(parameters_of(own)[1:]), None)
 
-    @functools.wraps(original.forward)
-    def forward(self, *args, **kwargs):
+    @functools.wraps(own)
+    def computed(self, *args, **kwargs):
         x = args[0] if args else kwargs.get(name)
         if x is None or len(args) + len(kwargs) != 1 or left(compile, x):
-            return original.forward(self, *args, **kwargs)
+            return own(self, *args, **kwargs)
         return compute(self, x)
 
-    return forward
+    return {method: computed}
 
 
 def described(original, text):
@@ -71,13 +67,17 @@ def described(original, text):
     return extra_repr
 
 
-def norm_class(original, compile, operator, place, one_dtype, weights, offset=0.0, casting=""):
+def norm_class(original, compile, operator, place, one_dtype, dims, weights, offset=0.0, casting=""):
+    torchs = issubclass(original, (nn.LayerNorm, nn.RMSNorm)) or bool({"layer_norm", "rms_norm"} & {*called(original.forward)})
+
     def eps_of(self):
         return getattr(self, place) if isinstance(place, str) else place
 
     def compute(self, x):
         weight, bias = (getattr(self, name) if name in weights else None for name in ("weight", "bias"))
-        if one_dtype and x.dtype is not weight.dtype:
+        # Which CUDA's autocast widens to float32, and what a module spells out itself it does not.
+        widened = torchs and x.is_cuda and x.dtype is not torch.float32 and under_autocast(x)
+        if widened or x.dim() not in dims or (one_dtype and x.dtype is not weight.dtype):
             return original.forward(self, x)
         if operator == "layer_norm":
             return layer_norm(x, weight, bias, eps_of(self))
@@ -89,7 +89,7 @@ def norm_class(original, compile, operator, place, one_dtype, weights, offset=0.
         return f"{shape}, eps={eps_of(self)}{options}, was={original.__name__}"
 
     name = "LigerLayerNorm" if operator == "layer_norm" else "LigerRMSNorm"
-    return name, {"forward": forward_of(original, compile, compute), "extra_repr": extra_repr}
+    return name, {"extra_repr": extra_repr, **computing(original, compile, compute)}
 
 
 def untouched(module, others):
@@ -110,16 +110,15 @@ def glu_class(original, compile, kind, act, names, others):
         return getattr(self, down)(GATED[act](*(outputs if len(outputs) == 2 else HALVES[kind](*outputs))))
 
     text = described(original, f"{kind}, {act}, was={original.__name__}")
-    return f"{NAMES[act]}MLP", {"forward": forward_of(original, compile, compute), "extra_repr": text}
+    return f"{NAMES[act]}MLP", {"extra_repr": text, **computing(original, compile, compute)}
 
 
 def experts_class(original, compile, kind, act, others):
-    def _apply_gate(self, gate_up):
-        own = left(compile, gate_up) or not untouched(self, others)
-        return original._apply_gate(self, gate_up) if own else GATED[act](*HALVES[kind](gate_up))
+    def compute(self, x):
+        return GATED[act](*HALVES[kind](x)) if untouched(self, others) else original._apply_gate(self, x)
 
     text = described(original, f"experts, {kind}, {act}, was={original.__name__}")
-    return f"{NAMES[act]}Experts", {"_apply_gate": _apply_gate, "extra_repr": text}
+    return f"{NAMES[act]}Experts", {"extra_repr": text, **computing(original, compile, compute, "_apply_gate")}
 
 
 def rope_class(original, compile, functions):
@@ -139,15 +138,17 @@ def rope_class(original, compile, functions):
 
 def rotation(function, compile, batched, count, one_dtype):
     """A function like an attention's own, which calls that wherever the tensors are others than the operator takes."""
-    rest = parameters_of(function)[count + 2 :]
-    default = inspect.signature(function).parameters["unsqueeze_dim"].default if "unsqueeze_dim" in rest else 1
+    names = parameters_of(function)
+    heads = names[0], names[count - 1], "cos", "sin"
+    default = inspect.signature(function).parameters["unsqueeze_dim"].default if "unsqueeze_dim" in names else 1
 
     @functools.wraps(function)
     def rotate(*args, **kwargs):
-        if len(args) < count + 2:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        q, k, cos, sin = (given.get(name) for name in heads)
+        dim = given.get("unsqueeze_dim", default)
+        if not all(isinstance(x, torch.Tensor) for x in (q, k, cos, sin)):
             return function(*args, **kwargs)
-        q, k, cos, sin = args[0], *args[count - 1 : count + 2]
-        dim = {**dict(zip(rest, args[count + 2 :], strict=False)), **kwargs}.get("unsqueeze_dim", default)
         angles = cos.dtype is q.dtype or (cos.dtype is torch.float32 and not one_dtype)
         fits = q.dim() == (4 if batched else 3) == cos.dim() + 1 and dim in ((1, 2) if batched else (1,))
         if left(compile, q) or not (angles and fits and k.dtype is q.dtype) or cos.requires_grad:
@@ -174,19 +175,30 @@ def thread():
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
+HEAD = ("liger_lazy", "liger_real", "liger_counts")  # what a bound head has more than its class has; its model has the last
+
+
+def count(self, what, traced):
+    self.liger_counts[f"{what}, traced" if traced else what] += 1
+
+
+# torch.compile runs it as it traces. This is torch.compiler.assume_constant_result, which would import all of Dynamo, and make
+# its cache's folder, with this package.
+count._dynamo_marked_constant = True
+
+
 def head_class(original):
     def forward(self, input, *, use=None):
         """`use` is called with the weights at hand: whoever gathers them for a call of the module has done so."""
-        if use is not None or thread() not in self.lazy:
+        if use is not None or thread() not in self.liger_lazy:
             return (use or original.forward)(self, input)
+        if hasattr(self.weight, "__tensor_flatten__"):  # a tensor around others, as quantised or distributed ones are
+            self.count(f"materialised: the head's weight is a {type(self.weight).__name__}", torch.compiler.is_compiling())
+            return original.forward(self, input)
         if hooked(self):  # which would see two calls, neither of which gives logits
             self.count("materialised: a hook on the head", torch.compiler.is_compiling())
             return original.forward(self, input)
         return lazy_logits(self, input)
-
-    @torch.compiler.assume_constant_result  # torch.compile runs it as it traces
-    def count(self, what, traced):
-        self.counts[f"{what}, traced" if traced else what] += 1
 
     text = described(original, "loss=liger")
     return "LigerLMHead", {"forward": forward, "logits": original.forward, "count": count, "extra_repr": text}
@@ -198,61 +210,70 @@ def linears_of(head):
     return [head] if copies is None else [head.original_module, *copies.values()]
 
 
-def heads_of(model):
-    """The bound heads of a model, and whether it calls them itself: what is around one may give it weights for its calls."""
-    output = model.get_output_embeddings()
-    called = [] if output is None else linears_of(output)
+def heads_of(model, own_loss):
+    """The bound heads of a model, and why those are to give it logits all the same; empty where they need not."""
+    output, why = model.get_output_embeddings(), ""
     heads = [] if output is None else [m for m in output.modules() if isinstance(m, nn.Linear) and hasattr(type(m), "logits")]
-    return heads, all(any(head is m for m in called) for head in heads)
+    if own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
+        why = "CrossEntropyLoss"
+    elif any(all(head is not m for m in linears_of(output)) for head in heads):  # which may give it weights for its calls
+        why = "a wrapper around the head"
+    elif heads and own_logits(model):
+        why = "a loss_function that is not transformers'"
+    return heads, why
 
 
 def own_logits(model):
-    """Whether model's loss_function is one that was assigned to it and is not of transformers.
+    """Whether model's loss_function, assigned, registered or of its class, is not of transformers.
 
     Such a one may hand logits to what takes nothing but tensors and does not say so: an autograd.Function has no gradient then.
     """
-    function = getattr(model, "_loss_function", None)  # where transformers keeps it
+    function = getattr(model, "loss_function", None)
     return function is not None and not getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers.")
 
 
-# What is assigned later is another function, for which the model is traced anew. This is torch.compiler.assume_constant_result,
-# which would import all of Dynamo, and make its cache's folder, with this package.
+# What is assigned later is another function, for which the model is traced anew.
 own_logits._dynamo_marked_constant = True
 
 
 def model_class(original, keep_logits, fused):
     place = [*inspect.signature(original.forward).parameters].index("labels") - 1
-    own_loss = "CrossEntropyLoss" in inspect.unwrap(original.forward).__code__.co_names
+    own_loss = "CrossEntropyLoss" in called(original.forward)
 
     @functools.wraps(original.forward)
     def forward(self, *args, skip_logits=None, **kwargs):
         labels = args[place] if len(args) > place else kwargs.get("labels")
-        wanted = labels is not None and (self.training or skip_logits is not None)
-        (heads, alone), who = heads_of(self) if wanted else ([], True), thread()
-        if heads and own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
-            heads[0].count("materialised: CrossEntropyLoss", True)
-            heads = []
-        if heads and not alone:
-            heads[0].count("materialised: a wrapper around the head", torch.compiler.is_compiling())
-            heads = []
-        if heads and own_logits(self):
-            heads[0].count("materialised: an assigned loss_function", torch.compiler.is_compiling())
+        wanted = fused and is_bound(self) and labels is not None and (self.training or skip_logits is not None)
+        heads, why = heads_of(self, own_loss) if wanted else ([], "")
+        if wanted and (why or not heads):
+            what = f"materialised: {why}" if heads else "unbound: another head than the one that was bound"
+            count(self, what, torch.compiler.is_compiling())
             heads = []
         if not heads:
             return original.forward(self, *args, **kwargs)
-        eager = [head for head in heads if who not in head.lazy]
+        who = thread()
+        eager = [head for head in heads if who not in head.liger_lazy]
         for head in eager:
-            head.lazy.add(who)
+            head.liger_lazy.add(who)
         try:
             out = original.forward(self, *args, **kwargs)
         finally:
             for head in eager:
-                head.lazy.discard(who)
-        drop = skip_logits if skip_logits is not None else not (keep_logits or any(head.real for head in heads))
+                head.liger_lazy.discard(who)
+        drop = skip_logits if skip_logits is not None else not (keep_logits or any(head.liger_real for head in heads))
         return without_lazy(out, drop)
 
+    def set_output_embeddings(self, head):
+        """A layer in the place of a bound head, as for a vocabulary of another size, is bound as that was."""
+        old = self.get_output_embeddings()
+        original.set_output_embeddings(self, head)
+        if isinstance(head, nn.Linear) and type(old) is subclass(type(head), head_class, ()):
+            swap(head, type(old))
+            vars(head).update({name: vars(old)[name] for name in HEAD})
+
     text = described(original, "loss=liger" if fused else "")
-    return original.__name__, {"forward": forward, "__qualname__": original.__qualname__, "extra_repr": text}
+    members = {"forward": forward, "set_output_embeddings": set_output_embeddings, "extra_repr": text}
+    return original.__name__, {"__qualname__": original.__qualname__, **members}
 
 
 def without_lazy(out, drop):
@@ -273,17 +294,11 @@ MADE = {}
 
 def subclass(original, make, args):
     """What make, one of the functions above, gives for original: one class, unless its forward's globals have changed since."""
-    made = MADE.get((original, make, args))
-    if made is None or (make is rope_class and outdated(made)):
-        made = MADE[original, make, args] = make_subclass(original, make, args)
-    return made
-
-
-def outdated(made):
-    """Whether a name that the original forward calls means something else than in its copy."""
-    forward, rotations = made._liger.original.forward, {name for name, *_ in made._liger.args[1]}
-    names = {*forward.__code__.co_names} - rotations
-    return any(made.forward.__globals__.get(name) is not forward.__globals__.get(name) for name in names)
+    scope = original.forward.__globals__ if make is rope_class else {}
+    key = original, make, args, *(id(scope.get(name)) for name in called(original.forward))
+    if key not in MADE:
+        MADE[key] = make_subclass(original, make, args)
+    return MADE[key]
 
 
 def make_subclass(original, make, args):
@@ -295,7 +310,9 @@ def make_subclass(original, make, args):
         _, _, *state = original.__reduce_ex__(self, protocol)
         return rebuilt, made_of, *state
 
-    common = {"__module__": original.__module__, "__reduce_ex__": reduce, "kernel_layer_name": Hidden(), "_liger": made_of}
+    # A bound module is no layer for the kernels library: the attribute of its class is hidden.
+    hidden = {"kernel_layer_name": types.DynamicClassAttribute()}
+    common = {"__module__": original.__module__, "__reduce_ex__": reduce, "_liger": made_of, **hidden}
     return type(original)(name, (original,), {**common, **members})
 
 

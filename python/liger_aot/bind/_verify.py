@@ -1,66 +1,89 @@
 """Bound against unbound: a probe of each kind of module before it is bound, and a whole model on a batch of the user's."""
 
 import contextlib
+import copy
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (as torch names it)
+from torch.func import functional_call
 
+from ..functional import cross_entropy
+from ..functional import linear_cross_entropy
 from ..ops._check import FLOATS
 from ._find import close
+from ._find import normal
 from ._swap import is_bound
 from ._swap import model_class
 from ._swap import released
 from ._swap import swap
 
 
-def outcome(function, inputs, parameters=()):
-    """What function makes of inputs, and the gradients of those and of parameters; or what it raises, which may be anything."""
-    leaves = [x.detach().clone().requires_grad_(needed) for x, needed in inputs]
+def outcome(function, tensors, fixed):
+    """What function makes of tensors, and the gradients of all but the last `fixed`; or what it raises, anything."""
+    leaves = [x.detach().clone().requires_grad_(n < len(tensors) - fixed) for n, x in enumerate(tensors)]
     try:
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             out = function(*leaves)
             outs = list(out) if isinstance(out, (tuple, list)) else [out]
             upstream = [torch.linspace(-1, 1, o.numel(), device=o.device).view(o.shape).to(o.dtype) for o in outs]
-            return [*outs, *torch.autograd.grad(outs, [x for x in (*leaves, *parameters) if x.requires_grad], upstream)]
+            return [*outs, *torch.autograd.grad(outs, leaves[: len(leaves) - fixed], upstream)]
     except Exception as error:
         return error
 
 
-def difference(own, ours, exact):
-    """Why ours may not take the place of a module's own; empty where it may. exact is the module's own in fp32."""
-    for results, whose in ((own, ""), (exact, ""), (ours, "the operator ")):
+def refusal(own, ours, tensors, fixed=0):
+    """Why ours may not take own's place, with gradients, held to what own gives in fp32; empty where it may."""
+    plain, bound = outcome(own, tensors, fixed), outcome(ours, tensors, fixed)
+    exact = outcome(own, [x.float() for x in tensors], fixed)
+    for results, whose in ((plain, ""), (exact, ""), (bound, "the operator ")):
         if isinstance(results, Exception):
             return f"{whose}raises {type(results).__name__}: {results}"
-    return "" if all(map(close, ours, own, exact)) else "the operator computes other numbers on this device"
+    return "" if all(map(close, bound, plain, exact)) else "the operator computes other numbers on this device"
 
 
 def try_module(module, trial, cls, device):
-    """difference of module's class and cls, on that device and in module's dtypes, with the weights of a probe."""
-    (copy, method, x), weights = trial, dict(module.named_parameters())
+    """refusal of cls in the place of module's class, on that device and in module's dtypes, with the weights of a probe."""
+    probe, method, x = trial
     # Quantised weights are integers, and the linear layers' own business.
-    known = {name: p.dtype for name, p in weights.items() if p.dtype in FLOATS}
-    x_dtype = next(iter(known.values()), x.dtype)
-    dtypes = {name: known.get(name, x_dtype) for name, _ in copy.named_parameters()}
+    known = {name: p.dtype for name, p in module.named_parameters() if p.dtype in FLOATS}
+    dtype, weights = next(iter(known.values()), x.dtype), dict(probe.named_parameters())
 
-    def run(dtype=None):
-        for name, p in copy.named_parameters():
-            p.data = p.data.to(device, dtypes[name]).to(dtype or dtypes[name])
-        inputs = x.to(device, x_dtype).to(dtype or x_dtype)
-        return outcome(lambda x: getattr(copy, method)(x), [(inputs, True)], [*copy.parameters()])
+    def of(kind):
+        twin = copy.copy(probe)
+        twin.__class__ = kind
+        return lambda x, *given: (
+            functional_call(twin, dict(zip(weights, given, strict=True)), x) if given else getattr(twin, method)(x)
+        )
 
-    own, exact, copy.__class__ = run(), run(torch.float32), cls
-    return difference(own, run(), exact)
+    tensors = [x.to(device, dtype), *(p.to(device, known.get(name, dtype)) for name, p in weights.items())]
+    return refusal(of(type(module)), of(cls), tensors)
 
 
 def try_rope(module, trial, cls, device):
-    """difference of the rotations that module's class and cls call."""
+    """refusal of the rotations that cls calls in the place of those that module's class does; angles have no gradient."""
     for name, tensors in trial:
-        inputs = [(x.to(device), n < len(tensors) - 2) for n, x in enumerate(tensors)]
-        own, ours = (outcome(c.forward.__globals__[name], inputs) for c in (type(module), cls))
-        if why := difference(own, ours, own):
+        own, ours = (c.forward.__globals__[name] for c in (type(module), cls))
+        if why := refusal(own, ours, [x.to(device) for x in tensors], fixed=2):
             return f"{name}: {why}"
     return ""
+
+
+def try_loss(operator, head, device):
+    """refusal of what takes the place of the loss of logits, with a small head of the same dtype."""
+    dtype, generator = head.weight.dtype if head.weight.dtype in FLOATS else torch.float32, torch.Generator().manual_seed(0)
+    tensors = [normal(generator, *shape, dtype=dtype, scale=0.3).to(device) for shape in ((7, 64), (96, 64))]
+    target = torch.tensor([-100, 5, 0, 31, 95, 40, 7], device=device)
+
+    def own(x, weight, loss=F.cross_entropy):
+        return loss(F.linear(x, weight), target)
+
+    def fused(x, weight):
+        return linear_cross_entropy(x, weight, target)
+
+    return refusal(own, fused if operator == "linear_cross_entropy" else partial(own, loss=cross_entropy), tensors)
 
 
 class Difference(NamedTuple):

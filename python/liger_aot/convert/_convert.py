@@ -15,7 +15,6 @@ from . import _settings
 from ._bits import finite
 from ._bits import same_bits
 from ._error import ConvertError
-from ._hf import INDEX
 from ._hf import HFSource
 from ._hf import HFWriter
 from ._hf import bytes_of
@@ -42,6 +41,7 @@ NARROW = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".py", ".md")
 TEMPLATES = "additional_chat_templates/*.jinja"
 CARRIED_NAMES = ("LICENSE", "NOTICE", "MODEL_LICENSE")
+WRITTEN = ("config.json", "model_config.json")  # by the conversion itself, and so never carried
 
 
 def hf_to_sat(
@@ -69,6 +69,7 @@ def hf_to_sat(
         raise ConvertError(f"convert: mp must be a whole number from 1 to 99, got {mp!r}")
     hf = HFSource(source)
     job = Job(choose_hf(family, hf.config), source, target, dtype, allow_rope_theta)
+    job.report.notes += left_behind(source, hf.read())
     shown.fits(job.family)
     plan_to_sat(job, hf, mp)
     plan = sat_plan(job, hf)
@@ -116,6 +117,7 @@ def sat_to_hf(
     sat = SATSource(source)
     carried = _settings.read(source / "config.json") if (source / "config.json").is_file() else None
     job = Job(choose_sat(family, sat.config, carried), source, target, dtype, allow_rope_theta)
+    job.report.notes += left_behind(source, sat.read())
     shown.fits(job.family)
     sat = without_adapters(sat, merge_lora, lora_alpha, job.report)
     plan_to_hf(job, sat, carried)
@@ -142,6 +144,7 @@ def plan_to_sat(job, hf, ranks):
         raise ConvertError(f"{hf.config.path}: has a quantization_config; save the model unquantised first")
     hf.config = job.family.filled(hf.config)
     job.family.check_hf(hf.config, job.problems)
+    job.family.check_code(hf.config, job.problems)
     job.problems.end()
     args = _settings.Settings(job.family.args(hf.config), hf.config.path)
     for part in (args, *(value for value in args.values() if isinstance(value, dict))):
@@ -151,7 +154,6 @@ def plan_to_sat(job, hf, ranks):
     if renamed:
         old, new = next(iter(renamed.items()))
         job.report.notes.append(f"{len(renamed)} names, old ones or of a base model, were read as today's: {old} as {new}")
-    job.report.notes += job.family.remarks(hf.config)
     job.theta_kept()
     job.compare(hf, "hf", hf.config.path)
     job.split_evenly()
@@ -339,12 +341,24 @@ def fill(target, pieces, origin):
     raise ConvertError(f"{origin} does not fit into {name}; --dtype {wider}")
 
 
-def carry(source, folder):
+def carried_names(source):
     """Tokenizer files, generation settings, remote code, licences."""
-    ours = {"config.json", "model_config.json", INDEX}
     found = [path for path in sorted(source.iterdir()) if path.suffix in CARRIED or path.stem in CARRIED_NAMES]
-    keep = [path for path in found if path.is_file() and path.name not in ours and not path.name.endswith(".index.json")]
-    names = [path.relative_to(source) for path in [*keep, *sorted(source.glob(TEMPLATES))]]
+    keep = [path for path in found if path.is_file() and path.name not in WRITTEN and not path.name.endswith(".index.json")]
+    return [path.relative_to(source) for path in [*keep, *sorted(source.glob(TEMPLATES))]]
+
+
+def left_behind(source, read):
+    """A note of what is neither read nor carried through, beside the weights and beside the configuration."""
+    read = {source / name for name in read}
+    folders = {source, *(path.parent for path in read)}
+    known = read | folders | {source / name.parts[0] for name in carried_names(source)}
+    left = sorted(str(path.relative_to(source)) for folder in folders for path in folder.iterdir() if path not in known)
+    return [f"left behind, of no kind that is read or carried through: {', '.join(left)}"] if left else []
+
+
+def carry(source, folder):
+    names = carried_names(source)
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)

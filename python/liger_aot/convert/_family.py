@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import torch
 
+from ._error import ConvertError
 from ._rules import Frequencies
 from ._rules import Tied
 from ._settings import Settings
@@ -33,6 +34,14 @@ NAMES = {
     "vocab_size": "vocab_size",
     "max_sequence_length": "max_position_embeddings",
 }
+# What shapes are spelled with, and which of SAT's arguments that is.
+SIZES = {
+    "vocab": "vocab_size",
+    "hidden": "hidden_size",
+    "inner": "inner_hidden_size",
+    "heads": "num_attention_heads",
+    "positions": "max_sequence_length",
+}
 TOKENS = [f"{name}_token_id" for name in ("bos", "eos", "pad", "mask", "gmask")]
 
 
@@ -54,9 +63,12 @@ class Family:
     epsilon = ("rms_norm_eps",)  # its name in HF's configuration, and what that is by default
     order = "pre"
     tokenizer = "fake"
+    tied = False  # whether the head is the embedding, where the configuration does not say
+    rope_share = 1  # of a head: all of it is rotated, or a half
     hf_defaults: ClassVar[dict] = {}  # of each model_type, what transformers takes for what we read, where it is no other's
     hf_accepts: ClassVar[dict] = {}
     sat_accepts: ClassVar[dict] = {}
+    sat_fixed: ClassVar[dict] = {}  # of SAT's arguments, those of all of the family's models
 
     def claims_hf(self, config):
         return config.get("model_type") in self.model_types
@@ -81,7 +93,7 @@ class Family:
             "layernorm_order": self.order,
             "layernorm_epsilon": config.number(*self.epsilon),
         }
-        return args | to_args(config, self.names) | tokens(config)
+        return args | self.sat_fixed | to_args(config, self.names) | tokens(config)
 
     def config(self, args):
         config = {"model_type": self.model_types[0]} if self.model_types else {}
@@ -99,7 +111,7 @@ class Family:
             if key in config and config[key] not in accepted:
                 wanted = " or ".join(map(repr, accepted))
                 problems.add(f"{config.path}: {key} is {config[key]!r}; SAT's {self.model_classes[0]} computes {wanted} alone")
-        if any(isinstance(rule, Frequencies) for rule in self.rules):
+        if self.rotates():
             check_rope(config, problems)
         kinds, layers = config.listed("layer_types"), config[self.names["num_layers"]]
         if kinds and len(kinds) != layers:
@@ -109,7 +121,7 @@ class Family:
         if self.sat_class(args) is None:
             own = " or ".join(self.model_classes)
             problems.add(f"{args.path}: model_class is {args['model_class']!r}; {self.name} converts {own} alone")
-        alone = {key: (value,) for key, value in DEFAULTS.items()} | {"layernorm_order": (self.order,)}
+        alone = {key: (value,) for key, value in (DEFAULTS | self.sat_fixed | {"layernorm_order": self.order}).items()}
         for key, accepted in (alone | self.sat_accepts).items():
             value = args.get(key, DEFAULTS.get(key))
             if value not in accepted:
@@ -119,9 +131,27 @@ class Family:
         if own is not None and own != args.divide("hidden_size", "num_attention_heads"):
             problems.add(f"{args.path}: hidden_size_per_attention_head is {own}; must be hidden_size / num_attention_heads")
 
-    def remarks(self, config):
-        """What to know of SAT's class, of a model that it computes."""
-        return []
+    def check_code(self, config, problems):
+        """What SAT's class has in its code, and a configuration may have otherwise."""
+
+    def sizes(self, config, args):
+        """What the rules' shapes are spelled with, of what all configurations say by one name or another."""
+        own = self.names
+        hidden, heads = own["hidden_size"], own["num_attention_heads"]
+        dim = config.divide(hidden, heads)
+        turned = dim // self.rope_share
+        if turned % 2 and self.rotates():
+            by = f"{hidden!r} {config[hidden]} by {heads!r} {config[heads]}"
+            raise ConvertError(
+                f"{config.path}: {by}: rotary embeddings turn pairs, and their dimension must be even, got {turned}"
+            )
+        sizes = {size: config.count(own[arg]) for size, arg in SIZES.items() if arg in own}
+        if self.head():
+            sizes["tied"] = bool(config.get("tie_word_embeddings", self.tied))
+        return sizes | {"head_dim": dim, "rope_dim": turned, "rope_half": turned // 2, "i": config.each(own["num_layers"])}
+
+    def rotates(self):
+        return any(isinstance(rule, Frequencies) for rule in self.rules)
 
     def rope_base(self, args):
         """What SAT's class computes with, whatever the file says, once the model is in 16 bits."""
@@ -150,6 +180,12 @@ class Family:
             if isinstance(rule, Tied):
                 return rule.sat[0], next(other.sat[0] for other in self.rules if other.hf == rule.hf and other is not rule)
         return None
+
+
+def grouped(sizes, kv_heads):
+    """With the widths of queries, and of keys and values where several heads share theirs."""
+    dim = sizes["head_dim"]
+    return sizes | {"kv_heads": kv_heads, "q": sizes["heads"] * dim, "kv": kv_heads * dim}
 
 
 def rotary(config):

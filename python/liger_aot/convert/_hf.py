@@ -96,6 +96,10 @@ class HFSource:
                 self.stored[found[0]] = self.stored.pop(key)
         return renamed
 
+    def read(self):
+        """The files that the conversion is made of."""
+        return ["config.json", INDEX, *self.files]
+
     def keys(self):
         return list(self.stored)
 

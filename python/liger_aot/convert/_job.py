@@ -144,7 +144,7 @@ class Job:
             self.report.notes.append(f"{self.lost(theta)}; after loading, {repair} repairs it")
         else:
             remedy = "--allow-rope-theta converts all the same and records it in model_config.json"
-            self.problems.add(f"rope_theta: {self.lost(theta)}; {remedy}")
+            self.problems.add(f"{self.config.path.name}: rope_theta: {self.lost(theta)}; {remedy}")
 
     def lost(self, theta):
         own, name = self.family.rope_base(self.args), self.args["model_class"]
@@ -162,16 +162,15 @@ class Job:
             values = sat.get(key)
             theta = base_of(values, self.sizes["rope_dim"], [theta, own])
             if theta is None:
-                shown = f"{list(values.shape)} {values.flatten()[:3].tolist()} …"
-                self.problems.add(
-                    f"{key}: {shown} are no frequencies of a rotary embedding of {self.sizes['rope_dim']} dimensions"
-                )
+                shown, dim = f"{list(values.shape)} {values.flatten()[:3].tolist()} …", self.sizes["rope_dim"]
+                wrong = f"{shown} are no frequencies of a rotary embedding of {dim} dimensions"
+                self.problems.add(f"{sat.place(key).name}: {key}: {wrong}")
                 return
         else:
             origin = "model_config.json" if recorded else self.args["model_class"]
             self.report.notes.append(f"{key} is missing; rope_theta {theta:g} is taken from {origin}")
         if theta not in (own, recorded) and not self.allow:
-            self.problems.add(f"{key}: {self.lost(theta)}; --allow-rope-theta takes the file's")
+            self.problems.add(f"{sat.place(key).name}: {key}: {self.lost(theta)}; --allow-rope-theta takes the file's")
         self.sizes["rope_theta"] = theta
         self.family.set_theta(self.config, theta)
 
@@ -183,10 +182,12 @@ class Job:
             if isinstance(rule, Alias | Tied) and rule.alias in have:
                 self.same_twice(hf, rule.alias, item.hf[0])
             if isinstance(rule, Zeros) and bool(hf.get(item.hf[0]).any()):
-                self.problems.add(f"{item.hf[0]} is not zero, and SAT's class has no place for it; {rule.remedy}")
+                key = item.hf[0]
+                text = f"{key} is not zero, and SAT's class has no place for it; {rule.remedy}"
+                self.problems.add(f"{hf.place(key).name}: {text}")
             if isinstance(rule, Frequencies):
                 for key in sorted(have.intersection(item.hf)):
-                    self.same_theta(key, hf.get(key))
+                    self.same_theta(key, hf)
             if isinstance(rule, Drop) and rule.why:
                 self.report.notes += [f"left out: {key}; {rule.why}" for key in item.hf if key in have]
 
@@ -196,10 +197,10 @@ class Job:
             found = [f"{key} {list(hf.about(key)[0])} in {hf.place(key).name}" for key in (alias, name)]
             self.problems.add(f"{' differs from '.join(found)}, while {why}")
 
-    def same_theta(self, key, values):
-        theta = self.sizes["rope_theta"]
-        if base_of(values, self.sizes["rope_dim"], [theta]) != theta:
-            self.problems.add(f"{key}: not the frequencies of rope_theta {theta:g}, which {self.config.path.name} says")
+    def same_theta(self, key, hf):
+        theta, file = self.sizes["rope_theta"], hf.place(key).name
+        if base_of(hf.get(key), self.sizes["rope_dim"], [theta]) != theta:
+            self.problems.add(f"{file}: {key}: not the frequencies of rope_theta {theta:g}, which {self.config.path.name} says")
 
 
 def described(items, side):

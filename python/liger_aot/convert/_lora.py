@@ -2,16 +2,22 @@
 
 import math
 import re
+from itertools import chain
 
 from ._bits import parts
 from ._error import ConvertError
+from ._error import Problems
 
-ADAPTED = re.compile(r"^(.*)\.(?:matrix_[AB]\.\d+|original\.\w+)$")
+ADAPTED = re.compile(r"^(?P<module>.*)\.(?:matrix_[AB]\.(?P<part>\d{1,9})|original\.(?P<own>\w+))$")
 
 
 def adapters(keys):
-    """The modules that have adapters."""
-    return sorted({match[1] for key in keys if (match := ADAPTED.match(key))})
+    """The names under each module that has adapters, as matches."""
+    found = {}
+    for key in keys:
+        if match := ADAPTED.match(key):
+            found.setdefault(match["module"], []).append(match)
+    return found
 
 
 def without_adapters(sat, merge, alpha, report):
@@ -24,8 +30,9 @@ def without_adapters(sat, merge, alpha, report):
     if not found:
         return sat
     if not merge:
+        first = next(iter(found))
         raise ConvertError(
-            f"{sat.folder}: holds LoRA adapters that are not merged, of {len(found)} weights, the first {found[0]}; "
+            f"{sat.place(first)}: holds LoRA adapters that are not merged, of {len(found)} weights, the first {first}; "
             "--merge-lora --lora-alpha A merges them, with the alpha they were trained with (CogVLM's default is 1)"
         )
     merged = Merged(sat, found, alpha)
@@ -34,7 +41,23 @@ def without_adapters(sat, merge, alpha, report):
 
 
 def is_matrix(tensor):
-    return tensor is not None and tensor.dtype.is_floating_point and tensor.dim() == 2
+    return tensor is not None and tensor.dtype.is_floating_point and tensor.dim() == 2 and tensor.numel() > 0
+
+
+def parts_of(name, rank, count, problems):
+    """(A, B) of each part, held to the weight."""
+    names = [(f"{name}.matrix_A.{k}", f"{name}.matrix_B.{k}") for k in range(max(1, count))]
+    odd = [key for key in (f"{name}.original.weight", *chain(*names)) if not is_matrix(rank.get(key))]
+    for key in odd:
+        problems.add(f"{key} must be there, a matrix in floating point; A.k and B.k come in pairs, from 0 on, with the weight")
+    if odd:
+        return []
+    weight, pairs = rank[f"{name}.original.weight"], [(rank[a], rank[b]) for a, b in names]
+    rows, columns = sum(len(b) for _, b in pairs), {a.shape[1] for a, _ in pairs}
+    if (rows, columns) != (weight.shape[0], {weight.shape[1]}) or any(b.shape[1] != len(a) for a, b in pairs):
+        shapes = [(list(b.shape), list(a.shape)) for a, b in pairs]
+        problems.add(f"{name}: B A of shapes {shapes} do not make up the weight's {list(weight.shape)}")
+    return pairs
 
 
 class Merged:
@@ -48,38 +71,19 @@ class Merged:
         if len(sat.ranks) > 1:
             raise ConvertError(f"{sat.folder}: LoRA adapters in {len(sat.ranks)} model-parallel files; merge them in SAT first")
         self.sat, self.folder, self.config, self.alpha, rank = sat, sat.folder, sat.config, alpha, sat.ranks[0]
-        self.parts = {f"{name}.weight": self.parts_of(name, rank) for name in found}
-        plain = {
-            f"{name}.{p}": f"{name}.original.{p}"
-            for name in found
-            for p in ("weight", "bias")
-            if f"{name}.original.{p}" in rank
-        }
+        problems = Problems(f"{sat.place(next(iter(found)))}, whose LoRA adapters are to be merged")
+        self.parts, plain = {}, {}
+        for name, matches in found.items():
+            count = len({match["part"] for match in matches if match["part"]})
+            self.parts[f"{name}.weight"] = parts_of(name, rank, count, problems)
+            plain |= {f"{name}.{match['own']}": match[0] for match in matches if match["own"]}
         kept = {key: key for key in rank if not ADAPTED.match(key)}
-        if twice := sorted(kept.keys() & plain):
-            raise ConvertError(
-                f"{sat.folder}: holds {twice[0]} beside {plain[twice[0]]}; take the one away that is not the weight"
-            )
+        for key in sorted(kept.keys() & plain):
+            problems.add(f"holds {key} beside {plain[key]}; take the one away that is not the weight")
+        problems.end()
         self.names = kept | plain
         self.ranks = [{key: rank[stored] for key, stored in self.names.items()}]
         self.layout = {}
-
-    def parts_of(self, name, rank):
-        """(A, B) of each part, checked against the weight."""
-        weight = rank.get(f"{name}.original.weight")
-        if not is_matrix(weight):
-            raise ConvertError(f"{self.folder}: {name}.original.weight must be there, in floating point, to merge LoRA into")
-        count = sum(key.startswith(f"{name}.matrix_A.") for key in rank)
-        pairs = [(rank.get(f"{name}.matrix_A.{k}"), rank.get(f"{name}.matrix_B.{k}")) for k in range(count)]
-        if not pairs or any(not is_matrix(part) for pair in pairs for part in pair):
-            raise ConvertError(f"{self.folder}: {name}: matrix_A.k and matrix_B.k must come in pairs, in floating point")
-        rows, columns = sum(len(b) for _, b in pairs), {a.shape[1] for a, _ in pairs}
-        if (rows, columns) != (weight.shape[0], {weight.shape[1]}) or any(b.shape[1] != len(a) for a, b in pairs):
-            shapes = [(list(b.shape), list(a.shape)) for a, b in pairs]
-            raise ConvertError(
-                f"{self.folder}: {name}: B A of shapes {shapes} do not make up the weight's {list(weight.shape)}"
-            )
-        return pairs
 
     def keys(self):
         return list(self.names)

@@ -6,16 +6,12 @@ each other, views wherever possible, so that a tensor is never held twice.
 """
 
 import itertools
-import math
 import re
 from dataclasses import dataclass
 
 import torch
 
-from ._error import ConvertError
-
 FIELD = re.compile(r"\{(\w+?)(\+1)?\}")
-MOST = 100_000  # tensors of one rule
 
 
 @dataclass(eq=False)
@@ -223,8 +219,6 @@ class Frequencies(Rule):
         self.write = write
 
     def expand(self, sizes):
-        if sizes["rope_dim"] % 2:
-            raise ConvertError(f"convert: rotary embeddings turn pairs: their dimension must be even, got {sizes['rope_dim']}")
         hf = [name for text in self.hf for name in spread(text, sizes)]
         shape = (sizes["rope_dim"] // 2,)
         yield Item(self, tuple(hf), self.sat, (shape,) * len(hf), (shape,), sizes)
@@ -237,9 +231,6 @@ def spread(text, sizes):
 
 
 def combinations(fields, sizes):
-    count = math.prod(len(sizes[name]) for name in fields)
-    if count > MOST:
-        raise ConvertError(f"convert: the configuration has {count:,} layers and experts; at most {MOST:,} are believed")
     for values in itertools.product(*(sizes[name] for name in fields)):
         yield dict(zip(fields, values, strict=True))
 

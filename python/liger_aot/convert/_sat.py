@@ -53,6 +53,10 @@ class SATSource:
             )
         return paths
 
+    def read(self):
+        """The files that the conversion is made of."""
+        return ["latest", "model_config.json", "config.json", *(path.relative_to(self.folder) for path in self.paths())]
+
     def keys(self):
         return list(self.ranks[0])
 
@@ -80,15 +84,15 @@ class SATSource:
 
     def unequal(self, report):
         """Ranks whose shapes or dtypes differ, and tensors that every rank must hold alike and does not."""
-        for key in self.ranks[0]:
-            tensors = [rank[key] for rank in self.ranks]
-            shapes, dtypes = [tuple(tensor.shape) for tensor in tensors], [tensor.dtype for tensor in tensors]
-            if len(set(shapes)) > 1:
-                report(f"{key}: the shapes of the ranks differ: {shapes}")
-            elif len(set(dtypes)) > 1:
-                report(f"{key}: the dtypes of the ranks differ: {', '.join(map(str, dtypes))}".replace("torch.", ""))
-            elif not self.layout[key].kind and any(not same_bits(tensor, tensors[0]) for tensor in tensors[1:]):
-                report(f"{key}: every rank must hold the same numbers, and they differ")
+        for path, rank in zip(self.paths()[1:], self.ranks[1:], strict=True):
+            for key, first in self.ranks[0].items():
+                here = f"{path.name}: {key}"
+                if rank[key].shape != first.shape:
+                    report(f"{here}: the shapes of the ranks differ: {list(first.shape)} in rank 0, {list(rank[key].shape)}")
+                elif rank[key].dtype is not first.dtype:
+                    report(f"{here}: the dtypes of the ranks differ: {first.dtype}, {rank[key].dtype}".replace("torch.", ""))
+                elif not self.layout[key].kind and not same_bits(rank[key], first):
+                    report(f"{here}: every rank must hold the same numbers, and rank 0 has others")
 
 
 def latest(folder):

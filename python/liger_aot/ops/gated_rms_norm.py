@@ -48,7 +48,7 @@ def activation(gate, silu):
 
 def product(u, rstd, weight, groups, cast, last, dtype):
     """u · rstd by groups, the same as the weight meets it, and its product with the weight as a last gate meets it."""
-    uhat = (by_groups(u, groups) * rstd.view(*u.shape[:-1], groups, 1)).flatten(-2)
+    uhat = (by_groups(u, groups) * rstd[..., None]).flatten(-2)
     xhat = wide(uhat.to(dtype)) if cast else uhat
     z = xhat * wide(weight)
     return uhat, xhat, wide(z.to(torch.promote_types(dtype, weight.dtype))) if cast and last else z
@@ -59,7 +59,7 @@ def forward_reference(x, gate, weight, groups, eps, cast, last, silu):
     u = wide(x) if last else wide(x) * a
     rstd = torch.rsqrt(by_groups(u, groups).square().mean(-1) + eps)
     _, _, z = product(u, rstd, weight, groups, cast, last, x.dtype)
-    return (z * a if last else z).to(x.dtype), rstd.flatten()
+    return (z * a if last else z).to(x.dtype), rstd
 
 
 def backward_reference(dy, x, gate, weight, rstd, groups, cast, last, silu):
@@ -69,7 +69,7 @@ def backward_reference(dy, x, gate, weight, rstd, groups, cast, last, silu):
     wdz = dz * wide(weight)
     mean = by_groups(wdz * uhat, groups).mean(-1, keepdim=True)
     du = by_groups(wdz, groups) - by_groups(uhat, groups) * mean
-    du = (du * rstd.view(*x.shape[:-1], groups, 1)).flatten(-2)
+    du = (du * rstd[..., None]).flatten(-2)
     dx, dgate = (du, dys * z) if last else (du * a, du * xs)
     return dx.to(x.dtype), (dgate * slope).to(gate.dtype), (dz * xhat).sum_to_size(weight.shape).to(weight.dtype)
 
@@ -81,7 +81,7 @@ def gated_rms_norm_fwd(
     x, stride, rows, width = rows_of(x)
     gate, gate_stride, _, _ = rows_of(gate)
     y, n = torch.empty_like(x, memory_format=torch.contiguous_format), width // groups
-    rstd, how = x.new_empty(rows * groups, dtype=torch.float32), tile(n)
+    rstd, how = x.new_empty((*x.shape[:-1], groups), dtype=torch.float32), tile(n)
     kernels.gated_rms_norm_fwd[(-(-rows // how["ROWS"]), groups)](
         x, gate, weight.contiguous(), y, rstd, stride, gate_stride, rows, n, eps, cast, last, silu, **how
     )

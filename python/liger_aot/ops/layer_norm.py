@@ -32,7 +32,7 @@ def forward_reference(x, weight, bias, eps):
         y = y * wide(weight)
     if bias is not None:
         y = y + wide(bias)
-    return y.to(x.dtype), mean.flatten(), rstd.flatten()
+    return y.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
 
 
 def backward_reference(dy, x, weight, bias, mean, rstd, need_dw, need_db):
@@ -55,7 +55,8 @@ def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     scale = weight.contiguous() if has_weight else bias if has_bias else x
     shift = bias.contiguous() if has_bias else scale
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+    shape = x.shape[:-1]
+    mean, rstd = x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
     kernels.layer_norm_fwd[(groups,)](
         x, scale, shift, y, mean, rstd, stride, rows, n, eps, has_weight, has_bias, ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP
     )

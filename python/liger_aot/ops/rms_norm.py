@@ -34,7 +34,7 @@ def forward_reference(x, weight, eps, offset, cast):
         y, dtype = wide(y.to(x.dtype)), x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
     if weight is not None:
         y = y * (offset + wide(weight))
-    return y.to(dtype), rstd.flatten()
+    return y.to(dtype), rstd.squeeze(-1)
 
 
 def backward_reference(dy, x, weight, rstd, offset, cast, ds=None, need_dw=True):
@@ -58,7 +58,7 @@ def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, ca
     else:
         scale, has_weight, dtype = weight.contiguous(), 1, weight.dtype if cast else x.dtype
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(rows, dtype=torch.float32)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     kernels.rms_norm_fwd[(groups,)](
         x, scale, y, rstd, stride, rows, n, eps, offset, has_weight, cast, ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP
     )

@@ -14,6 +14,8 @@ from .kl_div import LigerKLDIVLoss
 from .layer_norm import LigerLayerNorm
 from .llama4_rope import liger_llama4_text_rotary_pos_emb
 from .llama4_rope import liger_llama4_vision_rotary_pos_emb
+from .mlp import LigerFalconH1MLP
+from .mlp import LigerMLP
 from .relu_squared import LigerReLUSquared
 from .rms_norm import LigerRMSNorm
 from .rms_norm import LigerRMSNormForMuseGlimmer
@@ -27,12 +29,16 @@ from .swiglu import LigerPhi3SwiGLUMLP
 from .swiglu import LigerQwen3MoeSwiGLUMLP
 from .swiglu import LigerSwiGLUMLP
 from .swiglu import LigerSwiGLUMLPForMuseGlimmer
+from .tiled_mlp import LigerTiledGEGLUMLP
+from .tiled_mlp import LigerTiledSwiGLUMLP
 from .tvd import LigerTVDLoss
+from .vocab_parallel_cross_entropy import LigerVocabParallelCrossEntropy
 
 __all__ = [
     "LigerBlockSparseTop2MLP",
     "LigerCrossEntropyLoss",
     "LigerDyT",
+    "LigerFalconH1MLP",
     "LigerFalconH1SwiGLUMLP",
     "LigerFusedAddRMSNorm",
     "LigerFusedLinearCrossEntropyLoss",
@@ -41,6 +47,7 @@ __all__ = [
     "LigerJSD",
     "LigerKLDIVLoss",
     "LigerLayerNorm",
+    "LigerMLP",
     "LigerPhi3SwiGLUMLP",
     "LigerQwen3MoeSwiGLUMLP",
     "LigerReLUSquared",
@@ -54,6 +61,9 @@ __all__ = [
     "LigerTVDLoss",
     "liger_llama4_text_rotary_pos_emb",
     "liger_llama4_vision_rotary_pos_emb",
+    "LigerTiledGEGLUMLP",
+    "LigerTiledSwiGLUMLP",
+    "LigerVocabParallelCrossEntropy",
     "liger_rotary_pos_emb",
     *(name for name in monkey_patch.__all__ if "apply_liger_kernel" in name),
 ]

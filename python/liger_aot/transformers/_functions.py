@@ -8,6 +8,9 @@ from ..ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from . import functional as L  # noqa: N812
 from ._names import one_of
 from .llama4_rope import liger_llama4_text_rotary_pos_emb
+from .mlp import LigerMLPFunction as LigerMLPFunction
+from .tiled_mlp import LigerTiledMLPFunction as LigerTiledMLPFunction
+from .tiled_mlp import apply_tiled_mlp as apply_tiled_mlp
 
 
 class LigerRMSNormFunction:

@@ -14,9 +14,9 @@ from contextvars import ContextVar
 
 from torch import nn
 
-from ..bind import HEAD
 from ..bind import bind
 from ..bind import unbind
+from ..bind._swap import HEAD
 from ..bind._swap import is_bound
 from ..bind._swap import swap
 

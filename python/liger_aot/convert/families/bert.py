@@ -68,6 +68,7 @@ class Bert(Family):
     old_names: ClassVar[dict] = {f"LayerNorm.{old}": f"LayerNorm.{new}" for old, new in (("gamma", "weight"), ("beta", "bias"))}
     epsilon = ("layer_norm_eps", 1e-12)
     order = "post"
+    tied = True
     hf_accepts: ClassVar[dict] = {
         "hidden_act": ("gelu",),
         "position_embedding_type": ("absolute", None),
@@ -96,19 +97,11 @@ class Bert(Family):
         return super().sat_inputs(inputs)[0], {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
 
     def sizes(self, config, args):
-        config.divide("hidden_size", "num_attention_heads")
-        layers = config.each("num_hidden_layers")
-        return {
-            "vocab": config.count("vocab_size"),
-            "hidden": config["hidden_size"],
-            "inner": config.count("intermediate_size"),
-            "positions": config.count("max_position_embeddings"),
+        sizes = super().sizes(config, args)
+        return sizes | {
             "types": config.count("type_vocab_size"),
-            "heads": config["num_attention_heads"],
-            "i": layers,
-            "before": layers[:-1],
-            "last": layers[-1:],
-            "tied": bool(config.get("tie_word_embeddings", True)),
+            "before": sizes["i"][:-1],
+            "last": sizes["i"][-1:],
         }
 
     def args(self, config):

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from .._family import NAMES
 from .._family import Family
+from .._family import grouped
 from .._family import rotary
 from .._rules import Copy
 from .._rules import Frequencies
@@ -43,6 +44,7 @@ class ChatGLM(Family):
     architecture = "ChatGLMForConditionalGeneration"
     foreign = "the code of ChatGLM comes with its weights, and code that comes with weights is not run here"
     prefix = "transformer."
+    rope_share = 2
     names: ClassVar[dict] = NAMES | {
         "num_layers": "num_layers",
         "inner_hidden_size": "ffn_hidden_size",
@@ -60,7 +62,7 @@ class ChatGLM(Family):
         "pre_seq_len": (None,),
         "quantization_bit": (0, None),
     }
-    sat_accepts: ClassVar[dict] = {"use_bias": (False,), "use_qkv_bias": (True,)}
+    sat_fixed: ClassVar[dict] = {"use_bias": False, "use_qkv_bias": True}
     HF = "transformer.encoder.layers.{i}."
     rules = (
         Copy("transformer.embedding.word_embeddings.weight", "transformer.word_embeddings.weight", "vocab hidden", "vocab"),
@@ -94,25 +96,12 @@ class ChatGLM(Family):
         config["rope_ratio"] = theta / 10000.0
 
     def sizes(self, config, args):
-        dim, heads = config.divide("hidden_size", "num_attention_heads"), config["num_attention_heads"]
+        sizes = super().sizes(config, args)
         shared = config.divide("num_attention_heads", "multi_query_group_num") if config.get("multi_query_attention") else 1
-        groups = heads // shared
-        return where_gate_is(args, self.sat_class(args) == "ChatGLM3Model") | {
-            "vocab": config.count("padded_vocab_size"),
-            "hidden": config["hidden_size"],
-            "inner": config.count("ffn_hidden_size"),
-            "heads": heads,
-            "kv_heads": groups,
-            "q": heads * dim,
-            "kv": groups * dim,
-            "head_dim": dim,
-            "rope_dim": dim // 2,
-            "rope_half": dim // 4,
-            "i": config.each("num_layers"),
-        }
+        return grouped(sizes, sizes["heads"] // shared) | where_gate_is(args, self.sat_class(args) == "ChatGLM3Model")
 
     def args(self, config):
-        args = super().args(config) | {"use_bias": False, "use_qkv_bias": True}
+        args = super().args(config)
         if config.get("multi_query_attention"):
             args["num_multi_query_heads"] = config.count("multi_query_group_num")
         return args
@@ -135,7 +124,7 @@ class ChatGLM2(ChatGLM):
     title = "ChatGLM2-6B"
     model_classes = ("ChatGLM2Model",)
     hf_accepts: ClassVar[dict] = ChatGLM.hf_accepts | {"rope_ratio": (1, None)}
-    sat_accepts: ClassVar[dict] = ChatGLM.sat_accepts | {"is_gated_mlp": (False, True)}
+    sat_accepts: ClassVar[dict] = {"is_gated_mlp": (False, True)}
 
 
 class ChatGLM3(ChatGLM):
@@ -161,9 +150,11 @@ class Glm(Decoder):
     model_types = ("glm",)
     model_classes = ("ChatGLM3Model", "ChatGLM2Model", "ChatGLM4Model")
     architecture = "GlmForCausalLM"
+    rope_share = 2
     hf_defaults: ClassVar[dict] = {"glm": {"num_key_value_heads": 2, "head_dim": 128}}
     hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",), "attention_bias": (True,), "tie_word_embeddings": (False,)}
-    sat_accepts: ClassVar[dict] = {"use_bias": (False,), "use_qkv_bias": (True,), "is_gated_mlp": (False, True)}
+    sat_accepts: ClassVar[dict] = {"is_gated_mlp": (False, True)}
+    sat_fixed: ClassVar[dict] = ChatGLM.sat_fixed
     HF = "model.layers.{i}."
     rules = (
         Copy("model.embed_tokens.weight", "transformer.word_embeddings.weight", "vocab hidden", "vocab"),
@@ -201,20 +192,12 @@ class Glm(Decoder):
 
     def sizes(self, config, args):
         own = self.sat_class(args)
-        sizes = super().sizes(config, args) | where_gate_is(args, own == "ChatGLM3Model")
-        dim = sizes["rope_dim"]
-        return sizes | {
-            "head_dim": dim,
-            "rope_dim": dim // 2,
-            "rope_half": dim // 4,
-            "halves": own == "ChatGLM4Model",
-        }
+        return super().sizes(config, args) | where_gate_is(args, own == "ChatGLM3Model") | {"halves": own == "ChatGLM4Model"}
 
     def args(self, config):
         return super().args(config) | {
             "num_multi_query_heads": config.count("num_key_value_heads", config["num_attention_heads"]),
             "base_scale": self.theta(config) / 10000.0,
-            "use_qkv_bias": True,
         }
 
     def config(self, args):

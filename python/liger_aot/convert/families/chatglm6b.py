@@ -29,6 +29,7 @@ class ChatGLM6B(Family):
     names: ClassVar[dict] = {ours: ours for ours in NAMES}
     epsilon = ("layernorm_epsilon", 1e-5)
     order = "post"
+    rope_share = 2
     rules = (
         Copy("transformer.word_embeddings.weight", "transformer.word_embeddings.weight", "vocab hidden", "vocab"),
         *norm(HF + "input_layernorm", SAT + "input_layernorm"),
@@ -56,19 +57,6 @@ class ChatGLM6B(Family):
 
     def set_theta(self, config, theta):
         """Both sides compute with 10000, whatever the files say."""
-
-    def sizes(self, config, args):
-        dim = config.divide("hidden_size", "num_attention_heads")
-        return {
-            "vocab": config.count("vocab_size"),
-            "hidden": config["hidden_size"],
-            "inner": config.count("inner_hidden_size"),
-            "heads": config["num_attention_heads"],
-            "head_dim": dim,
-            "rope_dim": dim // 2,
-            "rope_half": dim // 4,
-            "i": config.each("num_layers"),
-        }
 
     def config(self, args):
         return super().config(args) | {"architectures": ["ChatGLMModel"], "position_encoding_2d": True}

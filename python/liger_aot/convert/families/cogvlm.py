@@ -6,8 +6,10 @@ reshaped; SAT's names are where each part was mixed in.
 
 from typing import ClassVar
 
+from .._family import DEFAULTS
 from .._family import Family
 from .._family import copied
+from .._family import grouped
 from .._family import to_args
 from .._family import to_config
 from .._rules import Copy
@@ -83,8 +85,8 @@ def tower():
     )
 
 
-# Of the tower, what CogVLM's code on the hub computes.
-SEEN_ACCEPTS = {
+# Of the tower, what CogVLM's code on the hub computes, and what SAT takes where nothing is said.
+SEEN_ARGS = {
     "layernorm_order": "post",
     "use_final_layernorm": False,
     "use_bias": True,
@@ -92,7 +94,7 @@ SEEN_ACCEPTS = {
     "post_len": 0,
     "vocab_size": 1,
 }
-SEEN_DEFAULTS = {"layernorm_order": "pre", "use_final_layernorm": True, "use_bias": True, "pre_len": 1, "post_len": 0}
+SEEN_DEFAULTS = DEFAULTS | {"pre_len": 1, "post_len": 0}
 WIDTH = 1792  # of the tower, in SAT's code
 
 
@@ -103,10 +105,12 @@ class CogVLM(Family):
     architecture = "CogVLMForCausalLM"
     foreign = "the code of CogVLM comes with its weights, and code that comes with weights is not run here"
     hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",), "tie_word_embeddings": (False,)}
-    sat_accepts: ClassVar[dict] = {"use_bias": (False,), "num_multi_query_heads": (0, None)}
+    sat_accepts: ClassVar[dict] = {"num_multi_query_heads": (0, None)}
+    sat_fixed: ClassVar[dict] = {"use_bias": False}
     rules = (*language(), *experts(), *tower())
     tokenizer = "vicuna-7b-v1.5"
     base = 10000.0
+    width = WIDTH
     per_place = 1  # patches that become one place of the text
 
     def claims_hf(self, config):
@@ -124,15 +128,16 @@ class CogVLM(Family):
     def check_sat(self, args, problems):
         super().check_sat(args, problems)
         eva = args.section("eva_args")
-        for key, accepted in SEEN_ACCEPTS.items():
+        for key, accepted in SEEN_ARGS.items():
             value = eva.get(key, SEEN_DEFAULTS.get(key))
             if value != accepted:
                 problems.add(f"{eva.path}: {key} is {value!r}; {self.architecture} computes {accepted!r} alone")
 
-    def remarks(self, config):
-        width = self.vision(config).count("hidden_size")
-        text = f"SAT's code has {WIDTH} as the width of the tower, this one's is {width}: it must be changed there"
-        return [] if width == WIDTH else [text]
+    def check_code(self, config, problems):
+        seen = self.vision(config)
+        if seen.count("hidden_size") != self.width:
+            own, code = seen["hidden_size"], f"SAT's {self.model_classes[0]} has {self.width} in its code"
+            problems.add(f"{seen.path}: hidden_size is {own}; {code}, as the width of the tower")
 
     def rope_base(self, args):
         return self.base
@@ -151,20 +156,9 @@ class CogVLM(Family):
         return config["num_attention_heads"]
 
     def sizes(self, config, args):
-        seen, dim = self.vision(config), config.divide("hidden_size", "num_attention_heads")
+        seen = self.vision(config)
         seen.divide("hidden_size", "num_heads")
-        groups = self.groups(config)
-        return {
-            "vocab": config.count("vocab_size"),
-            "hidden": config["hidden_size"],
-            "inner": config.count("intermediate_size"),
-            "heads": config["num_attention_heads"],
-            "kv_heads": groups,
-            "q": config["num_attention_heads"] * dim,
-            "kv": groups * dim,
-            "rope_dim": dim,
-            "rope_half": dim // 2,
-            "i": config.each("num_hidden_layers"),
+        return grouped(super().sizes(config, args), self.groups(config)) | {
             "k": self.experts(config),
             "j": seen.each("num_hidden_layers"),
             "seen": seen["hidden_size"],
@@ -180,19 +174,13 @@ class CogVLM(Family):
         image = seen.count("image_size", round((seen.count("num_positions") - 1) ** 0.5) * seen.count("patch_size"))
         eva = {
             "model_class": "EVA2CLIPModel",
-            "vocab_size": 1,
-            "layernorm_order": "post",
-            "use_final_layernorm": False,
             "layernorm_epsilon": seen.number("layer_norm_eps", 1e-6),
             "row_parallel_linear_final_bias": False,
             "image_size": [image, image],
-            "pre_len": 1,
-            "post_len": 0,
         }
         args = super().args(config) | {
-            "use_bias": False,
             "image_length": (seen["num_positions"] - 1) // self.per_place,
-            "eva_args": eva | to_args(seen, SEEN_NAMES),
+            "eva_args": SEEN_ARGS | eva | to_args(seen, SEEN_NAMES),
         }
         return copied(args, {"text_processor_version": "template_version"}, config)
 
@@ -219,7 +207,7 @@ class CogVLM2(CogVLM):
     name = "cogvlm2"
     title = "CogVLM2"
     model_classes = ("CogVLM2Model",)
-    sat_accepts: ClassVar[dict] = {"use_bias": (False,)}
+    sat_accepts: ClassVar[dict] = {}
     rules = (
         *CogVLM.rules,
         Copy(

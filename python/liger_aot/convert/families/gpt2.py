@@ -34,6 +34,7 @@ class GPT2(Family):
         "max_sequence_length": "n_positions",
     }
     epsilon = ("layer_norm_epsilon", 1e-5)
+    tied = True
     hf_accepts: ClassVar[dict] = {
         "activation_function": ("gelu_new",),
         "scale_attn_weights": (True,),
@@ -57,16 +58,8 @@ class GPT2(Family):
     )
 
     def sizes(self, config, args):
-        config.divide("n_embd", "n_head")
-        return {
-            "vocab": config.count("vocab_size"),
-            "hidden": config["n_embd"],
-            "inner": config.count("n_inner", 4 * config["n_embd"]),
-            "positions": config.count("n_positions"),
-            "heads": config["n_head"],
-            "i": config.each("n_layer"),
-            "tied": bool(config.get("tie_word_embeddings", True)),
-        }
+        sizes = super().sizes(config, args)
+        return sizes | {"inner": config.count("n_inner", 4 * sizes["hidden"])}
 
     def args(self, config):
         return super().args(config) | {"inner_hidden_size": config.count("n_inner", 4 * config["n_embd"])}

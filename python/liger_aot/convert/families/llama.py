@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from .._family import Family
 from .._family import check_window
+from .._family import grouped
 from .._rules import Copy
 from .._rules import Frequencies
 from .._rules import Stack
@@ -39,6 +40,7 @@ class Decoder(Family):
     """What the configurations of Llama and its relatives share."""
 
     prefix = "model."
+    sat_fixed: ClassVar[dict] = {"use_bias": False}
 
     def check_hf(self, config, problems):
         super().check_hf(config, problems)
@@ -46,25 +48,12 @@ class Decoder(Family):
         check_head_dim(config, problems)
 
     def sizes(self, config, args):
-        dim = config.divide("hidden_size", "num_attention_heads")
-        heads = config["num_attention_heads"]
-        kv_heads = heads // config.divide("num_attention_heads", "num_key_value_heads", heads)
-        return {
-            "vocab": config.count("vocab_size"),
-            "hidden": config["hidden_size"],
-            "inner": config.count("intermediate_size"),
-            "heads": heads,
-            "kv_heads": kv_heads,
-            "q": heads * dim,
-            "kv": kv_heads * dim,
-            "rope_dim": dim,
-            "rope_half": dim // 2,
-            "i": config.each("num_hidden_layers"),
-            "tied": bool(config.get("tie_word_embeddings", False)),
-        }
+        sizes = super().sizes(config, args)
+        heads = sizes["heads"]
+        return grouped(sizes, heads // config.divide("num_attention_heads", "num_key_value_heads", heads))
 
     def args(self, config):
-        args, heads = super().args(config) | {"use_bias": False}, config.count("num_attention_heads")
+        args, heads = super().args(config), config.count("num_attention_heads")
         kv_heads = config.count("num_key_value_heads", heads)
         return args if kv_heads == heads else args | {"num_multi_query_heads": kv_heads}
 
@@ -92,7 +81,6 @@ class Llama(Decoder):
         "partial_rotary_factor": (1, None),
     }
     sat_accepts: ClassVar[dict] = {
-        "use_bias": (False,),
         "use_qkv_bias": (False, True),
         "is_gated_mlp": (False, True),
         "is_rotary_emb": (False, True),

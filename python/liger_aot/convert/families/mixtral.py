@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+from .._error import ConvertError
 from .._rules import Copy
 from .llama import HF
 from .llama import SAT
@@ -9,6 +10,7 @@ from .llama import Decoder
 from .llama import decoder
 
 EXPERT = HF + "block_sparse_moe.experts."
+MOST = 100_000  # experts of all layers that are believed
 
 
 def expert(hf, sat):
@@ -28,7 +30,8 @@ class Mixtral(Decoder):
     architecture = "MixtralForCausalLM"
     hf_defaults: ClassVar[dict] = {"mixtral": {"num_key_value_heads": 8, "rope_theta": 1e6}}
     hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",)}
-    sat_accepts: ClassVar[dict] = {"use_bias": (False,), "is_gated_mlp": (True,), "num_experts": range(1, 1000)}
+    sat_accepts: ClassVar[dict] = {"num_experts": range(1, 1000)}
+    sat_fixed: ClassVar[dict] = {"use_bias": False, "is_gated_mlp": True}
     rules = (
         *decoder("mixins.rotary.rotary_emb.inv_freq", bias=False),
         Copy(HF + "block_sparse_moe.gate.weight", "mixins.mlp.gates.{i}.weight", "experts hidden"),
@@ -46,12 +49,16 @@ class Mixtral(Decoder):
         return 1e6
 
     def sizes(self, config, args):
-        experts = config.count("num_local_experts", most=10000)
-        return super().sizes(config, args) | {"experts": experts, "e": range(1, experts)}
+        sizes, experts = super().sizes(config, args), config.count("num_local_experts")
+        layers = len(sizes["i"])
+        if layers * experts > MOST:
+            raise ConvertError(
+                f"{config.path}: 'num_hidden_layers' {layers} times 'num_local_experts' {experts} must be at most {MOST}"
+            )
+        return sizes | {"experts": experts, "e": range(1, experts)}
 
     def args(self, config):
         return super().args(config) | {
-            "is_gated_mlp": True,
             "num_experts": config.count("num_local_experts"),
             "num_experts_per_tok": config.count("num_experts_per_tok"),
         }

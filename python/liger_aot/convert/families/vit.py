@@ -56,16 +56,11 @@ class ViT(Family):
         return (token, token, torch.ones(1, 1, 1, 1, device=image.device)), {"image": image}
 
     def sizes(self, config, args):
-        config.divide("hidden_size", "num_attention_heads")
-        return {
-            "hidden": config["hidden_size"],
-            "inner": config.count("intermediate_size"),
-            "heads": config["num_attention_heads"],
+        return super().sizes(config, args) | {
             "channels": config.count("num_channels", 3),
             "patch": config.count("patch_size"),
             "places": (config.count("image_size") // config["patch_size"]) ** 2 + 1,
             "classes": classes(config),
-            "i": config.each("num_hidden_layers"),
         }
 
     def args(self, config):

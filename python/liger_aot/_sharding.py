@@ -1,0 +1,85 @@
+"""How DTensors go through the operators that work row by row: each process computes its rows, and nothing is gathered.
+
+torch.distributed.tensor asks each operator which placements of its arguments give which of its results. What is not in RULES,
+the linear losses and group_norm among it, is refused by torch, which names the operator.
+"""
+
+import functools
+import sys
+
+import torch
+
+# operator -> (its results, its arguments, which dimensions may be sharded: "rows", all but the last, "all", or "none"). Of the
+# letters, x is sharded as the first x, a, rope's angles, goes with it, w is whole, s is a sum of which each process has a part;
+# a dot is no tensor.
+RULES = {
+    "rms_norm_fwd": ("xx", "xw", "rows"),
+    "rms_norm_bwd": ("xs", "xxwx..x", "rows"),
+    "fused_add_rms_norm_fwd": ("xxx", "xxw", "rows"),
+    "gated_rms_norm_fwd": ("xx", "xxw", "rows"),
+    "gated_rms_norm_bwd": ("xxs", "xxxwx", "rows"),
+    "layer_norm_fwd": ("xxx", "xww", "rows"),
+    "layer_norm_bwd": ("xs", "xxwwxx", "rows"),
+    "dyt_fwd": ("x", "xwww", "rows"),
+    "dyt_bwd": ("xs", "xxww", "rows"),
+    "softmax_fwd": ("x", "x", "rows"),
+    "softmax_bwd": ("x", "xx", "rows"),
+    "sparsemax_fwd": ("x", "x", "rows"),
+    "sparsemax_bwd": ("x", "xx", "rows"),
+    "swiglu_fwd": ("x", "xx", "all"),
+    "swiglu_bwd": ("xx", "xxx", "all"),
+    "geglu_fwd": ("x", "xx", "all"),
+    "geglu_bwd": ("xx", "xxx", "all"),
+    "relu_squared_fwd": ("x", "x", "all"),
+    "relu_squared_bwd": ("x", "xx", "all"),
+    "rope_fwd": ("xx", "xxaa", "rows"),
+    "rope_bwd": ("xx", "xxaa", "rows"),
+    "cross_entropy_fwd": ("xxx", "xxw", "rows"),
+    "cross_entropy_reduce": ("ww", "wwwww", "none"),
+    "cross_entropy_bwd": ("x", "xxxwxw", "rows"),
+}
+
+
+def aware(overload):
+    """overload; where torch.distributed.tensor was imported, it has the rules by then."""
+
+    def call(*args):
+        if "torch.distributed.tensor" in sys.modules:
+            register()
+        return overload(*args)
+
+    return call
+
+
+@functools.cache
+def register():
+    from torch.distributed.tensor.experimental import register_sharding
+
+    for name, rule in RULES.items():
+        register_sharding(getattr(torch.ops.liger, name).default)(functools.partial(shardings, *rule))
+
+
+def shardings(results, arguments, dimensions, *args):
+    """[(placements of the results, of the arguments)] that are right on one dimension of a mesh; args describe the tensors."""
+    from torch.distributed.tensor import Partial
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard
+
+    roles = arguments.ljust(len(args), ".")[: len(args)]  # the dispatcher leaves out arguments that are as by default
+    tensors = [(role, arg) if hasattr(arg, "ndim") else None for role, arg in zip(roles, args, strict=True)]
+    most = max(t.ndim for role, t in filter(None, tensors))
+    count = {"rows": most - 1, "all": most, "none": 0}[dimensions]
+
+    def place(role, tensor, dim):
+        if role == "x" and (tensor is None or dim < tensor.ndim):  # a scalar upstream is everybody's
+            return Shard(dim)
+        if role == "a" and dim != 1:  # of angles (b, s, r), (1, s, r) or (s, r), with axes in front, which are every head's
+            if dim == 0:
+                return Replicate() if tensor.ndim == 2 or tensor.shape[-3] == 1 else Shard(tensor.ndim - 3)
+            return Shard(tensor.ndim - 2)
+        return Partial() if role == "s" else Replicate()
+
+    found = [([Replicate() for _ in results], [None if t is None else Replicate() for t in tensors])]
+    for dim in range(count):
+        found.append(([place(role, None, dim) for role in results], [None if t is None else place(*t, dim) for t in tensors]))
+    return found
