@@ -91,6 +91,38 @@ def test_a_window_as_long_as_the_texts_hides_nothing(hf, tmp_path):
     hf_to_sat(hf, tmp_path / "sat")
 
 
+WINDOWS = [
+    ("mistral", {"use_sliding_window": False}, True),
+    ("mistral", {"layer_types": ["full_attention"] * 2}, False),
+    ("mixtral", {"use_sliding_window": False}, True),
+    ("mixtral", {"layer_types": ["full_attention"] * 2}, True),
+    ("qwen2", {"use_sliding_window": False}, False),
+    ("qwen2", {"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, False),
+    ("llama", {"use_sliding_window": False}, False),
+]
+
+
+@pytest.mark.parametrize(("name", "switch", "used"), WINDOWS, ids=str)
+def test_a_window_is_off_where_transformers_has_it_off(name, switch, used, tmp_path):
+    """Not every model reads each switch; what sees no further than the window has other logits behind it."""
+    import transformers
+
+    model = save(tmp_path / "hf", name)
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    for side in ("hf", "sat"):
+        edit(tmp_path / side / "config.json", drop=("layer_types",))
+        edit(tmp_path / side / "config.json", **({"sliding_window": 8} | switch))
+    windowed, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), torch.arange(20)[None]
+    with torch.no_grad():
+        off = (windowed(ids).logits - model(ids).logits).abs().max()
+    assert (off > 0.1) == used
+    for convert, side in ((hf_to_sat, "hf"), (sat_to_hf, "sat")):
+        if used:
+            refused(convert, tmp_path / side, "sliding_window is 8, less than max_position_embeddings 64")
+        else:
+            convert(tmp_path / side, tmp_path / f"from-{side}")
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in OWN_CODE])
 def test_what_is_not_said_is_what_transformers_takes(name, tmp_path):
     """Without any one entry the configuration is refused, or is the one that transformers reads."""
@@ -121,8 +153,38 @@ def computed(family, config):
     family.check_hf(config, problems)
     problems.end()
     args = Settings(family.args(config), "args")
-    said = {key: value for key, value in args.items() if not key.endswith("_token_id") and key != "tokenizer_type"}
+    said = {key: value for key, value in args.items() if key != "tokenizer_type"}
     return said, family.sizes(config, args), family.theta(config)
+
+
+@pytest.mark.parametrize(("name", "bos", "eos"), [("llama", 1, 2), ("qwen2", None, None), ("mixtral", 1, 2)])
+def test_tokens_that_are_not_said_are_those_of_transformers(name, bos, eos, tmp_path):
+    """SAT's LLaMAModel takes 0 and 1 where its arguments say nothing. None at all is said as well, both ways."""
+    import transformers
+
+    keys = ("bos_token_id", "eos_token_id")
+    save(tmp_path / "hf", name)
+    for side, change in (("unsaid", {}), ("none", dict.fromkeys(keys))):
+        shutil.copytree(tmp_path / "hf", tmp_path / side)
+        edit(tmp_path / side / "config.json", drop=keys)
+        edit(tmp_path / side / "config.json", **change)
+        hf_to_sat(tmp_path / side, tmp_path / f"{side}-sat")
+        args = json.loads((tmp_path / f"{side}-sat/model_config.json").read_text())
+        read = transformers.AutoConfig.from_pretrained(tmp_path / side)
+        wanted = (None, None) if side == "none" else (bos, eos)
+        assert (args["bos_token_id"], args["eos_token_id"]) == (read.bos_token_id, read.eos_token_id) == wanted
+        (tmp_path / f"{side}-sat/config.json").unlink()
+        sat_to_hf(tmp_path / f"{side}-sat", tmp_path / f"{side}-back")
+        back = transformers.AutoConfig.from_pretrained(tmp_path / f"{side}-back")
+        assert (back.bos_token_id, back.eos_token_id) == wanted
+
+
+@pytest.mark.parametrize(("name", "said"), [("cogvlm", (1, 2, 0)), ("cogvlm2", (128000, 128001, None))])
+def test_tokens_that_cogvlm_does_not_say_are_those_of_its_code(name, said, tmp_path):
+    save(tmp_path / "hf", name)
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    args = json.loads((tmp_path / "sat/model_config.json").read_text())
+    assert tuple(args.get(f"{key}_token_id") for key in ("bos", "eos", "pad")) == said
 
 
 @pytest.mark.parametrize("name", ["mistral", "mixtral", "qwen2", "glm"])

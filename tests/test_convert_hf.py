@@ -118,7 +118,7 @@ def test_configurations_that_sat_does_not_compute(hf, change, text):
         ("mistral", {"sliding_window": 32}, "sliding_window is 32, less than max_position_embeddings 64"),
         ("mixtral", {"sliding_window": 32}, "sliding_window is 32, less than max_position_embeddings 64"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "layer_types": None}, "sliding_window is 32, less than"),
-        ("mixtral", {"rope_parameters": {"rope_theta": 1e4}}, "the rotary base is 10000, MixtralModel computes with 1e+06"),
+        ("mixtral", {"rope_parameters": {"rope_theta": 1e4}}, "the rotary base is 10000, MixtralModel computes with 1000000"),
         ("glm", {"head_dim": 32}, "head_dim 32 times num_attention_heads 4 must be hidden_size 64"),
         ("chatglm-6b", {"position_encoding_2d": False}, "position_encoding_2d is False"),
         ("chatglm2", {"rmsnorm": False}, "rmsnorm is False"),
@@ -168,6 +168,23 @@ def test_what_a_cast_would_lose_is_refused(tmp_path, dtype):
     with pytest.raises(ConvertError, match=f"model.safetensors: {key} does not fit into {dtype}; --dtype"):
         hf_to_sat(source, tmp_path / "sat", dtype=dtype)
     assert not (tmp_path / "sat").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_cast_makes_zero_is_counted(hf, tmp_path, ranks):
+    tensor = torch.full((64,), 1e-8)
+    tensor[:3] = torch.tensor([0.0, 1.0, 6e-5])
+    put_hf(hf, {"model.norm.weight": tensor})
+    there = str(hf_to_sat(hf, tmp_path / "sat", verify=True, mp=ranks))
+    cast = str(hf_to_sat(hf, tmp_path / "cast", dtype="float16", verify=True, mp=ranks))
+    back = str(sat_to_hf(tmp_path / "sat", tmp_path / "back", dtype="float16", verify=True))
+    assert "became zero" not in there
+    assert "are bit for bit what was read, all finite" in there
+    assert "61 numbers that were not zero became zero in float16" in cast
+    assert "61 numbers that were not zero became zero in float16" in back
+    for report in (cast, back):
+        assert "are bit for bit what was read after the cast to float16, all finite" in report
+    assert "became zero" not in str(hf_to_sat(hf, tmp_path / "wide", dtype="bfloat16"))
 
 
 def test_missing_entries_of_the_configuration(hf):

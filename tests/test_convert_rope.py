@@ -11,6 +11,7 @@ from liger_aot.convert import sat_to_hf
 from checkpoints import FAMILY
 from checkpoints import FILE
 from checkpoints import edit
+from checkpoints import identical
 from checkpoints import put
 from checkpoints import put_hf
 from checkpoints import refused
@@ -76,6 +77,50 @@ def test_old_buffers_are_held_to_the_configuration(hf, tmp_path):
     hf_to_sat(hf, tmp_path / "sat")
     put_hf(hf, {"model.layers.1.self_attn.rotary_emb.inv_freq": 1 / 500000 ** (torch.arange(0, 16, 2).float() / 16)})
     refused(hf_to_sat, hf, "model.layers.1.self_attn.rotary_emb.inv_freq: not the frequencies of rope_theta 10000")
+
+
+def test_a_ratio_of_chatglm3_comes_back(tmp_path):
+    """Its code multiplies 10000 by it and does not read the buffer that it registers, which is of 10000 whatever the ratio."""
+    key, values = (
+        "transformer.rotary_pos_emb.inv_freq",
+        [1 / theta ** (torch.arange(0, 8, 2).float() / 8) for theta in (1e4, 5e5)],
+    )
+    save(tmp_path / "hf", "chatglm3")
+    edit(tmp_path / "hf/config.json", rope_ratio=50)
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat", family="chatglm3", verify=True)
+    assert json.loads((tmp_path / "sat/model_config.json").read_text())["base_scale"] == 50
+    assert torch.equal(state(tmp_path / "sat")["mixins.attn.rotary_pos_emb.inv_freq"], values[1])
+    sat_to_hf(tmp_path / "sat", tmp_path / "back", verify=True)
+    assert json.loads((tmp_path / "back/config.json").read_text())["rope_ratio"] == 50
+    assert identical(tensors(tmp_path / "hf"), tensors(tmp_path / "back")) == []
+    (tmp_path / "sat/config.json").unlink()
+    sat_to_hf(tmp_path / "sat", tmp_path / "alone", family="chatglm3", verify=True)
+    assert json.loads((tmp_path / "alone/config.json").read_text())["rope_ratio"] == 50
+    hf_to_sat(tmp_path / "alone", tmp_path / "again", family="chatglm3", verify=True)
+    assert identical(state(tmp_path / "sat"), state(tmp_path / "again")) == []
+    put_hf(tmp_path / "hf", {key: values[1]})
+    hf_to_sat(tmp_path / "hf", tmp_path / "scaled", family="chatglm3")
+    put_hf(tmp_path / "hf", {key: 1 / 7e4 ** (torch.arange(0, 8, 2).float() / 8)})
+    refused(hf_to_sat, tmp_path / "hf", f"{key}: not the frequencies of rope_theta 500000 or 10000", family="chatglm3")
+
+
+@pytest.mark.parametrize(("name", "theta"), [("glm", 123457.0), ("glm", 1e6 / 3), ("chatglm3", 123457.0)])
+def test_a_base_that_is_no_round_number_comes_back(name, theta, tmp_path):
+    save(tmp_path / "hf", name)
+    change = {"rope_parameters": {"rope_theta": theta}} if name == "glm" else {"rope_ratio": theta / 1e4}
+    edit(tmp_path / "hf/config.json", **change)
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat", family=name)
+    sat_to_hf(tmp_path / "sat", tmp_path / "back", family=name)
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert config.get("rope_theta", 1e4 * config.get("rope_ratio", 1)) == pytest.approx(theta, rel=1e-11)
+
+
+def test_a_base_that_is_said_is_that_of_the_frequencies(sat):
+    """Which of the two is wrong nobody can tell."""
+    edit(sat / "model_config.json", rope_theta=5e5)
+    texts = ["inv_freq: the frequencies of rotary base 10000, and model_config.json says rope_theta 500000"]
+    refused(sat_to_hf, sat, *texts)
+    refused(sat_to_hf, sat, *texts, allow_rope_theta=True)
 
 
 def test_frequencies_of_every_layer_are_written_for_cogvlm(tmp_path):

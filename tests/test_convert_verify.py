@@ -26,6 +26,7 @@ from checkpoints import needs_sat
 from checkpoints import put_hf
 from checkpoints import refused
 from checkpoints import save
+from checkpoints import state
 from checkpoints import tensors
 
 pytest_plugins = ["converted"]
@@ -41,12 +42,36 @@ def test_verification_notices_one_bit(bit, hf, tmp_path, monkeypatch):
     put_hf(hf, {key: tensor})
 
     def spoil(target, pieces, origin):
-        fill(target, pieces, origin)
+        zeros = fill(target, pieces, origin)
         if origin.endswith("model.layers.1.mlp.down_proj.weight"):
             target.view(torch.int32)[3, 5] ^= bit
+        return zeros
 
     monkeypatch.setattr(_convert, "fill", spoil)
     refused(hf_to_sat, hf, "verification failed", "model.layers.1.mlp.down_proj.weight differs", verify=True)
+
+
+@pytest.mark.parametrize("convert", [hf_to_sat, sat_to_hf])
+def test_verification_notices_one_bit_of_the_frequencies(convert, tmp_path, monkeypatch):
+    """They are no weights, and what is written of them is checked all the same; only CogVLM's have a place in both."""
+    from liger_aot.convert import _convert
+
+    fill, written = _convert.fill, []
+    save(tmp_path / "hf", "cogvlm")
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+
+    def spoil(target, pieces, origin):
+        zeros = fill(target, pieces, origin)
+        if target.shape == (8,):
+            target.view(torch.int32)[3] ^= 1
+            written.append(target)
+        return zeros
+
+    monkeypatch.setattr(_convert, "fill", spoil)
+    key = {hf_to_sat: "mixins.rotary.rotary_emb.inv_freq", sat_to_hf: "model.layers.1.self_attn.rotary_emb.inv_freq"}[convert]
+    source = tmp_path / convert.__name__[:3].strip("_")
+    refused(convert, source, "verification failed", f"{key} differs from the frequencies of rotary base 10000", verify=True)
+    assert written
 
 
 def test_what_verification_is_to_see_is_not_dropped(llama, tmp_path):
@@ -102,6 +127,43 @@ def test_verification_runs_both(name, tmp_path):
         assert "verified by running: logits of " in str(report)
         assert "100.0% agree on the first choice" in str(report)
         assert ("loss" in str(report)) == (name != "vit")
+
+
+@needs_sat
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, None], ids=str)
+@pytest.mark.parametrize("name", ["llama", "glm"])
+def test_verification_runs_both_with_the_frequencies_that_were_decided_on(name, kind, tmp_path):
+    """A model that was saved in 16 bits has them rounded, and one may lack them; transformers computes them exactly."""
+    save(tmp_path / "hf", name)
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    module = state(tmp_path / "sat")
+    (key,) = (key for key in module if key.endswith("inv_freq"))
+    module = {key: tensor.to(kind) for key, tensor in module.items()} if kind else module
+    if kind is None:
+        module.pop(key)
+    torch.save({"module": module}, tmp_path / "sat" / FILE)
+    report = str(sat_to_hf(tmp_path / "sat", tmp_path / "back", verify=True))
+    assert "random tokens differ by 0 of the largest" in report
+    assert "; both with the exact frequencies of rotary base 10000" in report
+
+
+@needs_sat
+def test_verification_does_not_excuse_other_tensors(tmp_path, monkeypatch):
+    """What SAT's class has and no rule writes is missing to SAT's loader."""
+    save(tmp_path / "hf")
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    load_sat(tmp_path / "sat")  # with what takes the place of its kernel
+    import sat.model
+
+    init = sat.model.official.LLaMAModel.__init__
+
+    def more(self, *arguments, **options):
+        init(self, *arguments, **options)
+        self.register_buffer("scale_freq", torch.ones(2))
+
+    monkeypatch.setattr(sat.model.official.LLaMAModel, "__init__", more)
+    with pytest.raises(ConvertError, match=r"sat cannot run it: ValueError: Missing keys for inference: \['scale_freq'\]"):
+        hf_to_sat(tmp_path / "hf", tmp_path / "again", verify=True)
 
 
 def as_pretraining(folder):

@@ -13,6 +13,7 @@ import torch
 from . import _parallel
 from . import _settings
 from ._bits import finite
+from ._bits import parts
 from ._bits import same_bits
 from ._error import ConvertError
 from ._hf import HFSource
@@ -77,16 +78,14 @@ def hf_to_sat(
     with staged(target, job.report.bytes, SATWriter.last) as folder:
         writer = SATWriter(folder, [plan] * mp)
         bar = Progress(job.report.bytes, progress)
-        for item in job.items:
-            if item.sat:
-                write_sat(job, hf, item, writer.ranks, bar)
+        job.underflowed(sum(write_sat(job, hf, item, writer.ranks, bar) for item in job.items if item.sat))
         bar.end()
         job.report.files = carry(source, folder)
         shutil.copyfile(hf.config.path, folder / "config.json")
         writer.close(job.args)
         if verify:
             sat = with_layout(SATSource(folder, writer.tag), job)
-            compare_back(job, hf, sat)
+            compare_back(job, hf, sat, sat)
             compare_logits(job, source, sat, shown)
         writer.seal()
     return job.report
@@ -127,13 +126,13 @@ def sat_to_hf(
     with staged(target, job.report.bytes, HFWriter.last) as folder:
         writer = HFWriter(folder, plan, max_bytes)
         bar = Progress(job.report.bytes, progress)
-        for item in job.items:
-            write_hf(sat, item, writer.tensors, bar)
+        job.underflowed(sum(write_hf(job, sat, item, writer.tensors, bar) for item in job.items))
         bar.end()
         job.report.files = carry(source, folder)
         writer.close()
         if verify:
-            compare_back(job, HFSource(folder, job.config), sat)
+            written = HFSource(folder, job.config)
+            compare_back(job, written, sat, written)
             compare_logits(job, folder, sat, shown)
         writer.seal(job.config)
     return job.report
@@ -292,30 +291,38 @@ def hf_plan(job, sat):
 
 
 def write_sat(job, hf, item, ranks, bar):
+    """How many numbers became zero."""
     if isinstance(item.rule, Frequencies):
         origin, results = "rope_theta", [[frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"])]]
     else:
         origin, results = origin_of(hf, item.hf), item.to_sat([hf.get(key) for key in item.hf])
+    zeros = 0
     for key, pieces in zip(item.sat, results, strict=True):
-        parts = [pieces] if job.ranks == 1 else _parallel.split(together(pieces), job.layouts[key], job.ranks)
-        for rank, part in zip(ranks, parts, strict=True):
-            fill(rank[key], part, origin)
+        own = [pieces] if job.ranks == 1 else _parallel.split(together(pieces), job.layouts[key], job.ranks)
+        for rank, part in zip(ranks, own, strict=True):
+            made = fill(rank[key], part, origin)
+            zeros += made if job.layouts[key].kind or rank is ranks[0] else 0  # the others hold the same
             bar.add(rank[key].nbytes, key)
+    return zeros
 
 
-def write_hf(sat, item, tensors, bar):
+def write_hf(job, sat, item, tensors, bar):
+    """How many numbers became zero."""
     if not item.hf or item.hf[0] not in tensors or isinstance(item.rule, Alias | Drop | Tied):
-        return
+        return 0
     origin = origin_of(sat, item.sat)
     if isinstance(item.rule, Frequencies):
-        results = [[frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"])]] * len(item.hf)
+        theta = job.family.buffer_theta(item.sizes["rope_theta"])
+        results = [[frequencies(item.sizes["rope_dim"], theta)]] * len(item.hf)
     elif isinstance(item.rule, Zeros):
         results = [[torch.zeros(shape)] for shape in item.hf_shapes]
     else:
         results = back(sat, item)
+    zeros = 0
     for key, pieces in zip(item.hf, results, strict=True):
-        fill(tensors[key], pieces, origin)
+        zeros += fill(tensors[key], pieces, origin)
         bar.add(tensors[key].nbytes, key)
+    return zeros
 
 
 def together(pieces):
@@ -327,13 +334,15 @@ def origin_of(source, keys):
 
 
 def fill(target, pieces, origin):
-    """The pieces below each other; what is no number, or is none after a cast, is an error."""
-    at = 0
+    """The pieces below each other; what is no number, or is none after a cast, is an error. How many a cast made zero."""
+    at = zeros = 0
     for piece in pieces:
-        target[at : at + len(piece)].copy_(piece)
+        own = target[at : at + len(piece)].copy_(piece)
         at += len(piece)
+        if piece.dtype is not target.dtype:
+            zeros += sum(int(((a == 0) & (b != 0)).sum()) for a, b in zip(parts(own), parts(piece), strict=True))
     if finite(target):
-        return
+        return zeros
     if not all(map(finite, pieces)):
         raise ConvertError(f"{origin} holds NaN or infinity; no model computes with it")
     name = str(target.dtype).removeprefix("torch.")

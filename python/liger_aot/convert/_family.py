@@ -42,6 +42,8 @@ SIZES = {
     "heads": "num_attention_heads",
     "positions": "max_sequence_length",
 }
+# What transformers reads beside sliding_window; a Mistral with layer_types is a Ministral to it. Llama and GLM have no window.
+SWITCHES = {"mistral": ("layer_types",), "mixtral": ()}
 TOKENS = [f"{name}_token_id" for name in ("bos", "eos", "pad", "mask", "gmask")]
 
 
@@ -164,6 +166,10 @@ class Family:
         config["rope_theta"] = theta
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
 
+    def buffer_theta(self, theta):
+        """Of the frequencies in HF's own files."""
+        return theta
+
     def prepare_sat(self, model, args):
         """What SAT's class computes with and cannot be told by its arguments."""
 
@@ -210,18 +216,20 @@ def check_rope(config, problems):
         problems.add(f"{config.path}: rope_type is {kind!r}; SAT has unscaled rotary embeddings alone")
 
 
-def check_window(config, problems):
-    """A window as long as the model's longest text hides nothing."""
-    sliding = config.get("use_sliding_window", True) and "sliding_attention" in (
-        config.listed("layer_types") or ["sliding_attention"]
-    )
-    if config.get("sliding_window") is None or not sliding:
+def check_window(name, config, problems):
+    """A window as long as the model's longest text hides nothing; nor does one that transformers is told not to use."""
+    kind = str(config.get("model_type") or name)
+    switches = SWITCHES.get(kind, ("use_sliding_window", "layer_types"))
+    used = "use_sliding_window" not in switches or config.get("use_sliding_window", True)
+    kinds = config.listed("layer_types") if "layer_types" in switches else []
+    if config.get("sliding_window") is None or not used or (kinds and "sliding_attention" not in kinds):
         return
     window, longest = config.count("sliding_window"), config.count("max_position_embeddings")
     if window < longest:
         problems.add(
             f"{config.path}: sliding_window is {window}, less than max_position_embeddings {longest}; SAT has none. "
-            "Texts that are shorter than the window can be served: set max_position_embeddings to it"
+            "Texts that are shorter than the window can be served: set max_position_embeddings to it. "
+            f"What switches it off in transformers' {kind} is {', '.join(('sliding_window null', *switches))}"
         )
 
 

@@ -81,6 +81,11 @@ class Job:
         self.items = expand(self.family.rules, self.sizes)
         self.layouts = {key: _parallel.layout(item, k) for item in self.items for k, key in enumerate(item.sat)}
 
+    def underflowed(self, zeros):
+        if zeros:
+            kind = str(self.dtype).removeprefix("torch.")
+            self.report.notes.append(f"{zeros} numbers that were not zero became zero in {kind}")
+
     def kept(self):
         """Items whose tensors must be on both sides."""
         return [item for item in self.items if not isinstance(item.rule, Alias | Drop | Frequencies)]
@@ -140,7 +145,7 @@ class Job:
             return
         if self.allow:
             self.args["rope_theta"] = theta
-            repair = f"liger_aot.convert.set_rope_theta(model, {theta:g})"
+            repair = f"liger_aot.convert.set_rope_theta(model, {theta:.12g})"
             self.report.notes.append(f"{self.lost(theta)}; after loading, {repair} repairs it")
         else:
             remedy = "--allow-rope-theta converts all the same and records it in model_config.json"
@@ -148,7 +153,7 @@ class Job:
 
     def lost(self, theta):
         own, name = self.family.rope_base(self.args), self.args["model_class"]
-        return f"the rotary base is {theta:g}, {name} computes with {own:g} once the model is cast to 16 bits"
+        return f"the rotary base is {theta:.12g}, {name} computes with {own:.12g} once the model is cast to 16 bits"
 
     def theta_found(self, sat):
         """The base that the frequencies in the file have."""
@@ -168,8 +173,11 @@ class Job:
                 return
         else:
             origin = "model_config.json" if recorded else self.args["model_class"]
-            self.report.notes.append(f"{key} is missing; rope_theta {theta:g} is taken from {origin}")
-        if theta not in (own, recorded) and not self.allow:
+            self.report.notes.append(f"{key} is missing; rope_theta {theta:.12g} is taken from {origin}")
+        if recorded and theta != recorded:
+            says = f"{self.args.path.name} says rope_theta {recorded:.12g}; take the one away that is wrong"
+            self.problems.add(f"{sat.place(key).name}: {key}: the frequencies of rotary base {theta:.12g}, and {says}")
+        elif theta not in (own, recorded) and not self.allow:
             self.problems.add(f"{sat.place(key).name}: {key}: {self.lost(theta)}; --allow-rope-theta takes the file's")
         self.sizes["rope_theta"] = theta
         self.family.set_theta(self.config, theta)
@@ -199,8 +207,10 @@ class Job:
 
     def same_theta(self, key, hf):
         theta, file = self.sizes["rope_theta"], hf.place(key).name
-        if base_of(hf.get(key), self.sizes["rope_dim"], [theta]) != theta:
-            self.problems.add(f"{file}: {key}: not the frequencies of rope_theta {theta:g}, which {self.config.path.name} says")
+        accepted = list({theta: None, self.family.buffer_theta(theta): None})
+        if base_of(hf.get(key), self.sizes["rope_dim"], accepted) not in accepted:
+            bases = f"rope_theta {' or '.join(f'{base:.12g}' for base in accepted)}"
+            self.problems.add(f"{file}: {key}: not the frequencies of {bases}, which {self.config.path.name} says")
 
 
 def described(items, side):

@@ -19,8 +19,10 @@ from ._error import ConvertError
 from ._error import said
 from ._lora import Merged
 from ._rules import Copy
+from ._rules import Frequencies
 from ._rules import Tied
 from ._rules import Zeros
+from ._rules import frequencies
 from ._sat import numpy_state
 
 NEAR = 1e-5  # of the largest logit; a tensor in the wrong place moves logits by their own size
@@ -50,9 +52,19 @@ class Shown:
             raise ConvertError(f"convert: {wrong}: --verify of {family.name} takes {takes}")
 
 
-def compare_back(job, hf, sat):
-    """Compute each HF tensor from what SAT holds: with what was read, every bit must be the same."""
+def compare_back(job, hf, sat, written):
+    """Compute each HF tensor from what SAT holds: with what was read, every bit must be the same.
+
+    Rotary frequencies are read to the digits that 16 bits hold, and `written`, which is one of the two, has them exactly.
+    """
     wrong, count = [], 0
+    for item in job.rules(Frequencies):
+        theta = item.sizes["rope_theta"] if written is sat else job.family.buffer_theta(item.sizes["rope_theta"])
+        exact = frequencies(item.sizes["rope_dim"], theta)
+        for key in item.sat if written is sat else item.hf if item.rule.write else ():
+            wrong += [f"{key} differs from the frequencies of rotary base {theta:.12g}"] * (
+                not same_bits(written.get(key), exact)
+            )
     for item in job.kept():
         if isinstance(item.rule, Zeros):
             continue
@@ -61,7 +73,8 @@ def compare_back(job, hf, sat):
             wrong += [f"{key} {what}" for what in faults(pieces, hf.get(key), job.dtype)]
     if wrong:
         raise ConvertError("\n  ".join([f"{job.report.target}: verification failed, nothing was written", *wrong]))
-    job.report.notes.append(f"verified: {count} tensors computed back are bit for bit what was read, all finite")
+    cast = f" after the cast to {job.dtype}".replace("torch.", "") if job.dtype else ""
+    job.report.notes.append(f"verified: {count} tensors computed back are bit for bit what was read{cast}, all finite")
 
 
 def back(sat, item):
@@ -111,6 +124,7 @@ def compare_logits(job, hf_folder, sat, shown):
     agree = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
     losses = [loss(job.family, logits, inputs) for logits in (theirs, ours)]
     text = f"logits of {about} differ by {off:.2g} of the largest, {agree:.1%} agree on the first choice"
+    text += f"; both with the exact frequencies of rotary base {job.sizes['rope_theta']:.12g}" if job.family.rotates() else ""
     text += f"; loss {losses[0]:.6f} in transformers and {losses[1]:.6f} in SAT" if losses[0] is not None else ""
     text += f"; {hf_time:.2f} s and {sat_time:.2f} s on {device}, loading included"
     if not off <= NEAR:
@@ -161,7 +175,8 @@ def load_hf(job, folder, config):
 def load_sat(job, sat):
     """SAT's own loader, given a folder with `latest` and a link, since the target has none before all is well.
 
-    Its rotary kernel runs on a GPU alone: elsewhere what it computes, in torch, takes its place.
+    Its rotary kernel runs on a GPU alone: elsewhere what it computes, in torch, takes its place. The frequencies are
+    those of the rotary base that was decided on, exact as in transformers: the file may have them rounded, or not at all.
     """
     os.environ.setdefault("SAT_LOGLEVEL", "ERROR")
     if not torch.cuda.is_available() and KERNEL not in sys.modules:
@@ -171,11 +186,19 @@ def load_sat(job, sat):
     from sat.training.model_io import load_checkpoint
 
     model, args = AutoModel.from_pretrained(str(sat.folder), build_only=True)
+    exact = {item.sat[0]: frequencies(item.sizes["rope_dim"], item.sizes["rope_theta"]) for item in job.rules(Frequencies)}
+
+    def excuse(model, keys):
+        keys.missing_keys[:] = [key for key in keys.missing_keys if key not in exact]
+
+    model.register_load_state_dict_post_hook(excuse)
     with tempfile.TemporaryDirectory() as apart:
         (Path(apart) / "latest").write_text(sat.tag)
         (Path(apart) / sat.tag).symlink_to(sat.folder.absolute() / sat.tag)
         with torch.serialization.safe_globals(numpy_state()):  # of DeepSpeed, whose files SAT cannot read without
             load_checkpoint(model, args, load_path=apart)
+    for key, values in exact.items():
+        model.get_buffer(key).copy_(values)
     job.family.prepare_sat(model, job.args)
     return rounded(model.float(), job.dtype)
 

@@ -19,6 +19,7 @@ from .._rules import linear
 from .._rules import norm
 
 SAT, HEAD = "transformer.layers.{i}.", "mixins.bert-final.lm_head."
+TOKENS = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}  # RoBERTa's, in transformers
 NO_POOLER = "SAT's class has no pooler"
 NO_NEXT = "SAT's class does not predict the next sentence"
 
@@ -69,6 +70,7 @@ class Bert(Family):
     epsilon = ("layer_norm_eps", 1e-12)
     order = "post"
     tied = True
+    hf_defaults: ClassVar[dict] = {"bert": {"pad_token_id": 0}}
     hf_accepts: ClassVar[dict] = {
         "hidden_act": ("gelu",),
         "position_embedding_type": ("absolute", None),
@@ -118,6 +120,7 @@ class Roberta(Bert):
     model_classes = ("RobertaModel",)
     architecture = "RobertaForMaskedLM"
     prefix = "roberta."
+    hf_defaults: ClassVar[dict] = {"roberta": TOKENS}
     # Positions are counted from behind pad_token_id.
     hf_accepts: ClassVar[dict] = Bert.hf_accepts | {"pad_token_id": (1,)}
     rules = (
@@ -142,7 +145,7 @@ class Roberta(Bert):
         return (ids, places + 2, mask), {}
 
     def config(self, args):
-        return {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2} | super().config(args) | {"type_vocab_size": 1}
+        return TOKENS | super().config(args) | {"type_vocab_size": 1}
 
 
 FAMILIES = (Bert(), Roberta())

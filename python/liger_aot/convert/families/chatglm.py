@@ -37,6 +37,15 @@ def where_gate_is(args, swapped):
     return {"is_gated_mlp": gated, "gate_in_mixin": swapped and not gated, "up_in_mixin": not swapped and not gated}
 
 
+def scaled(args):
+    return digits(10000.0 * args.number("base_scale", 1.0))
+
+
+def digits(number):
+    """Those of a base or of a ratio: the last ones of a float are what a quotient and a product leave."""
+    return float(f"{number:.12g}")
+
+
 class ChatGLM(Family):
     """The names of the code that comes with the weights."""
 
@@ -93,7 +102,7 @@ class ChatGLM(Family):
         return 10000.0
 
     def set_theta(self, config, theta):
-        config["rope_ratio"] = theta / 10000.0
+        config["rope_ratio"] = digits(theta / 10000.0)
 
     def sizes(self, config, args):
         sizes = super().sizes(config, args)
@@ -133,10 +142,14 @@ class ChatGLM3(ChatGLM):
     model_classes = ("ChatGLM3Model",)
 
     def theta(self, config):
-        return 10000.0 * config.number("rope_ratio", 1.0)
+        return digits(10000.0 * config.number("rope_ratio", 1.0))
 
     def rope_base(self, args):
-        return 10000.0 * args.number("base_scale", 1.0)
+        return scaled(args)
+
+    def buffer_theta(self, theta):
+        """Its code computes with rope_ratio times 10000, and does not read the buffer that it registers, which is of 10000."""
+        return 10000.0
 
     def args(self, config):
         return super().args(config) | {"base_scale": float(config.number("rope_ratio", 1.0))}
@@ -151,7 +164,14 @@ class Glm(Decoder):
     model_classes = ("ChatGLM3Model", "ChatGLM2Model", "ChatGLM4Model")
     architecture = "GlmForCausalLM"
     rope_share = 2
-    hf_defaults: ClassVar[dict] = {"glm": {"num_key_value_heads": 2, "head_dim": 128}}
+    hf_defaults: ClassVar[dict] = {
+        "glm": {
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "eos_token_id": [151329, 151336, 151338],
+            "pad_token_id": 151329,
+        }
+    }
     hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",), "attention_bias": (True,), "tie_word_embeddings": (False,)}
     sat_accepts: ClassVar[dict] = {"is_gated_mlp": (False, True)}
     sat_fixed: ClassVar[dict] = ChatGLM.sat_fixed
@@ -183,8 +203,11 @@ class Glm(Decoder):
         if part != 0.5:
             problems.add(f"{config.path}: partial_rotary_factor is {part}; SAT's ChatGLM models rotate half of a head")
 
+    def theta(self, config):
+        return digits(super().theta(config))
+
     def rope_base(self, args):
-        return 10000.0 * args.number("base_scale", 1.0) if self.sat_class(args) == "ChatGLM3Model" else 10000.0
+        return scaled(args) if self.sat_class(args) == "ChatGLM3Model" else 10000.0
 
     def set_theta(self, config, theta):
         config["rope_theta"] = theta
@@ -197,7 +220,7 @@ class Glm(Decoder):
     def args(self, config):
         return super().args(config) | {
             "num_multi_query_heads": config.count("num_key_value_heads", config["num_attention_heads"]),
-            "base_scale": self.theta(config) / 10000.0,
+            "base_scale": digits(self.theta(config) / 10000.0),
         }
 
     def config(self, args):

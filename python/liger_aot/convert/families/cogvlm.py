@@ -16,6 +16,7 @@ from .._rules import Copy
 from .._rules import Frequencies
 from .._rules import linear
 from .._rules import norm
+from .._settings import Settings
 
 HF, SAT = "model.layers.{i}.", "transformer.layers.{i}."
 # The layers with experts for the image.
@@ -111,10 +112,14 @@ class CogVLM(Family):
     tokenizer = "vicuna-7b-v1.5"
     base = 10000.0
     width = WIDTH
+    hub_tokens: ClassVar[dict] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of the configuration's class there
     per_place = 1  # patches that become one place of the text
 
     def claims_hf(self, config):
         return self.architecture in config.listed("architectures") and "num_multi_query_heads" not in config
+
+    def filled(self, config):
+        return Settings({**self.hub_tokens, **config}, config.path)
 
     def theta(self, config):
         return self.base
@@ -220,6 +225,7 @@ class CogVLM2(CogVLM):
         Copy("model.vision.conv.bias", "mixins.eva.conv.bias", "seen"),
     )
     base = 500000.0
+    hub_tokens: ClassVar[dict] = {"bos_token_id": 128000, "eos_token_id": 128001}
     per_place = 4
 
     def claims_hf(self, config):

@@ -35,6 +35,7 @@ class GPT2(Family):
     }
     epsilon = ("layer_norm_epsilon", 1e-5)
     tied = True
+    hf_defaults: ClassVar[dict] = {"gpt2": {"bos_token_id": 50256, "eos_token_id": 50256}}
     hf_accepts: ClassVar[dict] = {
         "activation_function": ("gelu_new",),
         "scale_attn_weights": (True,),

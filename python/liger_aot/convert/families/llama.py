@@ -11,6 +11,7 @@ from .._rules import Stack
 from .._rules import Tied
 
 HF, SAT = "model.layers.{i}.", "transformer.layers.{i}."
+BOS_EOS = {"bos_token_id": 1, "eos_token_id": 2}  # of Llama, Mistral and Mixtral, in transformers
 
 
 def attention(hf, sat, p, when=""):
@@ -44,7 +45,7 @@ class Decoder(Family):
 
     def check_hf(self, config, problems):
         super().check_hf(config, problems)
-        check_window(config, problems)
+        check_window(self.name, config, problems)
         check_head_dim(config, problems)
 
     def sizes(self, config, args):
@@ -55,13 +56,21 @@ class Decoder(Family):
     def args(self, config):
         args, heads = super().args(config), config.count("num_attention_heads")
         kv_heads = config.count("num_key_value_heads", heads)
+        args |= {
+            key: config.tokens(key) for key in ("bos_token_id", "eos_token_id")
+        }  # where nothing is said, SAT takes 0 and 1
         return args if kv_heads == heads else args | {"num_multi_query_heads": kv_heads}
 
     def config(self, args):
-        return super().config(args) | {
-            "num_key_value_heads": args.groups() or args["num_attention_heads"],
-            "hidden_act": "silu",
-        }
+        none = {key: None for key in ("bos_token_id", "eos_token_id") if key in args and args[key] is None}
+        return (
+            super().config(args)
+            | none
+            | {
+                "num_key_value_heads": args.groups() or args["num_attention_heads"],
+                "hidden_act": "silu",
+            }
+        )
 
 
 class Llama(Decoder):
@@ -71,7 +80,8 @@ class Llama(Decoder):
     model_classes = ("LLaMAModel",)
     architecture = "LlamaForCausalLM"
     hf_defaults: ClassVar[dict] = {
-        "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+        "llama": BOS_EOS,
+        "mistral": BOS_EOS | {"num_key_value_heads": 8, "sliding_window": 4096},
         "qwen2": {"num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096},
     }
     hf_accepts: ClassVar[dict] = {

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from .._error import ConvertError
 from .._rules import Copy
+from .llama import BOS_EOS
 from .llama import HF
 from .llama import SAT
 from .llama import Decoder
@@ -28,7 +29,7 @@ class Mixtral(Decoder):
     model_types = ("mixtral",)
     model_classes = ("MixtralModel",)
     architecture = "MixtralForCausalLM"
-    hf_defaults: ClassVar[dict] = {"mixtral": {"num_key_value_heads": 8, "rope_theta": 1e6}}
+    hf_defaults: ClassVar[dict] = {"mixtral": BOS_EOS | {"num_key_value_heads": 8, "rope_theta": 1e6}}
     hf_accepts: ClassVar[dict] = {"hidden_act": ("silu",)}
     sat_accepts: ClassVar[dict] = {"num_experts": range(1, 1000)}
     sat_fixed: ClassVar[dict] = {"use_bias": False, "is_gated_mlp": True}
@@ -67,7 +68,6 @@ class Mixtral(Decoder):
         return super().config(args) | {
             "num_local_experts": args.count("num_experts"),
             "num_experts_per_tok": args.count("num_experts_per_tok", 2),
-            "sliding_window": None,
         }
 
 
