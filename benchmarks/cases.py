@@ -116,6 +116,34 @@ def fused_add_rms_norm():
 
 
 @case
+def gated_rms_norm():
+    def forward(x: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty(ROWS, dtype=FP32)
+
+    def backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dx, dgate = (torch.empty_like(x, memory_format=CONTIGUOUS) for _ in range(2))
+        x.new_empty(2 * N, dtype=FP32)
+        return dx, dgate, torch.empty_like(weight)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, gate, weight):
+                y, rstd = fwd(x, gate, weight)
+                ctx.save_for_backward(x, gate, weight, rstd)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                return bwd(dy, *ctx.saved_tensors)
+
+        return Empty.apply
+
+    ours = lambda op, x, gate, weight: op(x, gate, weight, 1e-6)  # noqa: E731
+    return Case([leaf(ROWS, N), leaf(ROWS, N), leaf(N)], ours, None, forward, backward, function)
+
+
+@case
 def layer_norm():
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = torch.empty_like(x, memory_format=CONTIGUOUS)
@@ -251,6 +279,7 @@ def pointwise(name, arguments, saved):
 
 CASES["relu_squared"] = lambda: pointwise("relu_squared", (), "input")
 CASES["softmax"] = lambda: pointwise("softmax", (-1,), "output")
+CASES["sparsemax"] = lambda: pointwise("sparsemax", (-1,), "output")
 
 
 @case

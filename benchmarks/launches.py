@@ -13,6 +13,7 @@ from liger_aot import _runtime
 from liger_aot.ops import cross_entropy
 from liger_aot.ops import dyt
 from liger_aot.ops import fused_add_rms_norm
+from liger_aot.ops import gated_rms_norm
 from liger_aot.ops import geglu
 from liger_aot.ops import group_norm
 from liger_aot.ops import jsd
@@ -25,6 +26,7 @@ from liger_aot.ops import relu_squared
 from liger_aot.ops import rms_norm
 from liger_aot.ops import rope
 from liger_aot.ops import softmax
+from liger_aot.ops import sparsemax
 from liger_aot.ops import swiglu
 from liger_aot.ops import tvd
 from liger_aot.ops import vocab_parallel_cross_entropy
@@ -71,6 +73,12 @@ def of_fused_add_rms_norm(s, dtype):
     return fused_add_rms_norm.FusedAddRMSNormFunction, (x, residual, shape(s["hidden"], dtype=dtype), 1e-6, 0.0, False)
 
 
+def of_gated_rms_norm(s, dtype):
+    x, gate = (shape(*norm_sizes(s), dtype=dtype) for _ in range(2))
+    options = 1, 1e-6, False, True, True
+    return gated_rms_norm.GatedRMSNormFunction, (x, gate, shape(s["hidden"], dtype=dtype), *options)
+
+
 def of_layer_norm(s, dtype):
     weight, bias = (shape(s["hidden"], dtype=dtype) for _ in range(2))
     return layer_norm.LayerNormFunction, (shape(*norm_sizes(s), dtype=dtype), weight, bias, 1e-5)
@@ -103,6 +111,10 @@ def of_dyt(s, dtype):
 
 def of_softmax(s, dtype):
     return softmax.SoftmaxFunction, (shape(*norm_sizes(s), dtype=dtype),)
+
+
+def of_sparsemax(s, dtype):
+    return sparsemax.SparsemaxFunction, (shape(*norm_sizes(s), dtype=dtype),)
 
 
 def of_group_norm(s, dtype):
@@ -219,6 +231,12 @@ def again_backward(v):
     return v["rows"] * rows + 2 * share * (groups(v) - v["programs"]), v["ROWS"] * rows + share
 
 
+def again_gated_backward(v):
+    """As again_backward, of one group of columns."""
+    rows, share = row(v, "x", "gate", "dy"), 4 * v["n"]
+    return (v["rows"] * rows + 2 * share * (groups(v) - v["programs"]), v["ROWS"] * rows + share) if v["LOOP"] else (0, 0)
+
+
 def turns(v):
     return groups(v) / v["programs"]
 
@@ -228,7 +246,7 @@ def trips_backward(v):
 
 
 def trips_rope(v):
-    left = cdiv(v["n"] - 2 * v["half"], 2 * v["HALF"])
+    left = cdiv(v["n"] - 2 * v["half"] * v["parts"], 2 * v["HALF"])  # of the programs of the first part
     return ([cdiv(v["half"], v["HALF"]), left] if v["LOOP"] else [left]) * 2
 
 
@@ -240,6 +258,18 @@ def walked(*names):
         return (v["programs"] * row, row) if v.get("LOOP", True) else (0, 0)
 
     return again
+
+
+STEPS = 4  # assumed, of the search for a row's threshold, which depends on the numbers
+
+
+def trips_sparsemax(v):
+    return [blocks(v), STEPS * blocks(v), STEPS, blocks(v)] if v["LOOP"] else [STEPS]
+
+
+def again_sparsemax(v):
+    row = v["n"] * v["x"].element_size()
+    return ((STEPS + 1) * v["programs"] * row, row) if v["LOOP"] else (0, 0)
 
 
 def smoothed(v):
@@ -256,6 +286,8 @@ KERNELS = {
     "rms_norm_fwd": Kernel(("y", "rstd"), twice, again_forward("x")),
     "rms_norm_bwd": Kernel(("dx", "dw"), trips_backward, again_backward),
     "fused_add_rms_norm_fwd": Kernel(("s", "y", "rstd"), twice, again_forward("s")),
+    "gated_rms_norm_fwd": Kernel(("y", "rstd"), twice, again_forward("x")),
+    "gated_rms_norm_bwd": Kernel(("dx", "dgate", "dw"), trips_backward, again_gated_backward),
     "layer_norm_fwd": Kernel(("y", "mean", "rstd"), twice, again_forward("x")),
     "layer_norm_bwd": Kernel(("dx", "partial"), trips_backward, again_backward),
     "column_sum": Kernel(("out",), lambda v: [cdiv(v["rows"], v["ROWS"])]),
@@ -270,6 +302,8 @@ KERNELS = {
     "dyt_bwd": Kernel(("dx", "partial"), lambda v: [v["rows"] * blocks(v) / v["programs"]]),
     "softmax_fwd": Kernel(("y",), twice, walked("x")),
     "softmax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
+    "sparsemax_fwd": Kernel(("y",), trips_sparsemax, again_sparsemax),
+    "sparsemax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
     "group_norm_fwd": Kernel(("y", "mean", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),
     "group_norm_sums": Kernel(("partial",), lambda v: [cdiv(v["size"], v["BLOCK"])]),
     "group_norm_bwd": Kernel(("dx",), lambda v: [cdiv(v["n"] // v["size"], v["BLOCK"]), blocks(v)]),

@@ -66,6 +66,15 @@ def fused_add_rms_norm(rows):
         yield (x, residual, weight, *eps), options
 
 
+def gated_rms_norm(rows):
+    for dtype, n, casting in itertools.product(DTYPES, (96, 97, 1008, 1009, 4080, 4081, 8176, 8177), ("none", "llama")):
+        for weight in weights(n, dtype)[1:]:
+            options = {"gate_first": casting == "none", "activation": ("silu", "sigmoid")[n % 2], "casting": casting}
+            yield (randn(rows(n), n, dtype=dtype), randn(rows(n), n, dtype=dtype), weight, 1e-6), options
+    for x, gate in zip(views(rows(66), 66), views(rows(66), 66, layouts=LAYOUTS[::-1]), strict=True):
+        yield (x, gate, randn(66, dtype=x.dtype), 1e-6), {"groups": 3}
+
+
 def layer_norm(rows):
     for dtype, n in itertools.product(DTYPES, WIDTHS):
         for weight, bias in itertools.product(weights(n, dtype), repeat=2):
@@ -82,6 +91,18 @@ def rope(rows):
             q, k = randn(2, tokens, 9, n, dtype=dtype), randn(2, tokens, 3, n, dtype=dtype)
             angles = (randn(2, tokens, rotated, dtype=t, grad=False) for _ in ("cos", "sin"))
             yield (q.transpose(1, 2), k.transpose(1, 2), *angles), {}
+    # Each order by both tiles of the forms that are not plain, aligned and not; half as sections, and as the last columns.
+    forms = [{"order": "interleaved"}, {"order": "interleaved_to_half"}, {"last": True}, {}]
+    for dtype, rotated, options in itertools.product(DTYPES, (64, 62, 128, 130), forms):
+        tokens = rows(12 * rotated)
+        sizes = {} if options else {"sections": [rotated // 8, rotated // 2 - 2 * (rotated // 8), rotated // 8]}
+        for t in dict.fromkeys([dtype, torch.float32]):
+            q, k = randn(2, tokens, 9, rotated + 16, dtype=dtype), randn(2, tokens, 3, rotated + 16, dtype=dtype)
+            shape = (*[3] * len(sizes), 1, tokens, rotated)
+            angles = (randn(*shape, dtype=t, grad=False) for _ in ("cos", "sin"))
+            yield (q.transpose(1, 2), k.transpose(1, 2), *angles), options | sizes
+        angles = torch.complex(*torch.randn(2, tokens, rotated // 2).unbind())
+        yield (q.transpose(1, 2), k.transpose(1, 2), angles), {"order": "interleaved"}
     for q in views(2, 3, rows(256), 34):
         yield (q, randn(2, 2, rows(256), 34, dtype=q.dtype), *(torch.randn(1, rows(256), 10) for _ in ("cos", "sin"))), {}
 
@@ -118,6 +139,11 @@ def dyt(rows):
 
 
 def softmax(rows):
+    for dtype, n in itertools.product(DTYPES, (48, 63, 1008, 1009, 4096, 4095, 4112, 4113)):
+        yield (randn(rows(n), n, dtype=dtype),), {}
+
+
+def sparsemax(rows):
     for dtype, n in itertools.product(DTYPES, (48, 63, 1008, 1009, 4096, 4095, 4112, 4113)):
         yield (randn(rows(n), n, dtype=dtype),), {}
 
@@ -206,6 +232,6 @@ def vocab_parallel_cross_entropy(rows):
 
 # operator -> rows -> each call's (arguments, options)
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
-CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, group_norm)}
+CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

@@ -107,5 +107,24 @@ class Rounded(torch.autograd.Function):
         return y * (dy - (dy * y).sum(-1, keepdim=True)), None
 
 
+def sparsemax(x):
+    """Martins and Astudillo 2016 (arXiv 1602.02068), algorithm 1."""
+    z = x.sort(-1, descending=True).values
+    k = torch.arange(1, x.shape[-1] + 1, device=x.device)
+    kept = 1 + k * z > z.cumsum(-1)
+    threshold = (torch.where(kept, z, 0).sum(-1, keepdim=True) - 1) / kept.sum(-1, keepdim=True)
+    return functional.relu(x - threshold)
+
+
+def gated_rms_norm(groups=1, gate_first=False, activation="silu", eps=1e-6):
+    def formula(x, gate, weight):
+        gates = {"silu": functional.silu, "sigmoid": torch.sigmoid}[activation](gate)
+        u = (x * gates if gate_first else x).unflatten(-1, (groups, x.shape[-1] // groups))
+        y = (u / torch.sqrt(u.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight
+        return y if gate_first else y * gates
+
+    return formula
+
+
 def softmax(dtype):
     return lambda x: Rounded.apply(x, dtype)

@@ -55,7 +55,8 @@ def lower(monkeypatch):
 
 def sizes(name, tensors):
     """The sizes that may change: those of rows, of every tensor but weights."""
-    weights = {"layer_norm": (1, 2), "rms_norm": (1,), "fused_add_rms_norm": (2,), "dyt": (1, 2, 3), "linear_jsd": (1, 3)}
+    weights = {"layer_norm": (1, 2), "rms_norm": (1,), "fused_add_rms_norm": (2,), "gated_rms_norm": (2,)}
+    weights |= {"dyt": (1, 2, 3), "linear_jsd": (1, 3)}
     weights = weights.get(name, (1,) if "linear" in name else ())
     rows = [range(max(t.dim() - 1, 1)) if n not in weights else () for n, t in enumerate(tensors)]
     return tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in rows)
@@ -151,7 +152,9 @@ WIDTHS = {
     "rms_norm": (("3W", "W"), True),
     "layer_norm": (("3W", "W", "W"), True),
     "fused_add_rms_norm": (("3W", "3W", "W"), True),
+    "gated_rms_norm": (("3W", "3W", "W"), True),
     "softmax": (("3W",), True),
+    "sparsemax": (("3W",), False),
     "rope": (("123W", "123W", "13W", "13W"), True),
     "swiglu": (("3W", "3W"), False),
     "geglu": (("3W", "3W"), False),

@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (as torch names it)
 import liger_aot
 from liger_aot.functional import CrossEntropyOutput
 
+import formulas
 from harness import DTYPES
 from harness import fixed
 from harness import run
@@ -133,6 +134,22 @@ def test_softmax():
     same(lambda x: liger_aot.softmax(x, 1), lambda x: torch.softmax(x, 1), x)
     wide = liger_aot.softmax(x.bfloat16(), -1, dtype=torch.float32)
     torch.testing.assert_close(wide, torch.softmax(x.bfloat16(), -1, dtype=torch.float32))
+
+
+def test_sparsemax():
+    same(liger_aot.sparsemax, formulas.sparsemax, torch.randn(2, 6, 5))
+    same(lambda x: liger_aot.sparsemax(x, 1), lambda x: formulas.sparsemax(x.mT).mT, torch.randn(2, 6, 5))
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_gated_rms_norm(gate_first):
+    options = {"groups": 2, "gate_first": gate_first, "activation": "sigmoid", "eps": 1e-5}
+    function, x, gate = formulas.gated_rms_norm(**options), torch.randn(2, 6), torch.randn(2, 6)
+    same(lambda x, g, w: liger_aot.gated_rms_norm(x, g, w, **options), function, x, gate, torch.randn(6))
+    module = liger_aot.nn.GatedRMSNorm(6, 1e-5, 2, gate_first, "sigmoid")
+    torch.nn.init.normal_(module.weight)
+    torch.testing.assert_close(module(x, gate), function(x, gate, module.weight))
+    assert repr(module) == (f"GatedRMSNorm(6, eps=1e-05, groups=2, gate_first={gate_first}, activation=sigmoid, casting=none)")
 
 
 def test_dyt_and_relu_squared():

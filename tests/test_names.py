@@ -15,6 +15,7 @@ import liger_aot.transformers as names
 import liger_aot.transformers.functional as L  # noqa: N812
 from liger_aot.functional import CrossEntropyOutput
 
+import formulas
 from harness import run
 
 # Beyond `__all__`, what stands in Liger's modules of these paths.
@@ -37,7 +38,10 @@ MODULES = {
     "dyt": ["LigerDyT"],
     "relu_squared": ["LigerReLUSquared"],
     "softmax": ["LigerSoftmax"],
+    "sparsemax": ["LigerSparsemax"],
     "rope": ["liger_rotary_pos_emb", "liger_rotary_pos_emb_gpt_oss", "liger_rotary_pos_emb_vision"],
+    "qwen2vl_mrope": ["liger_multimodal_rotary_pos_emb"],
+    "llama4_rope": ["liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"],
     "swiglu": [
         "LigerBlockSparseTop2MLP",
         "LigerFalconH1SwiGLUMLP",
@@ -69,7 +73,10 @@ FUNCTIONS = [
     "DyT",
     "ReLUSquared",
     "Softmax",
+    "Sparsemax",
     "Rope",
+    "Qwen2VLMRope",
+    "Llama4Rope",
     "SiLUMul",
     "GELUMul",
     "CrossEntropy",
@@ -148,6 +155,7 @@ BUILD = {
     "LigerDyT": (12,),
     "LigerReLUSquared": (),
     "LigerSoftmax": (),
+    "LigerSparsemax": (),
     "LigerBlockSparseTop2MLP": (CONFIG,),
     "LigerFalconH1SwiGLUMLP": (CONFIG,),
     "LigerHunyuanV1SwiGLUMLP": (CONFIG, 1),
@@ -287,6 +295,49 @@ def test_rope():
         rotated(k.float(), both[0][0][:, None], both[1][0][:, None]),
     )
     torch.testing.assert_close(got, tuple(w.bfloat16() for w in wide))
+
+
+def test_multimodal_rope():
+    """As transformers had it in Qwen2-VL, before its rotary module took the sections apart."""
+    q, k, angles, sections = torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), torch.randn(2, 3, 2, 5, 8), [2, 3, 3]
+    cos, sin = (torch.cat((t, t), -1) for t in angles)
+    both = [torch.cat([m[n % 3] for n, m in enumerate(t.split(sections * 2, -1))], -1)[:, None] for t in (cos, sin)]
+    want = rotated(q, *both), rotated(k, *both)
+    for got in (
+        L.liger_qwen2vl_mrope(q, k, cos, sin, sections),
+        liger_aot.transformers.qwen2vl_mrope.liger_multimodal_rotary_pos_emb(q, k, cos, sin, sections),
+        liger_aot.ops.LigerQwen2VLMRopeFunction.apply(q, k, cos, sin, sections, 1),
+    ):
+        torch.testing.assert_close(got, want)
+    got = L.liger_qwen2vl_mrope(q.transpose(1, 2), k.transpose(1, 2), cos, sin, sections, 2)
+    torch.testing.assert_close(tuple(t.transpose(1, 2) for t in got), want)
+
+
+def test_llama4_rope():
+    def multiplied(x, angles):
+        y = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * angles[..., :, None, :]
+        return torch.view_as_real(y).flatten(-2).to(x.dtype)
+
+    q, k = torch.randn(2, 5, 4, 16).bfloat16(), torch.randn(2, 5, 2, 16).bfloat16()
+    angles = torch.randn(2, 5, 8, dtype=torch.complex64)
+    want = multiplied(q, angles), multiplied(k, angles)
+    torch.testing.assert_close(names.liger_llama4_text_rotary_pos_emb(q, k, angles), want)
+    torch.testing.assert_close(liger_aot.ops.LigerLlama4RopeFunction.apply(q, k, angles), want)
+    want = multiplied(q, angles[0]), multiplied(k, angles[0])
+    for frequencies in (angles[0], angles[0][:, None], angles[:1, :, None]):
+        torch.testing.assert_close(names.liger_llama4_vision_rotary_pos_emb(q, k, frequencies), want)
+    cast = angles[0].real.bfloat16()  # what a model has after .to(torch.bfloat16)
+    want = multiplied(q, cast.float()), multiplied(k, cast.float())
+    torch.testing.assert_close(names.liger_llama4_vision_rotary_pos_emb(q, k, cast), want)
+
+
+def test_sparsemax():
+    x = torch.randn(3, 12)
+    want = formulas.sparsemax(x.double()).float()
+    torch.testing.assert_close(L.liger_sparsemax(x), want)
+    torch.testing.assert_close(build("LigerSparsemax")(x), want)
+    torch.testing.assert_close(liger_aot.ops.LigerSparsemaxFunction.apply(x.mT, 0), want.mT)
+    torch.testing.assert_close(build("LigerSparsemax", 0)(x), formulas.sparsemax(x.mT.double()).mT.float())
 
 
 def test_gates_by_position():
@@ -465,7 +516,14 @@ BAD = [
         lambda: L.liger_fused_linear_cross_entropy(X, X, Y, chunk_mem_const=0),
         "liger_fused_linear_cross_entropy: chunk_mem_const must be a positive integer, got 0",
     ),
-    (lambda: L.liger_rope(X, X, X, X, rotary_dim=3), "liger_rope: rotary_dim must be cos's width 8 or twice that, got 3"),
+    (
+        lambda: L.liger_rope(X[None, None], X[None, None], X, X, rotary_dim=3),
+        "rope: rotary_dim must be 8 or 16, as cos is 8 wide, got 3",
+    ),
+    (
+        lambda: liger_aot.ops.LigerLlama4RopeFunction.apply(X, X, X, 64),
+        "LigerLlama4RopeFunction: BLOCK_SIZE must be one of None, got 64",
+    ),
 ]
 
 

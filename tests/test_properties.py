@@ -90,6 +90,21 @@ def test_rope(batch, heads, kv_heads, tokens, rotated, rest, dtype, fp32_angles,
 
 @SETTINGS
 @hypothesis.given(
+    st.integers(1, 9), st.sampled_from([4, 8, 20, 36, 64, 132]), st.integers(0, 4), dtypes, layouts, st.booleans(),
+    st.sampled_from(["half", "interleaved", "interleaved_to_half"]), st.sampled_from(["", "sections", "parts"]),
+    st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_forms_of_rope(heads, rotated, rest, dtype, layout, complex_angles, order, how, last, reverse):
+    q, k = laid_out((2, heads, 3, rotated + rest), dtype, layout), torch.randn(2, 2, 3, rotated + rest).to(dtype)
+    options = {"order": order, "last": last, "reverse": reverse}
+    options |= {"sections": {"sections": [1, rotated // 2 - 1, 0]}, "parts": {"parts": 2}}.get(how, {})
+    angles = [torch.randn(*[3] * (how == "sections"), 1, 3, rotated // 2) for _ in range(2)]
+    angles = [torch.complex(*angles)] if complex_angles else [torch.cat((t, t.flip(-1)), -1) for t in angles]
+    agree("rope", [q, k, *angles], options)
+
+
+@SETTINGS
+@hypothesis.given(
     st.integers(0, 5), widths, dtypes, layouts, st.sampled_from(["none", "mean", "sum"]), st.booleans(), st.floats(0, 1),
     st.sampled_from([None, 5.0]), st.sampled_from([0.0, 1e-3]),
 )  # fmt: skip

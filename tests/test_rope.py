@@ -1,9 +1,12 @@
+import functools
+import importlib
 import re
 
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+import liger_aot
 from liger_aot.ops.rope import forward_reference
 
 from harness import DTYPES
@@ -67,6 +70,275 @@ def test_is_bit_equal_to_transformers(path, layout):
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     got, want = (torch.autograd.grad(outs, (q, k), dy) for outs in (ours, theirs))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def half(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def beside(x, cos, sin):
+    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
+
+
+def twice(angles):
+    return torch.cat((angles, angles), -1)
+
+
+def doubled(angles):
+    return angles.repeat_interleave(2, -1)
+
+
+def to_half(x):
+    return torch.cat((x[..., ::2], x[..., 1::2]), -1)
+
+
+def in_parts(x, cos, sin):
+    return torch.cat([half(*t) for t in zip(*(t.chunk(2, -1) for t in (x, cos, sin)), strict=True)], -1)
+
+
+def of_sections(angles, sizes):
+    """Wang et al., Qwen2-VL, 2024 (arXiv 2409.12191): each pair has the angles of time, of height or of width."""
+    return torch.cat([t[n % 3] for n, t in enumerate(angles.split(sizes, -1))], -1)
+
+
+def by_time_height_width(rotation, sizes, x, cos, sin):
+    return rotation(x, *(of_sections(angles, sizes) for angles in (cos, sin)))
+
+
+def sections(r):
+    return [r // 8, r // 2 - 2 * (r // 8), r // 8]
+
+
+# What is rotated, r columns -> (the operator's options, columns of cos and sin, the rotation of those columns by them)
+FORMS = {
+    "interleaved": lambda r: ({"order": "interleaved"}, r, beside),
+    "interleaved, an angle a pair": lambda r: (
+        {"order": "interleaved", "rotary_dim": r},
+        r // 2,
+        lambda x, c, s: beside(x, doubled(c), doubled(s)),
+    ),
+    "interleaved to half": lambda r: ({"order": "interleaved_to_half"}, r, lambda x, c, s: half(to_half(x), c, s)),
+    "interleaved to half, an angle a pair": lambda r: (
+        {"order": "interleaved_to_half", "rotary_dim": r},
+        r // 2,
+        lambda x, c, s: half(to_half(x), twice(c), twice(s)),
+    ),
+    "half, an angle a pair": lambda r: ({"rotary_dim": r}, r // 2, lambda x, c, s: half(x, twice(c), twice(s))),
+    "other sign": lambda r: ({"reverse": True}, r, lambda x, c, s: half(x, c, -s)),
+    "other sign, interleaved": lambda r: ({"reverse": True, "order": "interleaved"}, r, lambda x, c, s: beside(x, c, -s)),
+    "parts": lambda r: ({"parts": 2}, r, in_parts),
+    "sections": lambda r: (
+        {"sections": sections(r)},
+        r,
+        functools.partial(by_time_height_width, half, sections(r) * 2),
+    ),
+    "sections, interleaved": lambda r: (
+        {"sections": sections(r), "order": "interleaved"},
+        r,
+        functools.partial(by_time_height_width, beside, [2 * n for n in sections(r)]),
+    ),
+}
+
+
+def formula(rotation, r, last):
+    """The rotation of the first or of the last r columns of q and of k, by angles without heads."""
+
+    def whole(x, cos, sin):
+        begin = x.shape[-1] - r if last else 0
+        y = rotation(x[..., begin : begin + r], cos.unsqueeze(-3), sin.unsqueeze(-3))
+        return torch.cat((x[..., :begin], y, x[..., begin + r :]), -1)
+
+    return lambda q, k, cos, sin: (whole(q, cos, sin), whole(k, cos, sin))
+
+
+# (heads of q, heads of k, tokens, width, rotated columns): each tile and the loop; ragged; columns beside what is rotated, more
+# than a block of them
+WIDTHS = [(9, 1, 2, 16, 16), (1, 2, 3, 84, 60), (2, 1, 2, 136, 136), (1, 1, 2, 240, 88)]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_match_their_formulas(path, form, last):
+    """Each width in another dtype, and others for the first columns than for the last."""
+    for n, (hq, hk, s, d, r) in enumerate(WIDTHS):
+        dtype = DTYPES[(n + last) % 3]
+        options, width, rotation = FORMS[form](r)
+        axes = [3] if "sections" in options else []
+        q, k = (torch.randn(2, s, h, d).to(dtype).transpose(1, 2) for h in (hq, hk))
+        angles = 3 * torch.randn(*axes, 1 + n % 2, s, width)
+        cos, sin = (fixed(t.to(dtype if n % 2 else torch.float32)) for t in (angles.cos(), angles.sin()))
+        function = functools.partial(rope, last=last, **options)
+        results = check(function, formula(rotation, r, last), q, k, cos, sin)
+        assert all(t.dtype == dtype for t in results.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("order", ["interleaved", "half"])
+def test_complex_angles(path, order, dtype):
+    rotation = {"interleaved": FORMS["interleaved, an angle a pair"], "half": FORMS["half, an angle a pair"]}[order]
+    for b, s, d, r in ((2, 3, 84, 60), (1, 2, 136, 136)):
+        q, k = (torch.randn(2, s, h, d).to(dtype).transpose(1, 2) for h in (3, 1))
+        cos, sin = torch.randn(b, s, r // 2), torch.randn(b, s, r // 2)
+        function = lambda q, k, cos, sin: rope(q, k, torch.complex(cos, sin), order=order)  # noqa: E731
+        check(function, formula(rotation(r)[2], r, False), q, k, fixed(cos), fixed(sin))
+        angles = torch.complex(cos, -sin)
+        expected = rope(q, k, angles, order=order)
+        apart = torch.stack([angles, angles], -1)[..., 0]
+        for same in (torch.complex(cos, sin).conj(), apart, angles.mT.contiguous().mT):
+            assert all(torch.equal(a, b) for a, b in zip(rope(q, k, same, order=order), expected, strict=True))
+
+
+def of(model, name="apply_rotary_pos_emb"):
+    return getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name)
+
+
+def first_half(t):
+    return t[..., : t.shape[-1] // 2]
+
+
+def vision(model):
+    """q and k (tokens, heads, width)."""
+
+    def theirs(q, k, cos, sin):
+        out = of(model, "apply_rotary_pos_emb_vision")(q[0].transpose(0, 1), k[0].transpose(0, 1), cos[0], sin[0])
+        return tuple(t.transpose(0, 1)[None] for t in out)
+
+    return theirs
+
+
+def both(function):
+    """Of a function of one tensor."""
+    return lambda q, k, *angles: tuple(function(x, *angles) for x in (q, k))
+
+
+def tokens_first(function):
+    return lambda q, k, *angles: tuple(t.transpose(1, 2) for t in function(q.transpose(1, 2), k.transpose(1, 2), *angles))
+
+
+def complex_of(cos, sin):
+    return torch.complex(*(first_half(t).float().contiguous() for t in (cos, sin)))
+
+
+def gemma4(x, cos, sin):
+    positions = torch.zeros(*x.shape[:2], 2)
+    return of("gemma4", "apply_multidimensional_rope")(x, cos, sin, positions)
+
+
+def clvp(q, k, cos, sin):
+    ids = torch.arange(q.shape[2])[None]
+    return of("clvp")(q, k, q, cos[0], sin[0], ids)[:2]
+
+
+RUN = functools.partial(liger_aot.rope, order="interleaved")
+ONE = {"rotary_dim": 16}  # angles of half the width
+# Every function of transformers that rotates otherwise than Llama's, of q and k (1, heads, 5, 16) and cos and sin (1, 5, 16),
+# as one of its models has it: (the function, ours in its place, whether it computes 16-bit heads in fp32 and rounds them once)
+MODELS = {
+    "qwen2_vl, vision": (vision("qwen2_vl"), liger_aot.rope, True),
+    "hunyuan_vl": (lambda *t: of("hunyuan_vl")(*t), liger_aot.rope, True),
+    "modernbert": (lambda *t: of("modernbert")(*t), liger_aot.rope, True),
+    "olmo2": (lambda *t: of("olmo2")(*t), liger_aot.rope, True),
+    "gemma3n": (both(lambda *t: of("gemma3n")(*t)), liger_aot.rope, False),
+    "gpt_neox, partial": (
+        lambda q, k, c, s: of("gpt_neox")(q, k, c[..., :8], s[..., :8]),
+        lambda q, k, c, s: liger_aot.rope(q, k, c[..., :8], s[..., :8]),
+        False,
+    ),
+    "nanochat": (lambda *t: of("nanochat")(*t), functools.partial(liger_aot.rope, reverse=True), False),
+    "cohere": (lambda *t: of("cohere")(*t), RUN, True),
+    "ernie4_5_vl_moe": (lambda *t: of("ernie4_5_vl_moe")(*t), RUN, True),
+    "inkling2, vision": (vision("inkling2"), RUN, True),
+    "glm4v, partial": (
+        lambda q, k, c, s: of("glm4v")(q, k, c[..., :8], s[..., :8]),
+        lambda q, k, c, s: RUN(q, k, c[..., :8], s[..., :8]),
+        False,
+    ),
+    "glm, partial": (
+        lambda q, k, c, s: of("glm")(q, k, c[..., :8], s[..., :8]),
+        lambda q, k, c, s: RUN(q, k, c[..., :4], s[..., :4], rotary_dim=8),
+        False,
+    ),
+    "helium": (lambda *t: of("helium")(*t), lambda q, k, c, s: RUN(q, k, first_half(c), first_half(s), **ONE), False),
+    "ernie4_5": (lambda *t: of("ernie4_5")(*t), lambda q, k, c, s: RUN(q, k, first_half(c), first_half(s), **ONE), True),
+    "openai_privacy_filter": (
+        lambda q, k, c, s: of("openai_privacy_filter")(q, k, first_half(c), first_half(s)),
+        lambda q, k, c, s: RUN(q, k, first_half(c), first_half(s), **ONE),
+        False,
+    ),
+    "gptj": (
+        tokens_first(both(lambda x, c, s: of("gptj")(x, first_half(s), first_half(c)))),
+        lambda q, k, c, s: RUN(q, k, first_half(c), first_half(s), **ONE),
+        False,
+    ),
+    "gpt_oss": (
+        lambda q, k, c, s: of("gpt_oss")(q, k, first_half(c), first_half(s)),
+        lambda q, k, c, s: liger_aot.rope(q, k, first_half(c), first_half(s), **ONE),
+        False,
+    ),
+    "deepseek_v3": (
+        lambda *t: of("deepseek_v3", "apply_rotary_pos_emb_interleave")(*t),
+        lambda q, k, c, s: liger_aot.rope(q, k, first_half(c), first_half(s), **ONE, order="interleaved_to_half"),
+        False,
+    ),
+    "deepseek_v4": (
+        both(lambda x, c, s: of("deepseek_v4")(x, c[..., :4], s[..., :4])),
+        lambda q, k, c, s: RUN(q, k, c[..., :4], s[..., :4], rotary_dim=8, last=True),
+        True,
+    ),
+    "deepseek_v2": (
+        lambda q, k, c, s: of("deepseek_v2", "apply_rotary_emb")(q, k, complex_of(c, s)),
+        lambda q, k, c, s: RUN(q, k, complex_of(c, s)),
+        True,
+    ),
+    "llama4": (
+        tokens_first(lambda q, k, c, s: of("llama4", "apply_rotary_emb")(q, k, complex_of(c, s))),
+        lambda q, k, c, s: RUN(q, k, complex_of(c, s)),
+        True,
+    ),
+    "llama4, vision": (
+        tokens_first(lambda q, k, c, s: of("llama4", "vision_apply_rotary_emb")(q, k, complex_of(c, s)[0])),
+        lambda q, k, c, s: RUN(q, k, complex_of(c, s)[0]),
+        True,
+    ),
+    "gemma4, of two dimensions": (
+        tokens_first(both(gemma4)),
+        functools.partial(liger_aot.rope, parts=2),
+        False,
+    ),
+    "clvp": (clvp, liger_aot.rope, False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_is_what_the_model_computes(path, model, dtype):
+    """Bit by bit where the model computes in fp32. Otherwise, as in some of their gradients, it rounds three times."""
+    theirs, ours, in_fp32 = MODELS[model]
+    q, k = (torch.randn(1, 5, h, 16).to(dtype).transpose(1, 2).requires_grad_() for h in (4, 2))
+    angles = 3 * torch.randn(1, 5, 16)
+    cos, sin = (t.float() if in_fp32 else t.to(dtype) for t in (angles.cos(), angles.sin()))
+    got, want = ours(q, k, cos, sin), theirs(q, k, cos, sin)
+    upstream = [torch.randn_like(t) for t in want]
+    gradients = [torch.autograd.grad(outs, (q, k), upstream) for outs in (got, want)]
+    for a, b in zip((*got, *gradients[0]), (*want, *gradients[1]), strict=True):
+        assert a.dtype == b.dtype == dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=3 * torch.finfo(dtype).eps * b.abs().max().item())
+    if "deepseek_v2" not in model and "llama4" not in model:  # complex products may be fused multiply-adds
+        assert not in_fp32 or all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert dtype != torch.float32 or all(
+            torch.equal(a, b) for a, b in zip((*got, *gradients[0]), (*want, *gradients[1]), strict=True)
+        )
+
+
+def test_one_tensor(path):
+    q, k, cos, sin = make((2, 4, 2, 5, 16, 16), torch.float32)
+    alone, none = liger_aot.rope(q, None, cos.tensor, sin.tensor)
+    assert none is None
+    assert torch.equal(alone, liger_aot.rope(q, k, cos.tensor, sin.tensor)[0])
+    turned = q.transpose(1, 2)
+    alone, _ = liger_aot.rope(turned, None, cos.tensor, sin.tensor, unsqueeze_dim=2)
+    assert torch.equal(alone, liger_aot.rope(turned, turned, cos.tensor, sin.tensor, unsqueeze_dim=2)[0])
 
 
 # (batch, heads, tokens, width), as views of other tensors
@@ -154,6 +426,22 @@ def test_is_an_operator(width):
     check_operator(rope, (rope_fwd, (q, k, cos, sin)), q, k, cos=cos, sin=sin)
 
 
+@pytest.mark.parametrize("form", ["interleaved to half, an angle a pair", "sections", "parts"])
+def test_forms_are_operators(form):
+    options, width, _ = FORMS[form](16)
+    axes = [3] if "sections" in options else []
+    q, k, cos, sin = torch.randn(2, 4, 3, 20), torch.randn(2, 2, 3, 20), *torch.randn(2, *axes, 2, 3, width).unbind()
+    names = "rotary_dim", "order", "sections", "parts"
+    args = [{"rotary_dim": None, "order": "half", "sections": None, "parts": 1, **options}[name] for name in names]
+    check_operator(rope, (rope_fwd, (q, k, cos, sin, *args)), q, k, cos=cos, sin=sin, **options)
+
+
+def test_the_complex_form_is_an_operator():
+    q, k, angles = torch.randn(2, 4, 3, 20), torch.randn(2, 2, 3, 20), torch.randn(3, 8, dtype=torch.complex64)
+    options = {"order": "interleaved"}
+    check_operator(rope, (rope_fwd, (q, k, angles, None, None, "interleaved")), q, k, cos=angles, **options)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fake_has_the_strides(layout):
     x = LAYOUTS[layout]()
@@ -222,3 +510,38 @@ BAD = [
 def test_rejects(change, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         rope(**bad(change))
+
+
+WIDE, AXES = torch.randn(2, 5, 16), torch.randn(3, 2, 5, 16)
+FREQUENCIES = torch.randn(5, 8, dtype=torch.complex64)
+BAD_FORMS = [
+    ([WIDE, WIDE], {"order": "pairs"}, "order must be one of half, interleaved, interleaved_to_half, got 'pairs'"),
+    ([WIDE, WIDE], {"parts": 0}, "parts must be at least 1, got 0"),
+    ([WIDE], {}, "cos must be complex64 where there is no sin, got torch.float32; pass sin too"),
+    ([WIDE, WIDE], {"rotary_dim": 8}, "rotary_dim must be 16 or 32, as cos is 16 wide, got 8"),
+    ([FREQUENCIES], {"rotary_dim": 8}, "rotary_dim must be 16, as cos is 8 wide, got 8"),
+    ([WIDE, WIDE], {"rotary_dim": 32}, "cos must have shape (5, r), (1, 5, r) or (2, 5, r) with r at most 8, got (2, 5, 16)"),
+    ([FREQUENCIES[:, :7]], {"parts": 2}, "with r even, at most 8, got (5, 7)"),
+    ([WIDE[..., :14]] * 2, {"parts": 2}, "with r divisible by 4, at most 16, got (2, 5, 14)"),
+    ([torch.cat([FREQUENCIES] * 2, -1)], {}, "with r at most 8, got (5, 16)"),
+    ([AXES, AXES], {"sections": [2, 3, 3], "parts": 2}, "parts must be 1 where there are sections, got 2"),
+    ([AXES, AXES], {"sections": [4, 4]}, "sections must be 3 numbers of pairs of columns, 8 in all, got [4, 4]"),
+    ([AXES, AXES], {"sections": [2, 2, 3]}, "sections must be 3 numbers of pairs of columns, 8 in all, got [2, 2, 3]"),
+    ([AXES, AXES], {"sections": [-1, 8, 1]}, "sections must be 3 numbers of pairs of columns, 8 in all, got [-1, 8, 1]"),
+    ([WIDE, WIDE], {"sections": [2, 3, 3]}, "cos must have 3 axes in front where there are sections, got (2, 5, 16)"),
+    ([AXES[:, :, 1:]] * 2, {"sections": [2, 3, 3]}, "cos must have shape (3, 5, r), (3, 1, 5, r) or (3, 2, 5, r) with r even"),
+    ([AXES, AXES[0]], {"sections": [2, 3, 3]}, "sin must have shape (3, 2, 5, 16) like cos, got (2, 5, 16)"),
+    ([FREQUENCIES.to("meta")], {}, "cos must be on cpu like q, got meta; move it with .to()"),
+    ([FREQUENCIES, FREQUENCIES], {}, "cos and sin must both be torch.float32, got torch.complex64 and torch.complex64; cast"),
+]
+
+
+@pytest.mark.parametrize(("angles", "options", "text"), BAD_FORMS, ids=[f"{n}-{b[2][:40]}" for n, b in enumerate(BAD_FORMS)])
+def test_rejects_of_forms(angles, options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        rope(torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), *angles, **options)
+
+
+def test_complex_angles_get_no_gradient():
+    with pytest.raises(ValueError, match="rope: cos and sin must not require gradients, which are not computed"):
+        rope(torch.randn(2, 4, 5, 16), torch.randn(2, 2, 5, 16), FREQUENCIES.clone().requires_grad_(), order="interleaved")

@@ -24,9 +24,11 @@ WHOLE = Replicate()
 PLACED = {
     "rms_norm": [[Shard(d), WHOLE] for d in (0, 1)],
     "fused_add_rms_norm": [[Shard(d), Shard(d), WHOLE] for d in (0, 1)],
+    "gated_rms_norm": [[Shard(d), Shard(d), WHOLE] for d in (0, 1)],
     "layer_norm": [[Shard(d), WHOLE, WHOLE] for d in (0, 1)],
     "dyt": [[Shard(d), WHOLE, WHOLE, WHOLE] for d in (0, 1)],
     "softmax": [[Shard(d)] for d in (0, 1)],
+    "sparsemax": [[Shard(d)] for d in (0, 1)],
     "swiglu": [[Shard(d), Shard(d)] for d in (0, 1, 2)],
     "geglu": [[Shard(d), Shard(d)] for d in (0, 1, 2)],
     "relu_squared": [[Shard(d)] for d in (0, 1, 2)],

@@ -250,11 +250,13 @@ def same_bits(machine, name):
         "rms_norm": [x[0], weight],
         "fused_add_rms_norm": [*x, weight],
         "layer_norm": [x[0], weight, bias],
+        "gated_rms_norm": [*x, weight],
         "rope": [q, k, *angles],
         "swiglu": x,
         "geglu": x,
         "relu_squared": x[:1],
         "softmax": x[:1],
+        "sparsemax": x[:1],
         "dyt": [x[0], weight[:1].detach(), weight, bias],
         "group_norm": [x[0], 1, weight, bias],
         "cross_entropy": [x[0], target],
@@ -266,8 +268,8 @@ def same_bits(machine, name):
             machine.same(outcome(function, calls[name]), want)
 
 
-ONE_TENSOR = "rms_norm", "layer_norm", "relu_squared", "softmax"
-ROW_WISE = *ONE_TENSOR, "fused_add_rms_norm", "dyt", "rope", "swiglu", "geglu", "cross_entropy"
+ONE_TENSOR = "rms_norm", "layer_norm", "relu_squared", "softmax", "sparsemax"
+ROW_WISE = *ONE_TENSOR, "fused_add_rms_norm", "gated_rms_norm", "dyt", "rope", "swiglu", "geglu", "cross_entropy"
 
 
 def beyond_31_bits(machine, name):
@@ -287,6 +289,8 @@ def beyond_31_bits(machine, name):
         elif name == "dyt":
             parameters = torch.ones(1), torch.randn(n), torch.randn(n)
             whole, last = [x, *parameters], [x[-3:], *parameters]
+        elif name == "gated_rms_norm":
+            whole, last = ([t, t, torch.ones(n)] for t in (x, x[-3:]))
         else:
             count = 1 if name in ONE_TENSOR else 2
             whole, last = [x] * count, [x[-3:]] * count

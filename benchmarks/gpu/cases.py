@@ -53,6 +53,14 @@ def eager_rope(q, k, cos, sin):
     return rotated(q, cos, sin), rotated(k, cos, sin)
 
 
+def eager_sparsemax(x):
+    """The paper's algorithm, which sorts."""
+    z = x.float().sort(-1, descending=True).values
+    kept = 1 + torch.arange(1, x.shape[-1] + 1, device=x.device) * z > z.cumsum(-1)
+    threshold = (torch.where(kept, z, 0).sum(-1, keepdim=True) - 1) / kept.sum(-1, keepdim=True)
+    return functional.relu(x.float() - threshold).to(x.dtype)
+
+
 def eager_logprob(hidden, weight, target):
     logits = functional.linear(hidden, weight).float()
     return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
@@ -71,12 +79,14 @@ def eager_linear_jsd(*heads):
 IN_TORCH = {
     "rms_norm": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
     "fused_add_rms_norm": lambda x, r, w: (functional.rms_norm(s := x + r, w.shape, w, EPS), s),
+    "gated_rms_norm": lambda x, g, w: functional.rms_norm(x, w.shape, w, EPS) * functional.silu(g),
     "layer_norm": lambda x, w, b: functional.layer_norm(x, w.shape, w, b, 1e-5),
     "rope": eager_rope,
     "swiglu": lambda gate, up: functional.silu(gate) * up,
     "geglu": lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
     "relu_squared": lambda x: functional.relu(x).square(),
     "softmax": lambda x: functional.softmax(x, -1),
+    "sparsemax": eager_sparsemax,
     "dyt": lambda x, alpha, gamma, beta: torch.tanh(alpha * x) * gamma + beta,
     "group_norm": lambda x, w, b: functional.group_norm(x, GROUPS, w, b, 1e-5),
     "cross_entropy": functional.cross_entropy,
@@ -167,6 +177,12 @@ def dyt(tokens, hidden, liger):
     )
 
 
+def gated_rms_norm(tokens, hidden, liger):
+    x, gate = leaf(tokens, hidden), leaf(tokens, hidden)
+    found = calls("gated_rms_norm", None) | {OURS: lambda x, g, w: ours("gated_rms_norm")(x, g, w, EPS)}
+    return Timed([x, gate, leaf(hidden)], found, (3 * x.nbytes, 5 * x.nbytes))
+
+
 def group_norm(tokens, hidden, liger):
     """As image models have it: 512 channels in 32 groups, for as many numbers as tokens times hidden."""
     x, weight, bias = leaf(8, CHANNELS, tokens * hidden // (8 * CHANNELS)), leaf(CHANNELS), leaf(CHANNELS)
@@ -255,8 +271,12 @@ def vocab_parallel_cross_entropy(tokens, vocabulary, liger):
 
 
 BUILD = {name: norm(name) for name in ("rms_norm", "fused_add_rms_norm", "layer_norm")} | {"rope": rope}
-BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {"dyt": dyt, "group_norm": group_norm}
-BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax")}
+BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {
+    "dyt": dyt,
+    "group_norm": group_norm,
+    "gated_rms_norm": gated_rms_norm,
+}
+BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax", "sparsemax")}
 BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy, "linear_logprob": linear_logprob}
 BUILD |= {"kl_div": divergence("kl_div", {"reduction": "batchmean", "log_target": True}), "jsd": divergence("jsd", {})}
 BUILD |= {"tvd": divergence("tvd", {"reduction": "batchmean"}, log=False), "linear_jsd": linear_jsd}
@@ -265,6 +285,7 @@ BUILD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
 TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the first cases
 HIDDEN = [1024, 2048, 4096, 8192, 16384, 32768]
 VOCABULARY = [32768, 65536, 128256, 262144]
+OTHERS = ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm", "gated_rms_norm"]
 # At the sizes of Llama-8B: hidden 4096, intermediate 14336, vocabulary 128256.
 FIRST = [
     ("linear_cross_entropy", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
@@ -279,7 +300,7 @@ FIRST = [
     ("linear_jsd", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
     *((name, {"tokens": 4096, "vocabulary": 128256}) for name in ("jsd", "kl_div", "tvd")),
     ("vocab_parallel_cross_entropy", {"tokens": 4096, "vocabulary": 32064}),
-    *((name, {"tokens": 8192, "hidden": 4096}) for name in ("softmax", "relu_squared", "dyt", "group_norm")),
+    *((name, {"tokens": 8192, "hidden": 4096}) for name in OTHERS),
 ]
 
 
@@ -288,7 +309,7 @@ def sweeps():
     widths = [HIDDEN[i] for i in (0, 5, 2, 3, 1, 4)]
     tokens = [TOKENS[i] for i in (0, 4, 2, 3, 1)]
     elementwise = ["rms_norm", "swiglu", "rope", "fused_add_rms_norm", "layer_norm", "geglu"]
-    elementwise += ["softmax", "relu_squared", "dyt", "group_norm"]
+    elementwise += OTHERS
     for place in range(len(widths)):
         yield from ((name, {"tokens": 2048, "hidden": widths[place]}) for name in elementwise)
         if place < len(tokens):

@@ -5,6 +5,7 @@ count are those whose numbers are held; in a dry run the CPU kernels' numbers ar
 """
 
 import contextlib
+import functools
 import warnings
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from liger_aot import _runtime
 from liger_aot.ops import dyt as dyt_
 from liger_aot.ops import fused_add_rms_norm as fused
+from liger_aot.ops import gated_rms_norm as gated_rms
 from liger_aot.ops import geglu as geglu_
 from liger_aot.ops import group_norm as group
 from liger_aot.ops import layer_norm as layer
@@ -19,6 +21,7 @@ from liger_aot.ops import relu_squared as relu
 from liger_aot.ops import rms_norm as rms
 from liger_aot.ops import rope as rope_
 from liger_aot.ops import softmax as softmax_
+from liger_aot.ops import sparsemax as sparsemax_
 from liger_aot.ops import swiglu as swiglu_
 
 import formulas
@@ -70,12 +73,25 @@ def fused_add_rms_norm(x, residual, weight, eps=rms.DEFAULT_EPS, casting="none")
     return lambda x, r, w: fused.fused_add_rms_norm(x, r, w, eps, casting=casting), formula, [x, residual, weight], how
 
 
+def gated_rms_norm(x, gate, weight, eps, casting="none", **options):
+    how = {"slack": 6.0, "through": x.dtype} if casting == "llama" and x.dtype != torch.float32 else {}  # rounds three times
+
+    def function(x, gate, weight):
+        return gated_rms.gated_rms_norm(x, gate, weight, eps, casting=casting, **options)
+
+    return function, formulas.gated_rms_norm(eps=eps, **options), [x, gate, weight], how
+
+
 def layer_norm(x, weight, bias):
     return layer.layer_norm, lambda x, w, b: layer.forward_reference(x, w, b, 1e-5)[0], [x, weight, bias], {}
 
 
-def rope(q, k, cos, sin):
-    return rope_.rope, rope_.forward_reference, [q, k, fixed(cos), fixed(sin)], {}
+def rope(q, k, cos, sin=None, **options):
+    def formula(q, k, cos, sin):
+        return rope_.forward_reference(q, k, cos, sin, **options)
+
+    angles = fixed(cos), None if sin is None else fixed(sin)
+    return functools.partial(rope_.rope, **options), formula, [q, k, *angles], {}
 
 
 def swiglu(gate, up, gate_multiplier):
@@ -102,6 +118,10 @@ def dyt(x, alpha, gamma, beta):
 
 def softmax(x):
     return softmax_.softmax, formulas.softmax(x.dtype), [x], {}
+
+
+def sparsemax(x):
+    return sparsemax_.sparsemax, formulas.sparsemax, [x], {}
 
 
 def group_norm(x, num_groups, weight, bias):
@@ -229,7 +249,7 @@ def linear_jsd(x, w, y, v, labels, temperature, reduction):
 
 # operator -> its arguments and options -> (function, formula, inputs, what harness.check is told)
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
-HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, group_norm)}
+HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}
 HELD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy

@@ -12,6 +12,7 @@ from .bind import verify
 from .functional import cross_entropy
 from .functional import dyt
 from .functional import fused_add_rms_norm
+from .functional import gated_rms_norm
 from .functional import geglu
 from .functional import group_norm
 from .functional import jsd
@@ -24,6 +25,7 @@ from .functional import relu_squared
 from .functional import rms_norm
 from .functional import rope
 from .functional import softmax
+from .functional import sparsemax
 from .functional import swiglu
 from .functional import tvd
 from .functional import vocab_parallel_cross_entropy
@@ -37,6 +39,7 @@ __all__ = [
     "explain",
     "functional",
     "fused_add_rms_norm",
+    "gated_rms_norm",
     "geglu",
     "group_norm",
     "jsd",
@@ -51,6 +54,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "softmax",
+    "sparsemax",
     "swiglu",
     "tvd",
     "unbind",

@@ -29,7 +29,7 @@ FOLDER = pathlib.Path(__file__).parent / "cubins"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i64": torch.int64}
 CODES = {"i32": "i", "i64": "q", "fp32": "f"}  # how struct packs a scalar; a pointer is "P"
 THREADS_PER_WARP = 32
-WALKED, MOST = ("rows", "n"), 2**31 - 2**15  # what kernels walk over, in int32, by steps that must not pass its end
+WALKED, MOST = ("rows", "n", "width_at"), 2**31 - 2**15  # what kernels walk over, in int32, by steps that must not pass its end
 BUFFER_POINTER, BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
 EXACT, FAMILY, SAME_MAJOR = range(3)
 # What reading a zip raises when bytes of it are missing or changed, its headers' flags and methods among them.

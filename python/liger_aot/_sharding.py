@@ -16,12 +16,16 @@ RULES = {
     "rms_norm_fwd": ("xx", "xw", "rows"),
     "rms_norm_bwd": ("xs", "xxwx..x", "rows"),
     "fused_add_rms_norm_fwd": ("xxx", "xxw", "rows"),
+    "gated_rms_norm_fwd": ("xx", "xxw", "rows"),
+    "gated_rms_norm_bwd": ("xxs", "xxxwx", "rows"),
     "layer_norm_fwd": ("xxx", "xww", "rows"),
     "layer_norm_bwd": ("xs", "xxwwxx", "rows"),
     "dyt_fwd": ("x", "xwww", "rows"),
     "dyt_bwd": ("xs", "xxww", "rows"),
     "softmax_fwd": ("x", "x", "rows"),
     "softmax_bwd": ("x", "xx", "rows"),
+    "sparsemax_fwd": ("x", "x", "rows"),
+    "sparsemax_bwd": ("x", "xx", "rows"),
     "swiglu_fwd": ("x", "xx", "all"),
     "swiglu_bwd": ("xx", "xxx", "all"),
     "geglu_fwd": ("x", "xx", "all"),
@@ -69,9 +73,9 @@ def shardings(results, arguments, dimensions, *args):
     def place(role, tensor, dim):
         if role == "x" and (tensor is None or dim < tensor.ndim):  # a scalar upstream is everybody's
             return Shard(dim)
-        if role == "a" and dim != 1:  # of angles (b, s, r), (1, s, r) or (s, r), which are those of every head
+        if role == "a" and dim != 1:  # of angles (b, s, r), (1, s, r) or (s, r), with axes in front, which are every head's
             if dim == 0:
-                return Replicate() if tensor.ndim == 2 or tensor.shape[0] == 1 else Shard(0)
+                return Replicate() if tensor.ndim == 2 or tensor.shape[-3] == 1 else Shard(tensor.ndim - 3)
             return Shard(tensor.ndim - 2)
         return Partial() if role == "s" else Replicate()
 

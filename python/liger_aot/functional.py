@@ -13,6 +13,7 @@ from torch.nn import _reduction
 from .ops import cross_entropy as _cross_entropy
 from .ops import dyt as _dyt
 from .ops import fused_add_rms_norm as _fused_add_rms_norm
+from .ops import gated_rms_norm as _gated_rms_norm
 from .ops import geglu as _geglu
 from .ops import group_norm as _group_norm
 from .ops import jsd as _jsd
@@ -25,6 +26,7 @@ from .ops import relu_squared as _relu_squared
 from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
 from .ops import softmax as _softmax
+from .ops import sparsemax as _sparsemax
 from .ops import swiglu as _swiglu
 from .ops import tvd as _tvd
 from .ops import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
@@ -78,6 +80,27 @@ def fused_add_rms_norm(
     return _fused_add_rms_norm.fused_add_rms_norm(input, residual, weight, eps, offset=offset, casting=casting)
 
 
+def gated_rms_norm(
+    input: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    eps: float | None = None,
+    *,
+    groups: int = 1,
+    gate_first: bool = False,
+    activation: str = "silu",
+    casting: str = "none",
+) -> Tensor:
+    """RMSNorm of groups of columns, times weight and silu(gate), as Qwen3-Next has it; with gate_first, as Mamba 2 has it, of
+    input · silu(gate), times weight.
+
+    >>> liger_aot.gated_rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 1.0]]), torch.ones(2))
+    tensor([[0.0000, 0.8271]])
+    """
+    options = {"groups": groups, "gate_first": gate_first, "activation": activation, "casting": casting}
+    return _gated_rms_norm.gated_rms_norm(input, gate, weight, eps, **options)
+
+
 def layer_norm(
     input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-05
 ) -> Tensor:
@@ -104,24 +127,51 @@ def _rows(op, input, normalized_shape, **parameters):
 
 
 def rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None = None, unsqueeze_dim: int = 1
-) -> tuple[Tensor, Tensor]:
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    unsqueeze_dim: int = 1,
+    *,
+    rotary_dim: int | None = None,
+    order: str = "half",
+    sections: list[int] | None = None,
+    parts: int = 1,
+    last: bool = False,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """transformers' apply_rotary_pos_emb: the first cos.shape[-1] numbers of each head of q and k, rotated by halves.
 
     q and k are (batch, heads, length, d), or (batch, length, heads, d) with unsqueeze_dim 2; cos and sin are
     (batch or 1, length, r) or (length, r). position_ids has no effect, as in transformers since 4.38: cos and sin belong to
-    the positions already.
+    the positions already. k may be None, and is then in the result. The keywords are the forms that other models have:
+    ops.rope says what each does.
 
     >>> q = torch.tensor([1.0, 2.0]).view(1, 1, 1, 2)
     >>> liger_aot.rope(q, q, torch.zeros(1, 2), torch.ones(1, 2))[0].flatten()
     tensor([-2.,  1.])
+    >>> q = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    >>> liger_aot.rope(q, None, torch.tensor([[1j, 1.0]]), order="interleaved")[0].flatten()
+    tensor([-2.,  1.,  3.,  4.])
     """
     if unsqueeze_dim not in (1, 2):
         raise ValueError(f"rope: unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
-    if unsqueeze_dim == 1:
-        return _rope.rope(q, k, cos, sin)
-    q, k = _rope.rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-    return q.transpose(1, 2), k.transpose(1, 2)
+    options = {
+        "rotary_dim": rotary_dim,
+        "order": order,
+        "sections": sections,
+        "parts": parts,
+        "last": last,
+        "reverse": reverse,
+    }
+    pair = q, q.narrow(unsqueeze_dim, 0, 0) if k is None else k  # of no k, no heads
+    if unsqueeze_dim == 2:
+        pair = [t.transpose(1, 2) for t in pair]
+    q_out, k_out = _rope.rope(*pair, cos, sin, **options)
+    if unsqueeze_dim == 2:
+        q_out, k_out = q_out.transpose(1, 2), k_out.transpose(1, 2)
+    return q_out, None if k is None else k_out
 
 
 def swiglu(gate: Tensor, up: Tensor, *, gate_multiplier: float = 1.0, down_multiplier: float = 1.0) -> Tensor:
@@ -178,6 +228,15 @@ def softmax(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Ten
     tensor([0.5000, 0.5000])
     """
     return _softmax.softmax(input if dtype is None else input.to(dtype), dim)
+
+
+def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
+    """The point nearest to input among those of sum one and no number below zero: a softmax of which most is zero.
+
+    >>> liger_aot.sparsemax(torch.tensor([2.0, 1.5, 0.0]))
+    tensor([0.7500, 0.2500, 0.0000])
+    """
+    return _sparsemax.sparsemax(input, dim)
 
 
 def cross_entropy(

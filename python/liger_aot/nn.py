@@ -23,6 +23,34 @@ class RMSNorm(torch.nn.RMSNorm):
         return f"{super().extra_repr()}, offset={self.offset}, casting={self.casting}"
 
 
+class GatedRMSNorm(torch.nn.Module):
+    """liger_aot.gated_rms_norm over the last dimension, of hidden_size; its weight starts as one."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-6,
+        groups: int = 1,
+        gate_first: bool = False,
+        activation: str = "silu",
+        casting: str = "none",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
+        self.eps, self.groups, self.gate_first, self.activation, self.casting = eps, groups, gate_first, activation, casting
+
+    def forward(self, input: Tensor, gate: Tensor) -> Tensor:
+        options = {"groups": self.groups, "gate_first": self.gate_first}
+        options |= {"activation": self.activation, "casting": self.casting}
+        return F.gated_rms_norm(input, gate, self.weight, self.eps, **options)
+
+    def extra_repr(self) -> str:
+        options = f"gate_first={self.gate_first}, activation={self.activation}, casting={self.casting}"
+        return f"{len(self.weight)}, eps={self.eps}, groups={self.groups}, {options}"
+
+
 class LayerNorm(torch.nn.LayerNorm):
     """torch.nn.LayerNorm."""
 
@@ -42,6 +70,20 @@ class Softmax(torch.nn.Softmax):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.softmax(input, self.dim)
+
+
+class Sparsemax(torch.nn.Module):
+    """liger_aot.sparsemax along dim."""
+
+    def __init__(self, dim: int = -1):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.sparsemax(input, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
 
 
 class DyT(torch.nn.Module):

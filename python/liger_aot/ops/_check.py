@@ -21,6 +21,18 @@ def check_same(op, name, tensor, shape, x):
         raise ValueError(f"{op}: {name} must be float32, float16 or bfloat16, got {tensor.dtype}")
 
 
+def along(op, x, dim):
+    """x with its dimension dim last, and what puts that of a result back in its place."""
+    if x.dtype not in FLOATS:
+        raise ValueError(f"{op}: x must be float32, float16 or bfloat16, got {x.dtype}")
+    dims = x.dim()
+    if not -dims <= dim < dims:
+        raise ValueError(f"{op}: dim must be a dimension of x, of shape {tuple(x.shape)}, got {dim}")
+    if dim == -1 or dim == dims - 1:
+        return x, lambda y: y
+    return x.movedim(dim, -1), lambda y: y.movedim(-1, dim)
+
+
 def rows_of(x):
     """x as rows: (x or, only where its rows are not evenly spaced, a copy; its row stride; how many rows; their width)."""
     n = x.shape[-1]

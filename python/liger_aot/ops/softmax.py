@@ -8,7 +8,7 @@ from .._op import needs_grad
 from .._op import op
 from .._op import public
 from .._runtime import kernels
-from ._check import FLOATS
+from ._check import along
 from ._check import rows_of
 from ._check import wide
 
@@ -68,12 +68,5 @@ def softmax(x: Tensor, dim: int = -1) -> Tensor:
     Rows along the last dimension are read where they lie; any other dimension is copied to be the last. A row of -inf alone
     is NaN, as in torch. Raises ValueError on other dtypes and where x has no such dimension.
     """
-    if x.dtype not in FLOATS:
-        raise ValueError(f"softmax: x must be float32, float16 or bfloat16, got {x.dtype}")
-    dims = x.dim()
-    if not -dims <= dim < dims:
-        raise ValueError(f"softmax: dim must be a dimension of x, of shape {tuple(x.shape)}, got {dim}")
-    last = dim == -1 or dim == dims - 1
-    rows = x if last else x.movedim(dim, -1)
-    y = SoftmaxFunction.apply(rows) if needs_grad("softmax", x) else softmax_fwd(rows)
-    return y if last else y.movedim(-1, dim)
+    rows, back = along("softmax", x, dim)
+    return back(SoftmaxFunction.apply(rows) if needs_grad("softmax", x) else softmax_fwd(rows))

@@ -12,6 +12,8 @@ from .geglu import LigerGEGLUMLP
 from .jsd import LigerJSD
 from .kl_div import LigerKLDIVLoss
 from .layer_norm import LigerLayerNorm
+from .llama4_rope import liger_llama4_text_rotary_pos_emb
+from .llama4_rope import liger_llama4_vision_rotary_pos_emb
 from .mlp import LigerFalconH1MLP
 from .mlp import LigerMLP
 from .relu_squared import LigerReLUSquared
@@ -20,6 +22,7 @@ from .rms_norm import LigerRMSNormForMuseGlimmer
 from .rms_norm import LigerRMSNormForMuseGlimmerTextCentered
 from .rope import liger_rotary_pos_emb
 from .softmax import LigerSoftmax
+from .sparsemax import LigerSparsemax
 from .swiglu import LigerBlockSparseTop2MLP
 from .swiglu import LigerFalconH1SwiGLUMLP
 from .swiglu import LigerPhi3SwiGLUMLP
@@ -52,9 +55,12 @@ __all__ = [
     "LigerRMSNormForMuseGlimmer",
     "LigerRMSNormForMuseGlimmerTextCentered",
     "LigerSoftmax",
+    "LigerSparsemax",
     "LigerSwiGLUMLP",
     "LigerSwiGLUMLPForMuseGlimmer",
     "LigerTVDLoss",
+    "liger_llama4_text_rotary_pos_emb",
+    "liger_llama4_vision_rotary_pos_emb",
     "LigerTiledGEGLUMLP",
     "LigerTiledSwiGLUMLP",
     "LigerVocabParallelCrossEntropy",

@@ -7,6 +7,7 @@ from ..functional import swiglu
 from ..ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from . import functional as L  # noqa: N812
 from ._names import one_of
+from .llama4_rope import liger_llama4_text_rotary_pos_emb
 from .mlp import LigerMLPFunction as LigerMLPFunction
 from .tiled_mlp import LigerTiledMLPFunction as LigerTiledMLPFunction
 from .tiled_mlp import apply_tiled_mlp as apply_tiled_mlp
@@ -33,6 +34,17 @@ class LigerRopeFunction:
     apply = staticmethod(L.liger_rope)
 
 
+class LigerQwen2VLMRopeFunction:
+    apply = staticmethod(L.liger_qwen2vl_mrope)
+
+
+class LigerLlama4RopeFunction:
+    @staticmethod
+    def apply(q, k, freqs_cis, BLOCK_SIZE: int | None = None):
+        one_of("LigerLlama4RopeFunction", "BLOCK_SIZE", BLOCK_SIZE, (None,))
+        return liger_llama4_text_rotary_pos_emb(q, k, freqs_cis)
+
+
 class LigerSiLUMulFunction:
     @staticmethod
     def apply(a, b, gate_multiplier: float = 1.0, down_multiplier: float = 1.0):
@@ -57,6 +69,12 @@ class LigerSoftmaxFunction:
     @staticmethod
     def apply(input_: torch.Tensor):
         return L.liger_softmax(input_)
+
+
+class LigerSparsemaxFunction:
+    @staticmethod
+    def apply(x: torch.Tensor, dim: int):
+        return L.liger_sparsemax(x, dim)
 
 
 class LigerGroupNormFunction:

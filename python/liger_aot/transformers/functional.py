@@ -21,10 +21,12 @@ __all__ = [
     "liger_jsd",
     "liger_kl_div",
     "liger_layer_norm",
+    "liger_qwen2vl_mrope",
     "liger_relu_squared",
     "liger_rms_norm",
     "liger_rope",
     "liger_softmax",
+    "liger_sparsemax",
     "liger_swiglu",
     "liger_tvd",
 ]
@@ -50,11 +52,12 @@ def liger_layer_norm(X, W, B, eps):
 
 def liger_rope(q, k, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
     """rope; with rotary_dim twice the width of cos and sin, these stand for both halves, as in GPT-OSS."""
-    if rotary_dim is not None and rotary_dim != cos.shape[-1]:
-        if rotary_dim != 2 * cos.shape[-1]:
-            raise ValueError(f"liger_rope: rotary_dim must be cos's width {cos.shape[-1]} or twice that, got {rotary_dim}")
-        cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
-    return F.rope(q, k, cos, sin, position_ids, unsqueeze_dim)
+    return F.rope(q, k, cos, sin, position_ids, unsqueeze_dim, rotary_dim=rotary_dim)
+
+
+def liger_qwen2vl_mrope(q, k, cos, sin, mrope_section, unsqueeze_dim=1):
+    """rope of positions in time, height and width: cos and sin (3, batch, length, d)."""
+    return F.rope(q, k, cos, sin, None, unsqueeze_dim, sections=list(mrope_section))
 
 
 def liger_swiglu(a, b):
@@ -75,6 +78,10 @@ def liger_dyt(x, alpha, gamma, beta):
 
 def liger_softmax(x):
     return F.softmax(x, -1)
+
+
+def liger_sparsemax(input, dim: int = -1):
+    return F.sparsemax(input, dim)
 
 
 def liger_group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
