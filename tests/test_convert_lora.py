@@ -58,6 +58,13 @@ def test_adapters_are_refused_or_merged(sat, llama, tmp_path):
     assert set(identical(ours, before)) == touched
 
 
+def test_adapters_of_sats_older_mixin_are_named(sat):
+    """LoRAMixin keeps its matrices apart from the weights."""
+    put(sat, **{f"mixins.lora.lora_linear.1.Q_{x}": torch.ones(shape) for x, shape in (("A", (4, 64)), ("B", (64, 4)))})
+    hint = "; LoRA, which must be merged first"
+    refused(sat_to_hf, sat, *(f"unknown: mixins.lora.lora_linear.1.Q_{x} of shape" for x in "AB"), f"states.pt{hint}")
+
+
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf, -1.0, 0.0, True, "8"], ids=str)
 def test_alpha_must_be_a_number_above_zero(sat, alpha):
     adapt(sat)

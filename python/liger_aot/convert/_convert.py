@@ -7,6 +7,7 @@ import shutil
 from contextlib import contextmanager
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -21,6 +22,7 @@ from ._hf import HFWriter
 from ._hf import bytes_of
 from ._hf import size
 from ._job import Job
+from ._job import Report
 from ._job import choose_hf
 from ._job import choose_sat
 from ._lora import without_adapters
@@ -46,18 +48,18 @@ WRITTEN = ("config.json", "model_config.json")  # by the conversion itself, and 
 
 
 def hf_to_sat(
-    source,
-    target,
+    source: str | Path,
+    target: str | Path,
     *,
-    family="auto",
-    dtype=None,
-    mp=1,
-    allow_rope_theta=False,
-    verify=False,
-    text=None,
-    image=None,
-    progress=None,
-):
+    family: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    mp: int = 1,
+    allow_rope_theta: bool = False,
+    verify: bool = False,
+    text: str | Path | None = None,
+    image: str | Path | None = None,
+    progress: TextIO | None = None,
+) -> Report:
     """Write the Hugging Face checkpoint in `source` as a SAT one into the folder `target`, which must not exist or be empty.
 
     `dtype` casts what is floating, `mp` is the number of ranks of model parallelism, `allow_rope_theta` lets a rotary base
@@ -92,20 +94,20 @@ def hf_to_sat(
 
 
 def sat_to_hf(
-    source,
-    target,
+    source: str | Path,
+    target: str | Path,
     *,
-    family="auto",
-    dtype=None,
-    max_shard_size="5GB",
-    allow_rope_theta=False,
-    merge_lora=False,
-    lora_alpha=None,
-    verify=False,
-    text=None,
-    image=None,
-    progress=None,
-):
+    family: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    allow_rope_theta: bool = False,
+    merge_lora: bool = False,
+    lora_alpha: float | None = None,
+    verify: bool = False,
+    text: str | Path | None = None,
+    image: str | Path | None = None,
+    progress: TextIO | None = None,
+) -> Report:
     """Write the SAT checkpoint in `source` as a Hugging Face one into the folder `target`, which must not exist or be empty.
 
     `merge_lora` adds low-rank adapters to their weights, with the `lora_alpha` they were trained with, which no file records.

@@ -23,7 +23,7 @@ from ._settings import Settings
 from .families import FAMILIES
 
 HINTS = {
-    r"\.(matrix_A|matrix_B|original)\.|lora_[AB]": "; LoRA, which must be merged first",
+    r"\.(matrix_A|matrix_B|original)\.|lora_[AB]|\.lora_linear\.\d+\.[QKVO]_[AB]$": "; LoRA, which must be merged first",
     r"scale|zeros|qweight|quant_state|absmax|SCB": "; of a quantised model, which must be saved in 16 bits first",
     r"^mixins\.ptuning": "; prompt tuning, which has no place in HF",
     r"^mixins\.\d+\.": "; mixins were numbered before SAT 0.1; load and save it with a newer SAT first",

@@ -1,7 +1,9 @@
 """Rotary bases that SAT's classes would lose."""
 
+import torch
 
-def set_rope_theta(model, theta):
+
+def set_rope_theta(model: torch.nn.Module, theta: float) -> torch.nn.Module:
     """Give a SAT model the rotary base it was converted with: its classes hold literals, which 16-bit models compute with."""
     found = [module for module in model.modules() if type(module).__name__ == "FastRotaryEmbedding"]
     if not found:
