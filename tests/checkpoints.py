@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from references import Frequencies
-from references import HubChatGLM
-from references import HubCogVLM
 from safetensors.torch import load_file
 from safetensors.torch import save_file
 
 from liger_aot.convert import ConvertError
 from liger_aot.convert._verify import apply_rotary
 from liger_aot.convert.families import FAMILIES
+
+from references import Frequencies
+from references import HubChatGLM
+from references import HubCogVLM
 
 needs_sat = pytest.mark.skipif(
     not any((Path(path) / "sat/model/official").is_dir() for path in sys.path),

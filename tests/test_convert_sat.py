@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from references import SATCogVLM
 
 from liger_aot.convert import hf_to_sat
 from liger_aot.convert import sat_to_hf
@@ -33,6 +32,7 @@ from checkpoints import save
 from checkpoints import tensors
 from checkpoints import tokens
 from checkpoints import with_image
+from references import SATCogVLM
 
 OWN = ("cogvlm", "cogvlm2")
 # Where SAT multiplies and adds in another order than transformers does: matrices the other way round, experts one by one.
