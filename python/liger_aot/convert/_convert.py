@@ -14,7 +14,6 @@ import torch
 from . import _parallel
 from . import _settings
 from ._bits import finite
-from ._bits import parts
 from ._bits import same_bits
 from ._error import ConvertError
 from ._hf import HFSource
@@ -344,7 +343,7 @@ def fill(target, pieces, origin):
         own = target[at : at + len(piece)].copy_(piece)
         at += len(piece)
         if piece.dtype is not target.dtype:
-            zeros += sum(int(((a == 0) & (b != 0)).sum()) for a, b in zip(parts(own), parts(piece), strict=True))
+            zeros += int(piece.count_nonzero() - own.count_nonzero())
     if finite(target):
         return zeros
     if not all(map(finite, pieces)):
