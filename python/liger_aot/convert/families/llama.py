@@ -56,13 +56,12 @@ class Decoder(Family):
     def args(self, config):
         args, heads = super().args(config), config.count("num_attention_heads")
         kv_heads = config.count("num_key_value_heads", heads)
-        args |= {
-            key: config.tokens(key) for key in ("bos_token_id", "eos_token_id")
-        }  # where nothing is said, SAT takes 0 and 1
+        # Where nothing is said, SAT takes 0 and 1.
+        args |= {key: config.tokens(key) for key in BOS_EOS}
         return args if kv_heads == heads else args | {"num_multi_query_heads": kv_heads}
 
     def config(self, args):
-        none = {key: None for key in ("bos_token_id", "eos_token_id") if key in args and args[key] is None}
+        none = {key: None for key in BOS_EOS if key in args and args[key] is None}
         return (
             super().config(args)
             | none
