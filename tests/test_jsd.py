@@ -65,6 +65,18 @@ def test_digits_of_what_is_nearly_equal(path):
     torch.testing.assert_close(got.double(), want, rtol=0, atol=x.exp().max().item() * torch.finfo(torch.float32).eps)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_classes_that_are_far_apart(path, beta):
+    """At either end of beta the difference of the logarithms counts as it is, also where exp of it is no number."""
+    x = torch.tensor([[-200.0, 0.0]]).requires_grad_()
+    y = torch.tensor([[0.0, -200.0]]).requires_grad_()
+    wide = [t.detach().double().requires_grad_() for t in (x, y)]
+    loss, want = jsd(x, y, beta=beta, reduction="sum"), formula(beta=beta, reduction="sum")(*wide)
+    torch.testing.assert_close(loss.double(), want)
+    for got, expected in zip(torch.autograd.grad(loss, (x, y)), torch.autograd.grad(want, wide), strict=True):
+        torch.testing.assert_close(got.double(), expected)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_classes_that_neither_has(path, beta):
     """A class of probability 0 in both adds nothing, and changes no other's gradient."""
