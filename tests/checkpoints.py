@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from liger_aot.convert import ConvertError
 from liger_aot.convert._verify import apply_rotary
+from liger_aot.convert._verify import drop_stale_groups
 from liger_aot.convert.families import FAMILIES
 
 from references import Frequencies
@@ -282,6 +283,7 @@ def load_sat(folder):
         sys.modules[name].apply_rotary = apply_rotary
     import sat.model
 
+    drop_stale_groups()
     model, _ = sat.model.AutoModel.from_pretrained(str(folder))
     return model.eval()
 

@@ -19,6 +19,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import ModelHook
 from accelerate.hooks import add_hook_to_module
 from accelerate.hooks import remove_hook_from_module
+from accelerate.state import AcceleratorState
 from torch.nn.utils import parametrize
 from torch.nn.utils import prune
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -505,7 +506,16 @@ def test_a_backward_hook_on_the_head_breaks_nothing(model, plain):
     check_equal(step(model, **batch()), plain)
 
 
+@pytest.fixture
+def new_accelerator():
+    """A process has one state, whatever an Accelerator asks for later."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("first", ["prepare", "bind"])
+@pytest.mark.usefixtures("new_accelerator")
 def test_accelerators_mixed_precision(first):
     """prepare gives the model a forward of its instance: bound after it, the model's loss stays its own."""
 

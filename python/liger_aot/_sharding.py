@@ -8,6 +8,7 @@ import functools
 import sys
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 # operator -> (its results, its arguments, which dimensions may be sharded: "rows", all but the last, "all", or "none"). Of the
 # letters, x is sharded as the first x, a, rope's angles, goes with it, w is whole, s is a sum of which each process has a part;
@@ -44,7 +45,7 @@ def aware(overload):
     """overload; where torch.distributed.tensor was imported, it has the rules by then."""
 
     def call(*args):
-        if "torch.distributed.tensor" in sys.modules:
+        if not is_dynamo_compiling() and "torch.distributed.tensor" in sys.modules:
             register()
         return overload(*args)
 

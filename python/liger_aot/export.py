@@ -43,6 +43,7 @@ SCHEMAS = "liger_aot.json"  # beside them, in files that save wrote: the schemas
 FORMS = {
     "Tensor": {"as_tensor"},
     "int": {"as_int", "as_sym_int"},
+    "List[int]": {"as_ints", "as_sym_ints"},
     "float": {"as_float", "as_sym_float", "as_int", "as_sym_int"},
     "bool": {"as_bool", "as_sym_bool"},
     "str": {"as_string"},

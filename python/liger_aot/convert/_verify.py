@@ -165,7 +165,8 @@ def undisturbed():
 
     Its rotary kernel runs on a GPU alone: elsewhere what it computes, in torch, takes its place for as long.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = is_distributed()
+    drop_stale_groups()
     parallel = has_groups()
     drawn, numpy = random.getstate(), sys.modules.get("numpy")
     drawn_by_numpy = numpy.random.get_state() if numpy else None
@@ -186,8 +187,18 @@ def undisturbed():
                 numpy.random.set_state(drawn_by_numpy)
             if has_groups() and not parallel:
                 sys.modules["sat.mpu.initialize"].destroy_model_parallel()
-            if torch.distributed.is_available() and torch.distributed.is_initialized() and not distributed:
+            if is_distributed() and not distributed:
                 torch.distributed.destroy_process_group()
+
+
+def is_distributed():
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def drop_stale_groups():
+    """SAT keeps groups of a process group that somebody has destroyed since, and then begins no others."""
+    if has_groups() and not is_distributed():
+        sys.modules["sat.mpu.initialize"].destroy_model_parallel()
 
 
 def has_groups():
