@@ -224,6 +224,16 @@ def test_verification_runs_both_with_the_frequencies_that_were_decided_on(name, 
 
 
 @needs_sat
+def test_verification_runs_where_sats_process_group_is_gone(tmp_path):
+    """SAT keeps what it made of it."""
+    save(tmp_path / "hf")
+    hf_to_sat(tmp_path / "hf", tmp_path / "sat")
+    load_sat(tmp_path / "sat")
+    torch.distributed.destroy_process_group()
+    assert "verified by running" in str(hf_to_sat(tmp_path / "hf", tmp_path / "again", verify=True))
+
+
+@needs_sat
 def test_verification_does_not_excuse_other_tensors(tmp_path, monkeypatch):
     """What SAT's class has and no rule writes is missing to SAT's loader."""
     save(tmp_path / "hf")
