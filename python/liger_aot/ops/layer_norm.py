@@ -55,7 +55,7 @@ def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     scale = weight.contiguous() if has_weight else bias if has_bias else x
     shift = bias.contiguous() if has_bias else scale
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    shape = x.shape[:-1]
+    shape = tuple(x.shape[:-1])  # a Size takes 0.5 us longer
     mean, rstd = x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
     kernels.layer_norm_fwd[(groups,)](
         x, scale, shift, y, mean, rstd, stride, rows, n, eps, has_weight, has_bias, ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP
