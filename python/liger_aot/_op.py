@@ -30,7 +30,7 @@ BODIES = {}  # name -> the function that launches the kernels, for whoever runs 
 
 
 def _define(function):
-    function.__signature__ = inspect.signature(function)  # taken once for all who ask: a quarter of the package's import
+    function.__signature__ = inspect.signature(function)  # taken once, for all who ask
     LIBRARY.define(function.__name__ + infer_schema(function, mutates_args=()), tags=TAGS)
     return getattr(torch.ops.liger, function.__name__).default
 

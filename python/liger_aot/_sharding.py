@@ -1,4 +1,6 @@
-"""How DTensors go through the operators that work row by row: each process computes its rows, and nothing is gathered.
+"""How DTensors go through the operators that work row by row: each process computes its rows.
+
+Of rows nothing is gathered but the losses of cross_entropy, a few numbers for each, of which every process takes the mean.
 
 torch.distributed.tensor asks each operator which placements of its arguments give which of its results. What is not in RULES,
 the linear losses and group_norm among it, is refused by torch, which names the operator.
