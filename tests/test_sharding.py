@@ -40,6 +40,8 @@ PLACED = {
     "cross_entropy": [[Shard(0), Shard(0)]],
 }
 CASES = [(name, placed) for name, all_placed in PLACED.items() for placed in all_placed]
+# Sharded where a row is: right as well, if not without gathering.
+COLUMNS = [("rms_norm", [Shard(2), WHOLE]), ("softmax", [Shard(2)]), ("cross_entropy", [Shard(1), WHOLE])]
 REFUSED = {"linear_cross_entropy": "linear_cross_entropy_fwd", "group_norm": "group_norm_fwd"}
 
 
@@ -60,7 +62,7 @@ def work(rank, store, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     mesh, found = init_device_mesh("cpu", (WORLD,)), []
-    for name, placed in CASES:
+    for name, placed in CASES + COLUMNS:
         arguments, options = made(name)
         places = iter(placed)
         spread = [
@@ -70,7 +72,8 @@ def work(rank, store, folder):
             for a in arguments
         ]
         outputs, gradients = results(name, spread, options)
-        found.append(([o.full_tensor().detach() for o in outputs], [g.full_tensor() for g in gradients], outputs[0].placements))
+        placements = outputs[0].placements + gradients[0].placements
+        found.append(([o.full_tensor().detach() for o in outputs], [g.full_tensor() for g in gradients], placements))
     refused = {}
     for name in REFUSED:
         arguments, options = made(name)
@@ -91,15 +94,15 @@ def found(tmp_path_factory):
     return torch.load(folder / "found.pt", weights_only=False)
 
 
-@pytest.mark.parametrize("n", range(len(CASES)), ids=[f"{name}-{placed[0].dim}" for name, placed in CASES])
+@pytest.mark.parametrize("n", range(len(CASES + COLUMNS)), ids=[f"{name}-{placed[0].dim}" for name, placed in CASES + COLUMNS])
 def test_parts_are_the_whole(found, n):
-    name, placed = CASES[n]
+    name, placed = (CASES + COLUMNS)[n]
     outputs, gradients, placements = found[0][n]
     want_outputs, want_gradients = results(name, *made(name))
     torch.testing.assert_close(outputs, [o.detach() for o in want_outputs])
     torch.testing.assert_close(gradients, list(want_gradients))
-    reduced = name == "cross_entropy"
-    assert placements == ((WHOLE if reduced else placed[0]),), "what was sharded stays so"
+    if n < len(CASES):  # what was sharded stays so
+        assert placements == (WHOLE if name == "cross_entropy" else placed[0], placed[0])
 
 
 def test_what_has_no_rule_is_refused_by_name(found):
