@@ -17,6 +17,8 @@ from liger_aot.ops import gated_rms_norm as gated_rms
 from liger_aot.ops import geglu as geglu_
 from liger_aot.ops import group_norm as group
 from liger_aot.ops import layer_norm as layer
+from liger_aot.ops import modulated_rms_norm as modulated
+from liger_aot.ops import poly_norm as poly
 from liger_aot.ops import relu_squared as relu
 from liger_aot.ops import rms_norm as rms
 from liger_aot.ops import rope as rope_
@@ -82,6 +84,10 @@ def gated_rms_norm(x, gate, weight, eps, casting="none", **options):
     return function, formulas.gated_rms_norm(eps=eps, **options), [x, gate, weight], how
 
 
+def modulated_rms_norm(x, scale, *rest):
+    return modulated.modulated_rms_norm, formulas.modulated_rms_norm(), [x, scale, *rest], {}
+
+
 def layer_norm(x, weight, bias):
     return layer.layer_norm, lambda x, w, b: layer.forward_reference(x, w, b, 1e-5)[0], [x, weight, bias], {}
 
@@ -114,6 +120,10 @@ def relu_squared(x):
 
 def dyt(x, alpha, gamma, beta):
     return dyt_.dyt, dyt_.forward_reference, [x, alpha, gamma, beta], {}
+
+
+def poly_norm(x, weight, bias):
+    return poly.poly_norm, formulas.poly_norm(), [x, weight, bias], {}
 
 
 def softmax(x):
@@ -249,7 +259,8 @@ def linear_jsd(x, w, y, v, labels, temperature, reduction):
 
 # operator -> its arguments and options -> (function, formula, inputs, what harness.check is told)
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
-HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm)}
+HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
+HELD["modulated_rms_norm"] = modulated_rms_norm
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}
 HELD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy

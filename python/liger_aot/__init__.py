@@ -21,6 +21,8 @@ from .functional import layer_norm
 from .functional import linear_cross_entropy
 from .functional import linear_jsd
 from .functional import linear_logprob
+from .functional import modulated_rms_norm
+from .functional import poly_norm
 from .functional import relu_squared
 from .functional import rms_norm
 from .functional import rope
@@ -48,7 +50,9 @@ __all__ = [
     "linear_cross_entropy",
     "linear_jsd",
     "linear_logprob",
+    "modulated_rms_norm",
     "nn",
+    "poly_norm",
     "preload",
     "relu_squared",
     "rms_norm",
