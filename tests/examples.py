@@ -22,7 +22,7 @@ EXAMPLES = {
     "fused_add_rms_norm": lambda t: ([*tensors((3, 4, 24), (3, 4, 24), (24,), dtype=t), 1e-6], {}),
     "layer_norm": lambda t: ([*tensors((3, 4, 24), (24,), (24,), dtype=t), 1e-5], {}),
     "gated_rms_norm": lambda t: ([*tensors((3, 4, 24), (3, 4, 24), (24,), dtype=t), 1e-6], {"groups": 2, "gate_first": True}),
-    "modulated_rms_norm": lambda t: (tensors((3, 4, 24), (3, 24), (3, 24), (24,), dtype=t), {}),
+    "modulated_rms_norm": lambda t: (tensors((3, 2, 24), (3, 24), (3, 24), (24,), dtype=t), {}),
     "rope": lambda t: ([*tensors((2, 4, 5, 16), (2, 2, 5, 16), dtype=t), *constant((2, 5, 16), (2, 5, 16), dtype=t)], {}),
     "swiglu": lambda t: (tensors((3, 4, 24), (3, 4, 24), dtype=t), {}),
     "geglu": lambda t: (tensors((3, 4, 24), (3, 4, 24), dtype=t), {}),

@@ -16,14 +16,14 @@ modulated_rms_norm_bwd = torch.ops.liger.modulated_rms_norm_bwd.default
 # x, and scale: one for all rows, for each batch, for each row; one number; whole blocks of either size, ragged, and the loop.
 SHAPES = [
     ((1,), (1,)),
-    ((2, 20, 100), (100,)),
-    ((2, 20, 100), (2, 100)),
-    ((2, 20, 100), (2, 20, 100)),
-    ((3, 2, 2, 2048), (3, 2, 2048)),
-    ((4, 3, 2500), (4, 1, 2500)),
-    ((6, 4096), (6, 4096)),
-    ((2, 3, 4500), (2, 4500)),
-    ((4, 4500), (4, 4500)),
+    ((2, 7, 100), (100,)),
+    ((2, 7, 100), (2, 100)),
+    ((2, 7, 100), (2, 7, 100)),
+    ((2, 2, 2, 2048), (2, 2, 2048)),
+    ((2, 3, 2500), (2, 1, 2500)),
+    ((3, 4096), (3, 4096)),
+    ((2, 2, 4500), (2, 4500)),
+    ((3, 4500), (3, 4500)),
 ]
 
 
@@ -43,7 +43,8 @@ def test_matches_its_formula(path, shape, scale, dtype):
 def test_groups_are_divided_among_programs(interpreted, shape, scale, multiprocessors):
     """Few programs own several groups, many share each."""
     interpreted.count = multiprocessors
-    check(modulated_rms_norm, formulas.modulated_rms_norm(), *make(shape, scale, torch.float32))
+    # What is summed in shares rounds otherwise than in the formula's order, neither worse nor better.
+    check(modulated_rms_norm, formulas.modulated_rms_norm(), *make(shape, scale, torch.float32), slack=3.0)
 
 
 @pytest.mark.parametrize("n", [100, 4500])
@@ -66,7 +67,7 @@ def test_casting_and_mixed_dtypes(path, casting, others):
     results = check(
         functools.partial(modulated_rms_norm, eps=1e-5, casting=casting, offset=1.0),
         formulas.modulated_rms_norm(1e-5, offset=1.0),
-        *make((3, 9, 300), (3, 300), torch.bfloat16, others),
+        *make((2, 5, 300), (2, 300), torch.bfloat16, others),
         slack=4.0 if casting == "llama" else 2.0,  # which rounds twice
         through=torch.bfloat16 if casting == "llama" else None,
     )
@@ -92,7 +93,7 @@ def test_without_eps_it_is_torchs(path):
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (1, 2), (0, 3)], ids=str)
 @pytest.mark.parametrize("n", [100, 4500])
 def test_gradients_of_some(path, wanted, n):
-    inputs, dy = make((2, 7, n), (2, n), torch.float32), torch.randn(2, 7, n)
+    inputs, dy = make((2, 3, n), (2, n), torch.float32), torch.randn(2, 3, n)
     leaves = [i.clone().requires_grad_() for i in inputs]
     some = [i.clone().requires_grad_(n in wanted) for n, i in enumerate(inputs)]
     for each in (leaves, some):
@@ -102,13 +103,13 @@ def test_gradients_of_some(path, wanted, n):
 
 
 def test_views_and_offsets(path):
-    base, both = torch.randn(2, 9, 77), torch.randn(2, 6 * 57)
+    base, both = torch.randn(2, 4, 77), torch.randn(2, 6 * 57)
     function, formula = functools.partial(modulated_rms_norm, eps=1e-5), formulas.modulated_rms_norm(1e-5)
     scale, shift = both.chunk(6, -1)[1:3]  # as models have them: parts of one projection
     check(function, formula, base[:, 1:, 3:60], scale, shift, torch.randn(58)[1:])
     check(function, formula, base[:, 1:, 3:60], scale[:, None], shift[:, None], torch.randn(57))
     check(function, formula, base[..., :57].transpose(0, 1), base[..., 8:65].transpose(0, 1), base[..., 9:66].transpose(0, 1))
-    check(function, formula, base[:1, :, 5:62].expand(4, 9, 57), scale[:1], shift[1:])
+    check(function, formula, base[:1, :, 5:62].expand(2, 4, 57), scale[:1], shift[1:])
     check(function, formula, base[..., ::2], torch.randn(39, 2).t()[:1], torch.randn(2, 39)[1:])
 
 
@@ -124,15 +125,16 @@ def test_nothing_in_nothing_out(path, shape, scale):
         assert torch.equal(i.grad, torch.zeros(i.shape))
 
 
-@pytest.mark.parametrize("shift", [True, False])
-@pytest.mark.parametrize("scale", [(24,), (3, 24), (3, 4, 24)], ids=str)
+@pytest.mark.parametrize(("scale", "shift"), [((24,), False), ((3, 24), True)], ids=str)
 def test_is_an_operator(scale, shift):
     x, scale, shifts, weight = make((3, 4, 24), scale, torch.float32)
     shifts = shifts if shift else None
     plain = x, scale, shifts, weight, 1e-5, 0.0, False
     check_operator(modulated_rms_norm, (modulated_rms_norm_fwd, plain), x, scale, shifts, weight, 1e-5)
     _, rstd = modulated_rms_norm_fwd(*plain)
-    torch.library.opcheck(modulated_rms_norm_bwd, (torch.randn_like(x), x, scale, weight, rstd, 0.0, False, True, True, shift))
+    for each in (scale, torch.randn_like(x)):
+        given = torch.randn_like(x), x, each, weight, rstd, 0.0, False, True, True, shift
+        torch.library.opcheck(modulated_rms_norm_bwd, given)
 
 
 COLUMNS = "must have as many columns as x, of shape (2, 3, 8), and in front x's dimensions or the first of them, got shape"

@@ -8,28 +8,36 @@ import formulas
 from harness import DTYPES
 from harness import check
 from harness import check_operator
+from harness import fixed
 
 poly_norm = torch.ops.liger.poly_norm.default
 poly_norm_fwd = torch.ops.liger.poly_norm_fwd.default
 poly_norm_bwd = torch.ops.liger.poly_norm_bwd.default
 # One number, a ragged tail, more rows than programs, whole blocks, rows of several blocks.
-SHAPES = [(1,), (3, 37), (2, 20, 100), (2, 2048), (5, 4500)]
+SHAPES = [(1,), (3, 37), (2, 5, 100), (2, 2048), (3, 4500)]
 
 
 def make(shape, dtype, parameters):
     return torch.randn(shape).to(dtype), torch.randn(3).to(parameters), torch.randn(()).to(parameters)
 
 
+def hold(x, weight, bias, eps=1e-6):
+    """The gradients of weight and bias are sums of as many numbers as x has, which round as what is summed on the way does."""
+    function, formula = functools.partial(poly_norm, eps=eps), formulas.poly_norm(eps)
+    check(function, formula, x, fixed(weight), fixed(bias))
+    return check(function, formula, x, weight, bias, carries=x.numel() ** 0.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_its_formula(path, shape, dtype):
-    check(poly_norm, formulas.poly_norm(), *make(shape, dtype, dtype))
+    hold(*make(shape, dtype, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("parameters", DTYPES, ids=str)
 def test_mixed_dtypes(path, dtype, parameters):
-    results = check(poly_norm, formulas.poly_norm(), *make((20, 100), dtype, parameters))
+    results = hold(*make((9, 100), dtype, parameters))
     assert results["output 0"].dtype == results["gradient 0"].dtype == dtype
     assert results["gradient 1"].dtype == results["gradient 2"].dtype == parameters
 
@@ -48,18 +56,18 @@ def test_small_and_large_numbers(path, size):
     """Cubes of 16 bits overflow where fp32's do not; of small numbers eps is more than the mean of squares."""
     for dtype in (torch.float32, torch.float16):
         x, weight, bias = make((5, 100), torch.float32, dtype)
-        check(poly_norm, formulas.poly_norm(), (size * x).to(dtype), weight, bias)
+        hold((size * x).to(dtype), weight, bias)
 
 
 def test_more_rows_than_programs(interpreted):
-    interpreted.count = 2
-    check(poly_norm, formulas.poly_norm(), *make((37, 100), torch.float32, torch.float32))
+    interpreted.count = 1
+    hold(*make((11, 100), torch.float32, torch.float32))
     assert "poly_norm_bwd" in interpreted.launched
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)], ids=str)
 def test_gradients_of_some(path, wanted):
-    inputs, dy = make((27, 100), torch.float32, torch.float32), torch.randn(27, 100)
+    inputs, dy = make((9, 100), torch.float32, torch.float32), torch.randn(9, 100)
     leaves = [i.clone().requires_grad_() for i in inputs]
     some = [i.clone().requires_grad_(n in wanted) for n, i in enumerate(inputs)]
     for each in (leaves, some):
@@ -81,9 +89,15 @@ def test_bias_of_any_shape(path):
 
 
 def test_views_and_offsets(path):
-    base, weight, bias = torch.randn(2, 9, 77), torch.randn(6)[::2], torch.randn(2)[1:]
-    for x in (base[:, 1:, 3:60], base[..., ::2], base.transpose(0, 2), base[:1, :, 5:70].expand(4, 9, 65), base[:, 2, 0]):
-        check(functools.partial(poly_norm, eps=1e-5), formulas.poly_norm(1e-5), x, weight, bias)
+    base, weight, bias = torch.randn(2, 5, 77), torch.randn(6)[::2], torch.randn(2)[1:]
+    for x in (
+        base[:, 1:, 3:60],
+        base[..., ::2],
+        base[..., :6].transpose(0, 2),
+        base[:1, :, 5:70].expand(2, 5, 65),
+        base[:, 2, 0],
+    ):
+        hold(x, weight, bias, 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 8)], ids=str)

@@ -4,6 +4,8 @@ scale and shift are those of a row, or of a group of rows: of an image, of a bat
 with Transformers, 2022 (arXiv 2212.09748), on a LayerNorm.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,11 @@ from ._check import check_same
 from ._check import rows_of
 from ._check import wide
 from ._norm import column_sum
+from ._norm import number_each
 from .rms_norm import check_arguments
 
 FORWARD_BLOCK, BLOCKS = 2048, (2048, 4096)
-RESIDENT = {2048: 2, 4096: 1}  # a backward's programs on one multiprocessor, at 96 registers a thread and twice that
+RESIDENT = {2048: 2, 4096: 1}  # a backward's programs on one multiprocessor, at 128 registers a thread and twice that
 
 
 def tile(n):
@@ -59,7 +62,7 @@ def backward_reference(dy, x, scale, weight, rstd, offset, cast, need_dw, need_d
     none = scale.new_empty(0)
     dw = (dys * (1 + by) * xhat).sum_to_size(weight.shape).to(weight.dtype) if need_dw else none.clone()
     dscale, dshift = (
-        g.sum_to_size(by.shape).view(scale.shape).to(scale.dtype) if needed else none.clone()
+        g.sum_to_size(by.shape).view(scale.shape).to(scale.dtype, copy=True) if needed else none.clone()
         for g, needed in ((dys * xhat * w, need_dscale), (dys, need_dshift))
     )
     return dx.to(x.dtype), dw, dscale, dshift
@@ -69,13 +72,13 @@ def backward_reference(dy, x, scale, weight, rstd, offset, cast, need_dw, need_d
 def modulated_rms_norm_fwd(
     x: Tensor, scale: Tensor, shift: Tensor | None, weight: Tensor | None, eps: float, offset: float, cast: bool
 ) -> tuple[Tensor, Tensor]:
-    each = x.shape[scale.dim() - 1 : -1].numel()
+    each = math.prod(x.shape[scale.dim() - 1 : -1])
     x, stride, rows, n = rows_of(x)
     scale, scale_stride, _, _ = rows_of(scale)
     shifts, shift_stride, _, _ = (scale, scale_stride, 0, 0) if shift is None else rows_of(shift)
     has_weight, offset = weight is not None, 1.0 if weight is None else offset
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = x.new_empty(tuple(x.shape[:-1]), dtype=torch.float32)
+    rstd = number_each(x)
     kernels.modulated_rms_norm_fwd[(rows,)](
         x, weight.contiguous() if has_weight else scale, scale, shifts, y, rstd, stride, scale_stride, shift_stride, each, n,
         eps, offset, has_weight, shift is not None, cast, BLOCK=FORWARD_BLOCK,
@@ -97,7 +100,7 @@ def modulated_rms_norm_bwd(
     need_dshift: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(the gradients of x, of weight, of scale, of shift); what is not needed is empty."""
-    each = x.shape[scale.dim() - 1 : -1].numel()
+    each = math.prod(x.shape[scale.dim() - 1 : -1])
     x, stride, rows, n = rows_of(x)
     scale, scale_stride, groups, _ = rows_of(scale)
     has_weight, offset = weight is not None, 1.0 if weight is None else offset
@@ -111,13 +114,16 @@ def modulated_rms_norm_bwd(
     shares = [x.new_empty(parts * d.numel() * (not whole), dtype=torch.float32) for d in (dscale, dshift)]
     partial = x.new_empty(parts * of_groups * n * need_dw, dtype=torch.float32)
     weights = weight.contiguous() if has_weight else scale
+    # One kernel alone writes a tensor: export.lower stands on that.
+    wholes = (dscale, dshift) if whole else (scale, scale)
     kernels.modulated_rms_norm_bwd[(parts, of_groups)](
-        dy.contiguous(), x, weights, scale, rstd, dx, dscale, dshift, *shares, partial, stride, scale_stride, groups, each, n,
+        dy.contiguous(), x, weights, scale, rstd, dx, *wholes, *shares, partial, stride, scale_stride, groups, each, n,
         offset, has_weight, cast, need_dw, need_dscale, need_dshift, whole, **how,
     )  # fmt: skip
-    for share, gradient in zip(shares, (dscale, dshift), strict=True):
-        if not whole and gradient.numel():
-            column_sum(share, parts, gradient)
+    if not whole:
+        for share, gradient in zip(shares, (dscale, dshift), strict=True):
+            if gradient.numel():
+                column_sum(share, parts, gradient)
     dw = column_sum(partial, parts * of_groups, torch.empty_like(weights)) if need_dw else scale.new_empty(0)
     return dx, dw, dscale, dshift
 
