@@ -1,4 +1,5 @@
-"""The causal softmax of square matrices of scores, one row a program, arithmetic in fp32: row i is of its first i + 1 numbers.
+"""The causal softmax of matrices of scores, one row a program, arithmetic in fp32: the last row is of all its n numbers, each
+before it of one less.
 
 A row wider than BLOCK is walked in a loop, as far as its mask; beyond, zeros are written.
 """
@@ -13,6 +14,7 @@ from _aot import variants
     x="*T",
     y="*T",
     x_stride="i32:16",
+    tokens="i32",
     n="i32:16",
     T=["fp32", "bf16", "fp16"],
     BLOCK=[1024],
@@ -20,9 +22,9 @@ from _aot import variants
     num_warps=2,
 )
 @triton.jit
-def causal_softmax_fwd(x, y, x_stride, n, BLOCK: tl.constexpr, LOOP: tl.constexpr):
+def causal_softmax_fwd(x, y, x_stride, tokens, n, BLOCK: tl.constexpr, LOOP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    end = tl.program_id(0) % n + 1
+    end = tl.program_id(0) % tokens + 1 + n - tokens
     read = (end + 15) // 16 * 16  # a mask that ends anywhere would make a load of each number by itself
     col = tl.arange(0, BLOCK)
     x_at, y_at = x + row * x_stride, y + row * n

@@ -30,7 +30,7 @@ EXAMPLES = {
     "softmax": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "sparsemax": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "multi_token_attention": lambda t: (
-        tensors((2, 4, 12, 12), (6, 2, 3, 3), (6,), dtype=t),
+        tensors((2, 2, 6, 6), (4, 1, 3, 3), (4,), dtype=t),
         {"padding": [1, 1], "groups": 2},
     ),
     "group_norm": lambda t: ([*tensors((3, 4, 24), dtype=t), 2, *tensors((4,), (4,), dtype=t)], {}),

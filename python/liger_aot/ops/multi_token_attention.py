@@ -26,8 +26,9 @@ BLOCK = 1024
 
 
 def causal(x):
-    """x, with -inf in row i beyond its first i + 1 columns."""
-    return x.masked_fill(torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1), -torch.inf)
+    """x (…, tokens, n), with -inf where a column is later than the token of the row: the tokens are the last of n."""
+    later = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1 + x.shape[-1] - x.shape[-2])
+    return x.masked_fill(later, -torch.inf)
 
 
 def forward_reference(x):
@@ -36,10 +37,13 @@ def forward_reference(x):
 
 @op(cpu=forward_reference)
 def causal_softmax_fwd(x: Tensor) -> Tensor:
-    """The softmax over the last dimension of square matrices: in row i of its first i + 1 columns, 0 beyond."""
+    """The softmax over the last dimension of (…, tokens, n): of all columns in the last row, of one less in each before."""
+    tokens = x.shape[-2]
     x, stride, rows, n = rows_of(x)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    kernels.causal_softmax_fwd[(rows if n else 0,)](x, y, stride, n, BLOCK=BLOCK, LOOP=not (type(n) is int and n <= BLOCK))
+    kernels.causal_softmax_fwd[(rows if n else 0,)](
+        x, y, stride, tokens, n, BLOCK=BLOCK, LOOP=not (type(n) is int and n <= BLOCK)
+    )
     return y
 
 
