@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -169,6 +170,12 @@ def test_modulated_rms_norm():
     assert repr(module) == "ModulatedRMSNorm((6,), eps=0.001, elementwise_affine=True, offset=1.0, casting=none)"
     with pytest.raises(ValueError, match=r"ModulatedRMSNorm: hidden_size must be the size of the last dimension, got \(2, 6\)"):
         liger_aot.nn.ModulatedRMSNorm((2, 6))
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": (1, 0), "dilation": (1, 2)}], ids=str)
+def test_multi_token_attention(options):
+    x, w, b = torch.randn(2, 4, 9, 9), torch.randn(4, 4, 2, 2), torch.randn(4)
+    same(partial(liger_aot.multi_token_attention, **options), formulas.multi_token_attention(x.dtype, **options), x, w, b)
 
 
 def test_dyt_and_relu_squared():

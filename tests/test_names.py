@@ -41,6 +41,7 @@ MODULES = {
     "poly_norm": ["LigerPolyNorm"],
     "softmax": ["LigerSoftmax"],
     "sparsemax": ["LigerSparsemax"],
+    "multi_token_attention": ["LigerMultiTokenAttention"],
     "rope": ["liger_rotary_pos_emb", "liger_rotary_pos_emb_gpt_oss", "liger_rotary_pos_emb_vision"],
     "qwen2vl_mrope": ["liger_multimodal_rotary_pos_emb"],
     "llama4_rope": ["liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"],
@@ -78,6 +79,7 @@ FUNCTIONS = [
     "PolyNorm",
     "Softmax",
     "Sparsemax",
+    "MultiTokenAttention",
     "Rope",
     "Qwen2VLMRope",
     "Llama4Rope",
@@ -162,6 +164,7 @@ BUILD = {
     "LigerPolyNorm": (),
     "LigerSoftmax": (),
     "LigerSparsemax": (),
+    "LigerMultiTokenAttention": (4, 6, 3),
     "LigerBlockSparseTop2MLP": (CONFIG,),
     "LigerFalconH1SwiGLUMLP": (CONFIG,),
     "LigerHunyuanV1SwiGLUMLP": (CONFIG, 1),
@@ -368,6 +371,25 @@ def test_modulated_rms_norm():
         torch.testing.assert_close(module(x, scale), L.liger_modulated_rms_norm(x, None, scale, None, 1e-3))
     with pytest.raises(ValueError, match="modulated_rms_norm: scale must have as many columns as x"):
         L.liger_modulated_rms_norm(x, weight, torch.randn(3, 12))
+
+
+def test_multi_token_attention():
+    x, w, b = torch.randn(2, 4, 9, 9), torch.randn(6, 2, 3, 5), torch.randn(6)
+    module = build("LigerMultiTokenAttention", 4, 6, (3, 5), 1, (1, 2), (1, 1), 2, True, True)
+    assert not module.bias.any()
+    module.load_state_dict({"weight": w, "bias": b})
+    options = 1, (1, 2), 1, 2
+    want = formulas.multi_token_attention(x.dtype, True, padding=(1, 2), groups=2)(x, w, b)
+    for got in (
+        module(x),
+        L.liger_multi_token_attention(x, w, b, *options, True),
+        liger_aot.ops.LigerMultiTokenAttentionFunction.apply(x, w, b, *options, True),
+    ):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        L.liger_multi_token_attention(x, w, None, *options),
+        formulas.multi_token_attention(x.dtype, padding=(1, 2), groups=2)(x, w),
+    )
 
 
 def test_gates_by_position():

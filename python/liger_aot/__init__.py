@@ -22,6 +22,7 @@ from .functional import linear_cross_entropy
 from .functional import linear_jsd
 from .functional import linear_logprob
 from .functional import modulated_rms_norm
+from .functional import multi_token_attention
 from .functional import poly_norm
 from .functional import relu_squared
 from .functional import rms_norm
@@ -51,6 +52,7 @@ __all__ = [
     "linear_jsd",
     "linear_logprob",
     "modulated_rms_norm",
+    "multi_token_attention",
     "nn",
     "poly_norm",
     "preload",

@@ -17,6 +17,7 @@ from .llama4_rope import liger_llama4_vision_rotary_pos_emb
 from .mlp import LigerFalconH1MLP
 from .mlp import LigerMLP
 from .modulated_rms_norm import LigerModulatedRMSNorm
+from .multi_token_attention import LigerMultiTokenAttention
 from .poly_norm import LigerPolyNorm
 from .relu_squared import LigerReLUSquared
 from .rms_norm import LigerRMSNorm
@@ -51,6 +52,7 @@ __all__ = [
     "LigerLayerNorm",
     "LigerMLP",
     "LigerModulatedRMSNorm",
+    "LigerMultiTokenAttention",
     "LigerPhi3SwiGLUMLP",
     "LigerPolyNorm",
     "LigerQwen3MoeSwiGLUMLP",
