@@ -225,19 +225,10 @@ def test_falcon_h1_and_its_multipliers(multipliers):
     check_equal(step(model, **batch()), step(build("falcon_h1", **options), **batch()))
 
 
-def test_nanochats_rope_of_the_other_sign_is_left():
-    model = build("nanochat")
-    report = liger_aot.bind(model)
-    found = row(report, "model.layers.0.self_attn")
-    assert (found.status, found.operator) == ("left", None)
-    assert found.why
-    check_equal(step(model, **batch()), step(build("nanochat"), **batch()))
-
-
 def test_a_rope_swapped_in_by_others_is_seen(model, monkeypatch):
     """The function is that which the attention finds among its globals when it is bound."""
     own = modeling_llama.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, unsqueeze_dim=1: own(q, k, cos, -sin))
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, unsqueeze_dim=1: own(q, k, -cos, sin))
     plain = step(build(), **batch())
     report = liger_aot.bind(model)
     assert row(report, "model.layers.0.self_attn").status == "left"

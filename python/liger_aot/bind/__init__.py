@@ -16,6 +16,7 @@ from torch import nn
 
 from ..ops._check import FLOATS
 from . import _find as find
+from . import _rope as ropes
 from . import _swap as swaps
 from ._find import Found
 from ._report import Counts
@@ -34,8 +35,10 @@ KINDS = [
     (find.norm_like, find.find_norm, swaps.norm_class, try_module, {"rms_norm", "layer_norm"}),
     (find.glu_like, find.find_glu, swaps.glu_class, try_module, {"swiglu", "geglu"}),
     (find.experts_like, find.find_experts, swaps.experts_class, try_module, {"swiglu", "geglu"}),
-    (find.attention_like, find.find_attention, swaps.rope_class, try_rope, {"rope"}),
+    (ropes.attention_like, ropes.find_attention, swaps.rope_class, try_rope, {"rope"}),
 ]
+
+PLAIN, DTENSOR = ("torch.nn.parameter.Parameter", "torch.Tensor"), "torch.distributed.tensor.DTensor"
 
 
 def bind(
@@ -142,7 +145,7 @@ def layers(model, wanted, compile, device):
         cls = None if found.args is None else swaps.subclass(type(module), make, (compile, *found.args))
         if why := cls and once((key, cls), trial, module, found.trial, cls, device):
             found = found._replace(args=None, why=why)
-        if cls is not None and (why := unfit_weights(model, module)):
+        if cls is not None and (why := unfit_weights(model, module, DTENSOR)):  # which row by row operators take
             found = found._replace(args=None, why=why)
         yield entry(path, module, found, cls)
 
@@ -209,9 +212,9 @@ def unfit_head(model, head):
     return ""
 
 
-def unfit_weights(model, module):
+def unfit_weights(model, module, *taken):
     """Why the weights of a module are none that kernels could read; empty where they are plain ones, or FSDP2 makes them so."""
-    others = {type(p) for p in find.weights_of(module).values()} - {nn.Parameter, torch.Tensor}
-    if not others or any(c.__module__.startswith("torch.distributed.fsdp") for m in model.modules() for c in type(m).__mro__):
+    kinds = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, find.weights_of(module).values())} - {*PLAIN, *taken}
+    if not kinds or any(c.__module__.startswith("torch.distributed.fsdp") for m in model.modules() for c in type(m).__mro__):
         return ""
-    return "; ".join(f"its weights are {cls.__module__}.{cls.__qualname__}" for cls in others)
+    return f"its weights are {', '.join(sorted(kinds))}"
