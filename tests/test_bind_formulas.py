@@ -247,6 +247,16 @@ def test_every_activation_is_bound_as_itself_or_left(act):
     check_equal(step(model, **batch()), step(build(hidden_act=act), **batch()))
 
 
+@pytest.mark.parametrize(("act", "operator"), {"relu2": "relu_squared", "relu": None, "silu": None, "gelu": None}.items())
+def test_an_activation_without_a_gate(act, operator):
+    model = build("nanochat", hidden_act=act)
+    found = row(liger_aot.bind(model), "model.layers.0.mlp")
+    assert (found.status, found.operator) == ("bound" if operator else "left", operator)
+    with operators() as seen:
+        check_equal(step(model, **batch()), step(build("nanochat", hidden_act=act), **batch()))
+    assert {name for name in seen if "relu" in name} == ({"relu_squared_fwd", "relu_squared_bwd"} if operator else set())
+
+
 def test_dropout_within_an_mlp_is_kept():
     def run(model):
         torch.manual_seed(3)

@@ -20,7 +20,7 @@ CLASSES = {
     "GteForMaskedLM": "geglu: 3 linears, gelu",
     "Qwen2VLForConditionalGeneration": "rope: half, fp32; an image",
     "CohereForCausalLM": "rope: interleaved; logits that are scaled",
-    "NanoChatForCausalLM": "rope: half, other sign",
+    "NanoChatForCausalLM": "rope: half, other sign; relu_squared: 2 linears",
     "GptOssForCausalLM": "rope: half, one angle a pair",
     "GlmForCausalLM": "rope: interleaved, doubled angles",
     "GPTJForCausalLM": "rope: interleaved, one angle a pair, one tensor",

@@ -6,6 +6,7 @@ so that a dropout shows. What equals a formula that an operator of ours computes
 it is left.
 """
 
+import functools
 import inspect
 import itertools
 import types
@@ -14,6 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
 from torch import nn
+
+from ..ops.geglu import geglu
+from ..ops.relu_squared import relu_squared
+from ..ops.swiglu import swiglu
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -232,7 +237,7 @@ def find_norm(module):
     )
 
 
-# Gated units: MLPs of two or three linear layers, and the gate of experts.
+# MLPs of two or three linear layers, and the gate of experts.
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -243,7 +248,13 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "identity": lambda x: x,
 }
-GATED = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu"}
+# What is ours of them, without a gate and with one: the operator's name, the bound class's, and the operator.
+UNITS = {
+    (False, "relu squared"): ("relu_squared", "LigerReLUSquared", relu_squared),
+    (True, "silu"): ("swiglu", "LigerSwiGLU", swiglu),
+    (True, "gelu_tanh"): ("geglu", "LigerGEGLU", geglu),
+    (True, "gelu"): ("geglu", "LigerGEGLU", functools.partial(geglu, approximate="none")),
+}
 HALVES = {
     "gate_up": lambda h: h.chunk(2, -1),
     "up_gate": lambda h: h.chunk(2, -1)[::-1],
@@ -256,9 +267,15 @@ def glu_inputs(*shape):
     return [(normal(generator, *shape, dtype=dtype, scale=scale),) for dtype, scale in ((FP32, 1.0), (FP32, 30.0), (BF16, 1.0))]
 
 
-def gated(kind, act, *names):
-    """What is ours of gated units."""
-    return (GATED[act], kind, act, *names) if act in GATED and kind != "2 linears" else None
+def unit_of(kind, act):
+    """Of UNITS, or None."""
+    return UNITS.get((kind != "2 linears", act))
+
+
+def ours(kind, act, *names):
+    """The operator, and the arguments of the class to swap in, or None."""
+    found = unit_of(kind, act)
+    return found and (found[0], kind, act, *names)
 
 
 def kinds(module, layers):
@@ -304,7 +321,7 @@ def find_glu(module):
         left, why = survivors(lambda x: steady(copy.to(x.dtype), x), formulas, inputs, rounded)
         if left:
             kind, act, names = next(iter(left))
-            return one(f"{kind}, {act}", gated(kind, act, names, kinds(module, layers)), copy, "forward", *inputs[0])
+            return one(f"{kind}, {act}", ours(kind, act, names, kinds(module, layers)), copy, "forward", *inputs[0])
     return Found(None, "", why)
 
 
@@ -338,7 +355,7 @@ def find_experts(module):
     if not left:
         return Found(None, "", why)
     kind, act = next(iter(left))
-    found = one(f"experts {kind}, {act}", gated(kind, act, kinds(module, ())), copy, "_apply_gate", *inputs[0])
+    found = one(f"experts {kind}, {act}", ours(kind, act, kinds(module, ())), copy, "_apply_gate", *inputs[0])
     if getattr(module.config, "_experts_implementation", None) == "eager":
         return found._replace(args=None, why="eager experts call no _apply_gate: set_experts_implementation('grouped_mm')")
     return found

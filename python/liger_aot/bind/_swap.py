@@ -15,20 +15,16 @@ from torch import nn
 
 from ..ops._check import FLOATS
 from ..ops._check import under_autocast
-from ..ops.geglu import geglu
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
-from ..ops.swiglu import swiglu
 from ._find import HALVES
 from ._find import called
 from ._find import parameters_of
+from ._find import unit_of
 from ._lazy import LazyLogits
 from ._lazy import lazy_logits
 from ._rope import rope_functions
 from ._rope import rotation
-
-GATED = {"silu": swiglu, "gelu_tanh": geglu, "gelu": functools.partial(geglu, approximate="none")}
-NAMES = {"silu": "LigerSwiGLU", "gelu_tanh": "LigerGEGLU", "gelu": "LigerGEGLU"}
 
 
 class Bound(NamedTuple):
@@ -102,23 +98,26 @@ def untouched(module, others):
 
 def glu_class(original, compile, kind, act, names, others):
     *first, down = names
+    _, name, operator = unit_of(kind, act)
+    split = HALVES.get(kind, lambda *outputs: outputs)
 
     def compute(self, x):
         if not untouched(self, others):
             return original.forward(self, x)
-        outputs = [getattr(self, name)(x) for name in first]
-        return getattr(self, down)(GATED[act](*(outputs if len(outputs) == 2 else HALVES[kind](*outputs))))
+        return getattr(self, down)(operator(*split(*(getattr(self, layer)(x) for layer in first))))
 
     text = described(original, f"{kind}, {act}, was={original.__name__}")
-    return f"{NAMES[act]}MLP", {"extra_repr": text, **computing(original, compile, compute)}
+    return f"{name}MLP", {"extra_repr": text, **computing(original, compile, compute)}
 
 
 def experts_class(original, compile, kind, act, others):
+    _, name, operator = unit_of(kind, act)
+
     def compute(self, x):
-        return GATED[act](*HALVES[kind](x)) if untouched(self, others) else original._apply_gate(self, x)
+        return operator(*HALVES[kind](x)) if untouched(self, others) else original._apply_gate(self, x)
 
     text = described(original, f"experts, {kind}, {act}, was={original.__name__}")
-    return f"{NAMES[act]}Experts", {"extra_repr": text, **computing(original, compile, compute, "_apply_gate")}
+    return f"{name}Experts", {"extra_repr": text, **computing(original, compile, compute, "_apply_gate")}
 
 
 def rope_class(original, compile, functions):
