@@ -10,7 +10,8 @@ import types
 
 import torch
 
-from ..functional import rope
+from ..ops.rope import forward_reference
+from ..ops.rope import rope
 from ._find import BF16
 from ._find import FP32
 from ._find import Found
@@ -135,7 +136,7 @@ def find_rope(function):
 
         def call(form, *tensors):
             positions = tensors[count + len(turns) :]
-            return rotated(form, places, tensors[:count], tensors[count : count + len(turns)], *positions)
+            return rotated(forward_reference, form, places, tensors[:count], tensors[count : count + len(turns)], *positions)
 
         every = {form: functools.partial(call, form) for form in forms}
         return survivors(compute, every, [inputs(layout, heads, turns, r, *each) for each in dtypes], rounded)
@@ -160,28 +161,31 @@ def find_rope(function):
     return one(formula, ("rope", form, places, mixed), count, inputs(layout, heads, turns, r, FP32, FP32))
 
 
-def rotated(form, places, xs, angles, positions=None, dim=None, mixed=True):
-    """What the operator makes of heads xs, or None where these are no such as the form was recognised with.
+def rotated(turn, form, places, xs, angles, positions=None, dim=None, mixed=True):
+    """What turn, the operator or its reference, makes of heads xs, or None where these are no such as the form was found with.
 
     places says of the numbers of dimensions of heads and angles which counts the heads, unless dim does.
     """
     prepare, options = ROTATIONS[form]
-    q, place = xs[0], places.get((xs[0].dim(), angles[0].dim()))
-    dtypes = {q.dtype, torch.complex64, *([FP32] if mixed else [])}
+    flat, dtype, place = xs[0].dim() == 3, xs[0].dtype, places.get((xs[0].dim(), angles[0].dim()))
+    dtypes = {dtype, torch.complex64, *([FP32] if mixed else [])}
     if place is None or any(a.requires_grad or a.dtype not in dtypes for a in angles):
         return None
-    dim = place if dim is None else dim
-    if q.dim() == 3:
-        xs, dim = [x[None] for x in xs], dim + 1
+    dim = (place if dim is None else dim) + flat
     if dim not in (1, 2):
         return None
     angles, more = prepare(angles, positions)
-    fits = all(x.dtype is q.dtype and x.shape[3 - dim] == angles[0].shape[-2] for x in xs)
-    if not fits or (angles[0].dim() == 3 and angles[0].shape[0] not in (1, xs[0].shape[0])):
+    heads, shape = [(x[None] if flat else x).transpose(1, dim) for x in xs], angles[0].shape
+    one_batch = len(shape) == 2 or shape[0] in (1, heads[0].shape[0])
+    if not one_batch or any(x.dtype is not dtype or x.shape[2] != shape[-2] for x in heads):
         return None
-    pairs = [*xs, *[None] * (len(xs) % 2)]
-    turned = [rope(*pair, *angles, unsqueeze_dim=dim, **options, **more) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
-    results = tuple(y if q.dim() == 4 else y[0] for pair in turned for y in pair if y is not None)
+    pairs = [*heads, *[heads[0][:, :0]] * (len(xs) % 2)]  # of no other, no heads
+    turned = [
+        turn(*pair, *angles, *[None] * (2 - len(angles)), **options, **more)
+        for pair in zip(pairs[::2], pairs[1::2], strict=True)
+    ]
+    results = [y.transpose(1, dim) for pair in turned for y in pair]
+    results = tuple(y[0] if flat else y for y in results[: len(xs)])
     return results if len(xs) > 1 else results[0]
 
 
@@ -197,7 +201,7 @@ def rotation(function, own, form, places, mixed):
         xs, angles = ([given.get(name) for name in part] for part in (heads, turns))
         results = None
         if all(isinstance(x, torch.Tensor) for x in (*xs, *angles)) and not own(xs[0]):
-            results = rotated(form, places, xs, angles, *(given.get(name) for name in OPTIONAL), mixed)
+            results = rotated(rope, form, places, xs, angles, *(given.get(name) for name in OPTIONAL), mixed)
         return function(*args, **kwargs) if results is None else results
 
     return rotate
