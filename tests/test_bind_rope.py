@@ -1,5 +1,6 @@
 """Every form of rotary embedding that a model of transformers has: found by its numbers, and the operator's from then on."""
 
+import builtins
 import importlib
 import inspect
 import types
@@ -13,7 +14,9 @@ import liger_aot
 from liger_aot import _jit
 
 from binding import row
+from tiny import nodes
 from tiny import operators
+from tiny import recorder
 
 BATCHED, TOKENS_FIRST, FLAT = (2, 4, 5, 16), (2, 5, 4, 16), (5, 4, 16)
 INTERLEAVE = "apply_rotary_pos_emb_interleave"
@@ -62,14 +65,14 @@ def host(rotary):
     def forward(self, *args, **kwargs):
         return rotary_function(*args, **kwargs)  # noqa: F821 (of the globals that it is given)
 
-    scope = {"__name__": __name__, "rotary_function": rotary}
+    scope = {"__name__": __name__, "__builtins__": builtins, "rotary_function": rotary}
     return type("Attention", (nn.Module,), {"forward": types.FunctionType(forward.__code__, scope, "forward")})()
 
 
-def bound(rotary):
+def bound(rotary, **flags):
     module = host(rotary)
     model = nn.ModuleDict({"attention": module})
-    return module, row(liger_aot.bind(model), "attention")
+    return module, row(liger_aot.bind(model, **flags), "attention")
 
 
 def inputs(rotary, shape, angles, dtype=torch.float32, angle_dtype=None):
@@ -125,6 +128,18 @@ def test_the_kernel_computes_every_form(form):
     with _jit.interpreted() as launcher:
         check_equal(rotary, module, *inputs(rotary, shape, angles))
     assert {str(kernel) for kernel in launcher.launched} == {"rope"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_compiles_whole_where_the_operators_are_asked_for(form):
+    torch._dynamo.reset()
+    _, shape, angles = FUNCTIONS[FORMS[form]]
+    rotary, graphs = function(FORMS[form]), []
+    module, _ = bound(rotary, compile="liger")
+    given, heads = inputs(rotary, shape, angles)
+    got = results(torch.compile(module, fullgraph=True, backend=recorder(graphs)), given, heads)
+    assert nodes(graphs) == {"rope_fwd", "rope_bwd"}
+    torch.testing.assert_close(got, results(host(rotary), given, heads), rtol=2**-20, atol=2**-20)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
