@@ -21,6 +21,7 @@ from .functional import layer_norm
 from .functional import linear_cross_entropy
 from .functional import linear_jsd
 from .functional import linear_logprob
+from .functional import multi_token_attention
 from .functional import relu_squared
 from .functional import rms_norm
 from .functional import rope
@@ -48,6 +49,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_jsd",
     "linear_logprob",
+    "multi_token_attention",
     "nn",
     "preload",
     "relu_squared",

@@ -22,6 +22,7 @@ from .ops import layer_norm as _layer_norm
 from .ops import linear_cross_entropy as _linear_cross_entropy
 from .ops import linear_jsd as _linear_jsd
 from .ops import linear_logprob as _linear_logprob
+from .ops import multi_token_attention as _multi_token_attention
 from .ops import relu_squared as _relu_squared
 from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
@@ -237,6 +238,27 @@ def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
     tensor([0.7500, 0.2500, 0.0000])
     """
     return _sparsemax.sparsemax(input, dim)
+
+
+def multi_token_attention(
+    scores: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    sparse: bool = False,
+) -> Tensor:
+    """The causal softmax, or sparsemax, of scores (batch, C, L, L), convolved as by conv2d, and masked causally.
+
+    >>> liger_aot.multi_token_attention(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 1, 1))
+    tensor([[[[1.0000, 0.0000],
+              [0.5000, 0.5000]]]])
+    """
+    pairs = ([n, n] if isinstance(n, int) else list(n) for n in (stride, padding, dilation))
+    return _multi_token_attention.multi_token_attention(scores, weight, bias, *pairs, groups, sparse)
 
 
 def cross_entropy(
