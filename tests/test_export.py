@@ -158,6 +158,7 @@ WIDTHS = {
     "rope": (("123W", "123W", "13W", "13W"), True),
     "swiglu": (("3W", "3W"), False),
     "geglu": (("3W", "3W"), False),
+    "packed_glu": (("3W",), False),
     "relu_squared": (("3W",), False),
     "dyt": (("3W", "1", "W", "W"), False),
     "kl_div": (("3W", "3W"), False),

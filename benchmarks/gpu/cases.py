@@ -12,6 +12,8 @@ import cases
 import torch
 from torch.nn import functional
 
+from liger_aot.functional import moe_route
+
 OURS, LIGER, EAGER, COMPILED, HF = "liger-aot", "liger-kernel", "torch eager", "torch.compile", "transformers"
 QUACK, FUSED, MATMULS, LIGER_FP32 = "quack", "F.linear_cross_entropy", "bare matmuls", "liger-kernel, sums in fp32"
 DTYPE = torch.bfloat16
@@ -84,6 +86,9 @@ IN_TORCH = {
     "rope": eager_rope,
     "swiglu": lambda gate, up: functional.silu(gate) * up,
     "geglu": lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
+    "packed_glu": lambda x: functional.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "moe_permute": lambda x, order, position: x[order // position.shape[1]],
+    "moe_unpermute": lambda x, weight, order, position: (x[position] * weight[..., None]).sum(1),
     "relu_squared": lambda x: functional.relu(x).square(),
     "softmax": lambda x: functional.softmax(x, -1),
     "sparsemax": eager_sparsemax,
@@ -183,6 +188,27 @@ def gated_rms_norm(tokens, hidden, liger):
     return Timed([x, gate, leaf(hidden)], found, (3 * x.nbytes, 5 * x.nbytes))
 
 
+def packed_glu(tokens, hidden, liger):
+    x = leaf(tokens, 2 * hidden)
+    return Timed([x], calls("packed_glu", None), (x.nbytes + x.nbytes // 2, 2 * x.nbytes + x.nbytes // 2))
+
+
+def slots(tokens):
+    """Where the rows of a model go that has 8 of 64 experts a token."""
+    return moe_route(torch.rand(tokens, 64).topk(8).indices, 64)[:2]
+
+
+def moe_permute(tokens, hidden, liger):
+    x = leaf(tokens, hidden)
+    return Timed([x, *slots(tokens)], calls("moe_permute", None), (9 * x.nbytes, 9 * x.nbytes))
+
+
+def moe_unpermute(tokens, hidden, liger):
+    x, weight = leaf(8 * tokens, hidden), torch.rand(tokens, 8, dtype=DTYPE).requires_grad_()
+    token = x.nbytes // 8
+    return Timed([x, weight, *slots(tokens)], calls("moe_unpermute", None), (9 * token, 17 * token))
+
+
 def group_norm(tokens, hidden, liger):
     """As image models have it: 512 channels in 32 groups, for as many numbers as tokens times hidden."""
     x, weight, bias = leaf(8, CHANNELS, tokens * hidden // (8 * CHANNELS)), leaf(CHANNELS), leaf(CHANNELS)
@@ -275,6 +301,9 @@ BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {
     "dyt": dyt,
     "group_norm": group_norm,
     "gated_rms_norm": gated_rms_norm,
+    "packed_glu": packed_glu,
+    "moe_permute": moe_permute,
+    "moe_unpermute": moe_unpermute,
 }
 BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax", "sparsemax")}
 BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy, "linear_logprob": linear_logprob}
@@ -285,7 +314,8 @@ BUILD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
 TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the first cases
 HIDDEN = [1024, 2048, 4096, 8192, 16384, 32768]
 VOCABULARY = [32768, 65536, 128256, 262144]
-OTHERS = ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm", "gated_rms_norm"]
+OTHERS = ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm", "gated_rms_norm", "packed_glu"]
+OTHERS += ["moe_permute", "moe_unpermute"]
 # At the sizes of Llama-8B: hidden 4096, intermediate 14336, vocabulary 128256.
 FIRST = [
     ("linear_cross_entropy", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),

@@ -21,6 +21,10 @@ from .functional import layer_norm
 from .functional import linear_cross_entropy
 from .functional import linear_jsd
 from .functional import linear_logprob
+from .functional import moe_experts
+from .functional import moe_permute
+from .functional import moe_unpermute
+from .functional import packed_glu
 from .functional import relu_squared
 from .functional import rms_norm
 from .functional import rope
@@ -48,7 +52,11 @@ __all__ = [
     "linear_cross_entropy",
     "linear_jsd",
     "linear_logprob",
+    "moe_experts",
+    "moe_permute",
+    "moe_unpermute",
     "nn",
+    "packed_glu",
     "preload",
     "relu_squared",
     "rms_norm",
