@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import types
 import warnings
 
 import torch
@@ -32,7 +33,6 @@ BODIES = {}  # name -> the function that launches the kernels, for whoever runs 
 def _define(function):
     function.__signature__ = inspect.signature(function)  # taken once, for all who ask
     LIBRARY.define(function.__name__ + infer_schema(function, mutates_args=()), tags=TAGS)
-    return getattr(torch.ops.liger, function.__name__).default
 
 
 def quiet(function):
@@ -86,13 +86,13 @@ def op(cpu, fake=None, strided=False):
 
     def register(function):
         name, body = function.__name__, quiet(function) if fake else function
-        overload = _define(function)
+        _define(function)
         LIBRARY.impl(name, on_one_device(name, body), "CUDA")
         LIBRARY.impl(name, body if cpu is None else quiet(cpu if strided else contiguous(cpu)), "CPU")
-        torch.library.register_fake(f"liger::{name}", fake or function, lib=LIBRARY)
+        LIBRARY.impl(name, fake or function, "Meta")  # register_fake looks up who calls it, which takes ten times as long
         BODIES[name] = body
 
-        return direct(function, body, overload)
+        return direct(function, body)
 
     return register
 
@@ -106,10 +106,11 @@ def {name}({parameters}):
         return body_({passed})
     return overload_({passed})
 """
+FIRST_CALL = (lambda *args, **kwargs: compiled_()(*args, **kwargs)).__code__  # noqa: F821 (of the scope that it runs in)
 
 
-def direct(function, body, overload):
-    """A call of body where all tensors are plain and nobody traces or transforms, else of overload."""
+def direct(function, body):
+    """A call of body where all tensors are plain and nobody traces or transforms, else of the operator."""
     parameters, plain = function.__signature__.parameters, []
     for name, parameter in parameters.items():
         if parameter.annotation is torch.Tensor:
@@ -131,10 +132,19 @@ def direct(function, body, overload):
         "modes_": _len_torch_dispatch_stack,
         "level_": maybe_current_level,
         "body_": body,
-        "overload_": _sharding.aware(overload),
+        "overload_": _sharding.aware(function.__name__),
     }
-    exec(CALL.format_map(words), scope)
-    return functools.update_wrapper(scope[function.__name__], function)
+    call = types.FunctionType(FIRST_CALL, scope)
+
+    def compiled():  # not before the first call: all of them would take 5 ms of the import
+        exec(CALL.format_map(words), scope)
+        made = scope[function.__name__]
+        call.__defaults__ = made.__defaults__  # which another thread's call with the new code needs
+        call.__code__ = made.__code__
+        return call
+
+    scope["compiled_"] = compiled
+    return functools.update_wrapper(call, function)
 
 
 def public(function):
@@ -142,15 +152,16 @@ def public(function):
 
     What is returned calls the function without the dispatcher (4 us with gradients) where nobody traces or transforms.
     """
-    overload = _define(function)
-    LIBRARY.impl(function.__name__, function, "CompositeImplicitAutograd")
-    PUBLIC.append(function.__name__)
+    name = function.__name__
+    _define(function)
+    LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    PUBLIC.append(name)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         # is_dynamo_compiling comes first: Dynamo takes it for true, and looks no further.
         if is_dynamo_compiling() or _get_tracing_state() or _len_torch_dispatch_stack() or maybe_current_level() is not None:
-            return overload(*args, **kwargs)
+            return getattr(torch.ops.liger, name).default(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call

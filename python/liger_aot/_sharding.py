@@ -45,13 +45,13 @@ RULES = {
 }
 
 
-def aware(overload):
-    """overload; where torch.distributed.tensor was imported, it has the rules by then."""
+def aware(name):
+    """The operator of that name; where torch.distributed.tensor was imported, it has the rules by then."""
 
     def call(*args):
         if not is_dynamo_compiling() and "torch.distributed.tensor" in sys.modules:
             register()
-        return overload(*args)
+        return getattr(torch.ops.liger, name).default(*args)
 
     return call
 
