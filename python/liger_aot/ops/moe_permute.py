@@ -3,6 +3,7 @@
 Gale et al., MegaBlocks, 2022 (arXiv 2211.15841), section 5.1, without padding. functional.moe_route makes order and position.
 """
 
+import torch
 from torch import Tensor
 
 from .._op import Function
@@ -32,9 +33,14 @@ def moe_permute_fwd(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
     rows = order.shape[0]
     y = x.new_empty((rows, n))
     kernels.moe_permute_fwd[(rows * cdiv(n, BLOCK),)](
-        x, order.contiguous(), y, rows * n, stride, position.shape[1], n, BLOCK=BLOCK
+        *map(bits, (x, order.contiguous(), y)), rows * n, stride, position.shape[1], n, BLOCK=BLOCK
     )
     return y
+
+
+def bits(x):
+    """The one dtype in which the kernel copies 16 bits."""
+    return x.view(torch.float16) if x.dtype is torch.bfloat16 else x
 
 
 @op(cpu=backward_reference)
