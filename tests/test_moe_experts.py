@@ -127,6 +127,7 @@ def test_no_tokens(path):
     y = moe_experts(*given)
     y.sum().backward()
     assert y.shape == given[0].grad.shape == (0, H)
+    assert given[1].grad is None
 
 
 def test_other_dimensions(path):
@@ -150,6 +151,7 @@ def test_autocast(path):
     hidden, gate_up, down, index, weights = make(torch.float32, INDICES["many"]())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = moe_experts(hidden, gate_up, down, index.tensor, weights)
+    assert got.dtype == torch.float32
     halves = [t.bfloat16() for t in (hidden, gate_up, down)]
     assert torch.equal(got, moe_experts(*halves, index.tensor, weights).float())
 

@@ -51,7 +51,7 @@ def moe_experts(
     hidden (..., H); gate_up_proj (E, 2 F, H) and down_proj (E, H, F), or (E, H, 2 F) and (E, F, H) with transposed; biases
     (E, 2 F) and (E, H); top_k_index and top_k_weights (..., K), an index outside 0 ... E - 1 being no expert. All of one dtype,
     fp32, fp16 or bf16, but the weights, which may be fp32. activation is packed_glu's, or a function of the rows [gate, up]
-    which treats each alone. Under autocast the products are in its dtype.
+    which treats each alone. Under autocast the products are in its dtype. Without a token the projections get no gradient.
 
     The products are torch.nn.functional.grouped_mm: in bf16 on GPUs of compute capability 9.x and 10.x nothing waits for the
     device; for others torch itself reads the offsets on the host. Raises ValueError on what does not fit together, and on an H
@@ -73,7 +73,7 @@ def moe_experts(
     hidden, index, weights = (t.flatten(0, -2) for t in (hidden, top_k_index, top_k_weights))
     order, position, offsets = moe_route(index, gate_up.shape[0])
     x = moe_permute(hidden, order, position)
-    if x.shape[0]:  # torch's product refuses a product of no rows
+    if x.shape[0]:  # torch documents no grouped product of no rows
         x = grouped_linear(x, gate_up, gate_up_bias, offsets)
         x = activation(x) if callable(activation) else packed_glu(x, activation)
         x = grouped_linear(x, down, down_bias, offsets)
