@@ -34,6 +34,7 @@ MODULES = {
         {"num_local_experts": 3, "hidden_act": "gelu_pytorch_tanh"},
     ),
     "gelu": (modeling_mixtral.MixtralExperts, "MixtralConfig", {"num_local_experts": 3, "hidden_act": "gelu"}),
+    "swish": (modeling_mixtral.MixtralExperts, "MixtralConfig", {"num_local_experts": 3, "hidden_act": "swish"}),
     "relu": (modeling_mixtral.MixtralExperts, "MixtralConfig", {"num_local_experts": 3, "hidden_act": "relu"}),
     "transposed": (modeling_aria.AriaExperts, "AriaTextConfig", {"moe_num_experts": 3}),
     "a gate of its own": (modeling_gpt_oss.GptOssExperts, "GptOssConfig", {"num_local_experts": 3}),
@@ -43,7 +44,13 @@ MODULES = {
         {"n_routed_experts": 3, "moe_intermediate_size": 8, "moe_latent_size": None},
     ),
 }
-FUSED = {"silu": "swiglu_fwd", "gelu_pytorch_tanh": "geglu_fwd", "gelu": "geglu_fwd", "transposed": "swiglu_fwd"}
+FUSED = {
+    "silu": "swiglu_fwd",
+    "swish": "swiglu_fwd",
+    "gelu_pytorch_tanh": "geglu_fwd",
+    "gelu": "geglu_fwd",
+    "transposed": "swiglu_fwd",
+}
 
 
 @pytest.fixture(autouse=True)
