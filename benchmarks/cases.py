@@ -342,6 +342,12 @@ def moe(weighted):
 CASES |= {"moe_permute": lambda: moe(False), "moe_unpermute": lambda: moe(True)}
 CASES["relu_squared"] = lambda: pointwise("relu_squared", (), "input")
 CASES["softmax"] = lambda: pointwise("softmax", (-1,), "output")
+# Of which torch's convolution is the most: there is no telling what of it is host cost.
+CASES["multi_token_attention"] = lambda: Case(
+    [leaf(1, 2, 16, 16), leaf(2, 2, 3, 3)],
+    lambda op, scores, weight: op(scores, weight),
+    lambda liger, scores, weight: liger.liger_multi_token_attention(scores, weight),
+)
 CASES["sparsemax"] = lambda: pointwise("sparsemax", (-1,), "output")
 
 

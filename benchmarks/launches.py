@@ -24,6 +24,7 @@ from liger_aot.ops import linear_jsd
 from liger_aot.ops import linear_logprob
 from liger_aot.ops import moe_permute
 from liger_aot.ops import moe_unpermute
+from liger_aot.ops import multi_token_attention
 from liger_aot.ops import packed_glu
 from liger_aot.ops import relu_squared
 from liger_aot.ops import rms_norm
@@ -136,6 +137,13 @@ def of_softmax(s, dtype):
 
 def of_sparsemax(s, dtype):
     return sparsemax.SparsemaxFunction, (shape(*norm_sizes(s), dtype=dtype),)
+
+
+def of_multi_token_attention(s, dtype):
+    """Heads of 128 columns in the width, of which each has a convolution of its own, 3 x 3."""
+    heads, tokens = max(1, s["hidden"] // HEAD), s["tokens"]
+    scores, weight = shape(1, heads, tokens, tokens, dtype=dtype), shape(heads, 1, 3, 3, dtype=dtype)
+    return multi_token_attention.MultiTokenAttentionFunction, (scores, weight, None, [1, 1], [1, 1], [1, 1], heads, False)
 
 
 def of_group_norm(s, dtype):
@@ -337,6 +345,7 @@ KERNELS = {
     "dyt_bwd": Kernel(("dx", "partial"), lambda v: [v["rows"] * blocks(v) / v["programs"]]),
     "softmax_fwd": Kernel(("y",), twice, walked("x")),
     "softmax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
+    "causal_softmax_fwd": Kernel(("y",), twice, walked("x")),
     "sparsemax_fwd": Kernel(("y",), trips_sparsemax, again_sparsemax),
     "sparsemax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
     "group_norm_fwd": Kernel(("y", "mean", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),

@@ -174,6 +174,16 @@ def sparsemax(rows):
         yield (randn(rows(n), n, dtype=dtype),), {}
 
 
+def multi_token_attention(rows):
+    for dtype, n, sparse in itertools.product(DTYPES, (48, 63, 1040, 1041), (False, True)):
+        if n < 1000 or not sparse:
+            heads = 1 if n > 1000 else 2
+            weights = randn(heads, 1, 3, 3, dtype=dtype), randn(heads, dtype=dtype)
+            yield (randn(1, heads, n, n, dtype=dtype), *weights), {"padding": [1, 1], "groups": heads, "sparse": sparse}
+    for x in views(2, 2, 33, 33):
+        yield (x, randn(2, 2, 3, 3, dtype=x.dtype)), {}
+
+
 def group_norm(rows):
     for dtype, size in itertools.product(DTYPES, (64, 63)):
         for weight, bias in itertools.product(weights(8, dtype), repeat=2):
@@ -261,4 +271,5 @@ CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope,
 CALLS |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
+CALLS["multi_token_attention"] = multi_token_attention
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

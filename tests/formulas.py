@@ -151,5 +151,31 @@ def gated_rms_norm(groups=1, gate_first=False, activation="silu", eps=1e-6):
     return formula
 
 
+class Through(torch.autograd.Function):
+    """x and its gradient, rounded to dtype."""
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        ctx.dtype = dtype
+        return x.to(dtype).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy.to(ctx.dtype).to(dy.dtype), None
+
+
+def multi_token_attention(dtype, sparse=False, **convolution):
+    """Golovneva et al. 2025 (arXiv 2504.00927), section 3.1, of probabilities that are kept in dtype."""
+
+    def formula(scores, weight, bias=None):
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        masked = scores.masked_fill(later, -torch.inf)
+        probabilities = sparsemax(masked) if sparse else Rounded.apply(masked, dtype)
+        y = functional.conv2d(Through.apply(probabilities, dtype), weight, bias, **convolution)
+        return y.masked_fill(torch.ones(y.shape[-2:], dtype=torch.bool, device=y.device).triu(1), 0.0)
+
+    return formula
+
+
 def softmax(dtype):
     return lambda x: Rounded.apply(x, dtype)

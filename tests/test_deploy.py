@@ -398,6 +398,13 @@ def test_explain_takes_shapes_of_any_size(capsys):
     assert [row["cubin"] for row in known["candidates"] if row["rejected"] is None] == [n["cubin"] for n in known["launches"]]
 
 
+def test_explain_takes_a_gpus_chunks(capsys):
+    """Of 1024 rows where a CPU's are of 128."""
+    assert main(["explain", "linear_cross_entropy", "2048x64", "256x64", "2048:int64", "--arch", "90", "--json"]) == 0
+    launches = [launch["kernel"] for launch in json.loads(capsys.readouterr().out)["launches"]]
+    assert launches == ["cross_entropy_fwd"] * 2 + ["cross_entropy_reduce"]
+
+
 @pytest.mark.parametrize(
     ("line", "kernels"),
     [

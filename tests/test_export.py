@@ -59,6 +59,8 @@ def sizes(name, tensors):
     weights |= {"dyt": (1, 2, 3), "linear_jsd": (1, 3)}
     weights = weights.get(name, (1,) if "linear" in name else ())
     rows = [range(max(t.dim() - 1, 1)) if n not in weights else () for n, t in enumerate(tensors)]
+    if name == "multi_token_attention":  # whose matrices are square, and whose channels its weight says
+        rows = [(0, 2, 3), (), ()]
     return tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in rows)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -168,6 +169,12 @@ def test_gated_rms_norm(gate_first):
     torch.nn.init.normal_(module.weight)
     torch.testing.assert_close(module(x, gate), function(x, gate, module.weight))
     assert repr(module) == (f"GatedRMSNorm(6, eps=1e-05, groups=2, gate_first={gate_first}, activation=sigmoid, casting=none)")
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": (1, 0), "dilation": (1, 2)}], ids=str)
+def test_multi_token_attention(options):
+    x, w, b = torch.randn(2, 4, 9, 9), torch.randn(4, 4, 2, 2), torch.randn(4)
+    same(partial(liger_aot.multi_token_attention, **options), formulas.multi_token_attention(x.dtype, **options), x, w, b)
 
 
 def test_dyt_and_relu_squared():

@@ -39,6 +39,7 @@ MODULES = {
     "relu_squared": ["LigerReLUSquared"],
     "softmax": ["LigerSoftmax"],
     "sparsemax": ["LigerSparsemax"],
+    "multi_token_attention": ["LigerMultiTokenAttention"],
     "rope": ["liger_rotary_pos_emb", "liger_rotary_pos_emb_gpt_oss", "liger_rotary_pos_emb_vision"],
     "qwen2vl_mrope": ["liger_multimodal_rotary_pos_emb"],
     "llama4_rope": ["liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"],
@@ -75,6 +76,7 @@ FUNCTIONS = [
     "ReLUSquared",
     "Softmax",
     "Sparsemax",
+    "MultiTokenAttention",
     "Rope",
     "Qwen2VLMRope",
     "Llama4Rope",
@@ -160,6 +162,7 @@ BUILD = {
     "LigerReLUSquared": (),
     "LigerSoftmax": (),
     "LigerSparsemax": (),
+    "LigerMultiTokenAttention": (4, 6, 3),
     "LigerBlockSparseTop2MLP": (CONFIG,),
     "LigerExperts": (EXPERTS,),
     "LigerFalconH1SwiGLUMLP": (CONFIG,),
@@ -376,6 +379,25 @@ def test_sparsemax():
     torch.testing.assert_close(build("LigerSparsemax")(x), want)
     torch.testing.assert_close(liger_aot.ops.LigerSparsemaxFunction.apply(x.mT, 0), want.mT)
     torch.testing.assert_close(build("LigerSparsemax", 0)(x), formulas.sparsemax(x.mT.double()).mT.float())
+
+
+def test_multi_token_attention():
+    x, w, b = torch.randn(2, 4, 9, 9), torch.randn(6, 2, 3, 5), torch.randn(6)
+    module = build("LigerMultiTokenAttention", 4, 6, (3, 5), 1, (1, 2), (1, 1), 2, True, True)
+    assert not module.bias.any()
+    module.load_state_dict({"weight": w, "bias": b})
+    options = 1, (1, 2), 1, 2
+    want = formulas.multi_token_attention(x.dtype, True, padding=(1, 2), groups=2)(x, w, b)
+    for got in (
+        module(x),
+        L.liger_multi_token_attention(x, w, b, *options, True),
+        liger_aot.ops.LigerMultiTokenAttentionFunction.apply(x, w, b, *options, True),
+    ):
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        L.liger_multi_token_attention(x, w, None, *options),
+        formulas.multi_token_attention(x.dtype, padding=(1, 2), groups=2)(x, w),
+    )
 
 
 def test_gates_by_position():

@@ -148,6 +148,16 @@ def sparsemax(x):
     return sparsemax_.sparsemax, formulas.sparsemax, [x], {}
 
 
+def multi_token_attention(scores, weight, bias=None, **options):
+    def function(x, w, b=None):
+        return public("multi_token_attention")(x, w, b, **options)
+
+    sparse, convolution = options.get("sparse", False), {k: v for k, v in options.items() if k != "sparse"}
+    formula = formulas.multi_token_attention(scores.dtype, sparse, **convolution)
+    # torch's convolutions sum in an order of their own, and at TF32 where a program allows it.
+    return function, formula, [scores, weight, *([] if bias is None else [bias])], {"slack": 4.0}
+
+
 def group_norm(x, num_groups, weight, bias):
     def formula(x, w, b):
         return group.forward_reference(x, num_groups, w, b, 1e-5)[0]
@@ -276,6 +286,7 @@ HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, 
 HELD |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
+HELD["multi_token_attention"] = multi_token_attention
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}
 HELD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
 

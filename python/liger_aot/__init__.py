@@ -24,6 +24,7 @@ from .functional import linear_logprob
 from .functional import moe_experts
 from .functional import moe_permute
 from .functional import moe_unpermute
+from .functional import multi_token_attention
 from .functional import packed_glu
 from .functional import relu_squared
 from .functional import rms_norm
@@ -55,6 +56,7 @@ __all__ = [
     "moe_experts",
     "moe_permute",
     "moe_unpermute",
+    "multi_token_attention",
     "nn",
     "packed_glu",
     "preload",

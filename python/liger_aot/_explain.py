@@ -56,8 +56,9 @@ def preload(*names, device=None):
 def explain(op, *args, arch=None, **kwargs):
     """What op(*args, **kwargs) would launch, and its backward where an argument requires a gradient; nothing is launched.
 
-    op is a function of liger_aot, an operator or its name. Without a GPU, say for which: arch="90", and pass CPU tensors.
-    Returns a Trace: print it, or read .launches and .rows. Other threads must not run operators meanwhile.
+    op is a function of liger_aot, an operator or its name. Without a GPU, say for which: arch="90", and pass CPU tensors, whose
+    alignment counts, or meta tensors, which take no memory; of CPU tensors, a linear loss takes a CPU's chunks. Returns a
+    Trace: print it, or read .launches and .rows. Other threads must not run operators meanwhile.
     """
     function = getattr(torch.ops.liger, op).default if isinstance(op, str) else op
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]

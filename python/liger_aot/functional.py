@@ -24,6 +24,7 @@ from .ops import linear_jsd as _linear_jsd
 from .ops import linear_logprob as _linear_logprob
 from .ops import moe_permute as _moe_permute
 from .ops import moe_unpermute as _moe_unpermute
+from .ops import multi_token_attention as _multi_token_attention
 from .ops import packed_glu as _packed_glu
 from .ops import relu_squared as _relu_squared
 from .ops import rms_norm as _rms_norm
@@ -273,6 +274,27 @@ def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
     tensor([0.7500, 0.2500, 0.0000])
     """
     return _sparsemax.sparsemax(input, dim)
+
+
+def multi_token_attention(
+    scores: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+    *,
+    sparse: bool = False,
+) -> Tensor:
+    """The causal softmax, or sparsemax, of scores (batch, C, L, L), convolved as by conv2d, and masked causally.
+
+    >>> liger_aot.multi_token_attention(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 1, 1))
+    tensor([[[[1.0000, 0.0000],
+              [0.5000, 0.5000]]]])
+    """
+    pairs = ([n, n] if isinstance(n, int) else list(n) for n in (stride, padding, dilation))
+    return _multi_token_attention.multi_token_attention(scores, weight, bias, *pairs, groups, sparse)
 
 
 def cross_entropy(

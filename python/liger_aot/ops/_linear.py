@@ -30,7 +30,7 @@ def chunk_rows(rows, width, itemsize, least):
 def chunks(hidden):
     """Slices over the rows of hidden (rows, width)."""
     rows, width = hidden.shape
-    step = chunk_rows(rows, width, hidden.element_size(), LEAST if hidden.is_cuda else TILE)
+    step = chunk_rows(rows, width, hidden.element_size(), TILE if hidden.is_cpu else LEAST)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)] if rows else []
 
 

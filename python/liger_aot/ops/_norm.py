@@ -2,6 +2,8 @@
 
 import functools
 
+import torch
+
 from .._runtime import cdiv
 from .._runtime import fit
 from .._runtime import kernels
@@ -35,6 +37,11 @@ def layout(x, least=BLOCKS[0]):
     x, stride, rows, n = rows_of(x)
     each, block, loop = _tile(n if type(n) is int and n > least else least)  # under tracing any will do
     return x, stride, rows, n, -(-rows // each), each, block, loop
+
+
+def number_each(x):
+    """Room for a number of each row of x, in fp32."""
+    return x.new_empty(*(x.shape[:-1] or ((),)), dtype=torch.float32)  # torch reads a shape in one piece 0.7 us slower
 
 
 def column_sum(partial, count, out):

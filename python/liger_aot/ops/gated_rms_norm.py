@@ -81,7 +81,7 @@ def gated_rms_norm_fwd(
     x, stride, rows, width = rows_of(x)
     gate, gate_stride, _, _ = rows_of(gate)
     y, n = torch.empty_like(x, memory_format=torch.contiguous_format), width // groups
-    rstd, how = x.new_empty((*x.shape[:-1], groups), dtype=torch.float32), tile(n)
+    rstd, how = x.new_empty(*x.shape[:-1], groups, dtype=torch.float32), tile(n)
     kernels.gated_rms_norm_fwd[(-(-rows // how["ROWS"]), groups)](
         x, gate, weight.contiguous(), y, rstd, stride, gate_stride, rows, n, eps, cast, last, silu, **how
     )

@@ -18,6 +18,7 @@ from ._check import wide
 from ._norm import RESIDENT
 from ._norm import column_sum
 from ._norm import layout
+from ._norm import number_each
 from ._norm import unusable
 
 LEAST_BLOCK = 1024
@@ -55,8 +56,7 @@ def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     scale = weight.contiguous() if has_weight else bias if has_bias else x
     shift = bias.contiguous() if has_bias else scale
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    shape = tuple(x.shape[:-1])  # a Size takes 0.5 us longer
-    mean, rstd = x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.float32)
+    mean, rstd = number_each(x), number_each(x)
     kernels.layer_norm_fwd[(groups,)](
         x, scale, shift, y, mean, rstd, stride, rows, n, eps, has_weight, has_bias, ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP
     )

@@ -16,6 +16,7 @@ from .llama4_rope import liger_llama4_text_rotary_pos_emb
 from .llama4_rope import liger_llama4_vision_rotary_pos_emb
 from .mlp import LigerFalconH1MLP
 from .mlp import LigerMLP
+from .multi_token_attention import LigerMultiTokenAttention
 from .relu_squared import LigerReLUSquared
 from .rms_norm import LigerRMSNorm
 from .rms_norm import LigerRMSNormForMuseGlimmer
@@ -50,6 +51,7 @@ __all__ = [
     "LigerKLDIVLoss",
     "LigerLayerNorm",
     "LigerMLP",
+    "LigerMultiTokenAttention",
     "LigerPhi3SwiGLUMLP",
     "LigerQwen3MoeSwiGLUMLP",
     "LigerReLUSquared",

@@ -92,6 +92,12 @@ class LigerSparsemaxFunction:
         return L.liger_sparsemax(x, dim)
 
 
+class LigerMultiTokenAttentionFunction:
+    @staticmethod
+    def apply(scores, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, sparse=False):
+        return L.liger_multi_token_attention(scores, weight, bias, stride, padding, dilation, groups, sparse)
+
+
 class LigerGroupNormFunction:
     apply = staticmethod(L.liger_group_norm)
 

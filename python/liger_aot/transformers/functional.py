@@ -21,6 +21,7 @@ __all__ = [
     "liger_jsd",
     "liger_kl_div",
     "liger_layer_norm",
+    "liger_multi_token_attention",
     "liger_qwen2vl_mrope",
     "liger_relu_squared",
     "liger_rms_norm",
@@ -82,6 +83,19 @@ def liger_softmax(x):
 
 def liger_sparsemax(input, dim: int = -1):
     return F.sparsemax(input, dim)
+
+
+def liger_multi_token_attention(
+    scores,
+    weight,
+    bias=None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+    sparse: bool = False,
+):
+    return F.multi_token_attention(scores, weight, bias, stride, padding, dilation, groups, sparse=sparse)
 
 
 def liger_group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
