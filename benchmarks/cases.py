@@ -387,6 +387,79 @@ def dyt():
 
 
 @case
+def poly_norm():
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty(ROWS, 3, dtype=FP32)
+
+    def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        dx = torch.empty_like(x, memory_format=CONTIGUOUS)
+        x.new_empty(4 * ROWS, dtype=FP32)
+        return dx, x.new_empty(4, dtype=FP32)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, bias):
+                y, rstd = fwd(x, weight, bias)
+                ctx.save_for_backward(x, weight, rstd)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                dx, sums = bwd(dy, *ctx.saved_tensors)
+                return dx, sums[:3], sums[3].view(1)
+
+        return Empty.apply
+
+    return Case(
+        [leaf(ROWS, N), leaf(3), leaf(1)],
+        lambda op, x, w, b: op(x, w, b),
+        lambda liger, x, w, b: liger.liger_poly_norm(x, w, b),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
+def modulated_rms_norm():
+    batch = 4
+
+    def forward(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty(ROWS, dtype=FP32)
+
+    def backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dx = torch.empty_like(x, memory_format=CONTIGUOUS)
+        for size in (ROWS, ROWS, ROWS):
+            x.new_empty(size * N, dtype=FP32)
+        return dx, torch.empty_like(weight), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, scale, shift, weight):
+                y, rstd = fwd(x, scale, shift, weight)
+                ctx.save_for_backward(x, scale, weight, rstd)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                dx, dw, dscale, dshift = bwd(dy, *ctx.saved_tensors)
+                return dx, dscale, dshift, dw
+
+        return Empty.apply
+
+    return Case(
+        [leaf(batch, ROWS // batch, N), leaf(batch, N), leaf(batch, N), leaf(N)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, x, scale, shift, weight: liger.liger_modulated_rms_norm(x, weight, scale, shift),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
 def group_norm():
     samples, channels, groups, size = 2, 64, 32, N  # as many groups as benchmarks/gpu has
 

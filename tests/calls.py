@@ -76,6 +76,16 @@ def gated_rms_norm(rows):
         yield (x, gate, randn(66, dtype=x.dtype), 1e-6), {"groups": 3}
 
 
+def modulated_rms_norm(rows):
+    for dtype, n in itertools.product(DTYPES, (96, 97, 2064, 2065, 4112, 4113)):
+        for t in dict.fromkeys([dtype, torch.float32]):
+            groups = rows(n) if n % 2 else 2
+            x, (scale, shift) = randn(groups, rows(n) // groups + 1, n, dtype=dtype), (randn(groups, n, dtype=t) for _ in "as")
+            yield (x, scale, shift, randn(n, dtype=t)), {}
+    for x in views(rows(65), 65):
+        yield (x, randn(*x.shape, dtype=x.dtype)), {}
+
+
 def layer_norm(rows):
     for dtype, n in itertools.product(DTYPES, WIDTHS):
         for weight, bias in itertools.product(weights(n, dtype), repeat=2):
@@ -162,6 +172,14 @@ def dyt(rows):
         for t in dict.fromkeys([dtype, torch.float32]):
             beta = randn(n, dtype=t) if n != 63 else None
             yield (randn(rows(n), n, dtype=dtype), randn(1, dtype=t), randn(n, dtype=t), beta), {}
+
+
+def poly_norm(rows):
+    for dtype, n in itertools.product(DTYPES, (64, 63, 2064)):
+        for t in dict.fromkeys([dtype, torch.float32]):
+            yield (randn(rows(n), n, dtype=dtype), randn(3, dtype=t), randn(1, dtype=t)), {}
+    for x in views(rows(65), 65):
+        yield (x, randn(3, dtype=x.dtype), randn(1, dtype=x.dtype)), {}
 
 
 def softmax(rows):
@@ -269,7 +287,8 @@ def vocab_parallel_cross_entropy(rows):
 # operator -> rows -> each call's (arguments, options)
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 CALLS |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
-CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm)}
+CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
+CALLS["modulated_rms_norm"] = modulated_rms_norm
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 CALLS["multi_token_attention"] = multi_token_attention
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

@@ -31,6 +31,7 @@ EXAMPLES = {
     "fused_add_rms_norm": lambda t: ([*tensors((3, 4, 24), (3, 4, 24), (24,), dtype=t), 1e-6], {}),
     "layer_norm": lambda t: ([*tensors((3, 4, 24), (24,), (24,), dtype=t), 1e-5], {}),
     "gated_rms_norm": lambda t: ([*tensors((3, 4, 24), (3, 4, 24), (24,), dtype=t), 1e-6], {"groups": 2, "gate_first": True}),
+    "modulated_rms_norm": lambda t: (tensors((3, 2, 24), (3, 24), (3, 24), (24,), dtype=t), {}),
     "rope": lambda t: ([*tensors((2, 4, 5, 16), (2, 2, 5, 16), dtype=t), *constant((2, 5, 16), (2, 5, 16), dtype=t)], {}),
     "swiglu": lambda t: (tensors((3, 4, 24), (3, 4, 24), dtype=t), {}),
     "geglu": lambda t: (tensors((3, 4, 24), (3, 4, 24), dtype=t), {}),
@@ -39,6 +40,7 @@ EXAMPLES = {
     "moe_unpermute": lambda t: ([*tensors((48, 24), (6, 8), dtype=t), *routing(6, 8, experts=9)], {}),
     "relu_squared": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "dyt": lambda t: (tensors((3, 4, 24), (1,), (24,), (24,), dtype=t), {}),
+    "poly_norm": lambda t: (tensors((3, 4, 24), (3,), (1,), dtype=t), {}),
     "softmax": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "sparsemax": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "multi_token_attention": lambda t: (

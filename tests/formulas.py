@@ -151,6 +151,28 @@ def gated_rms_norm(groups=1, gate_first=False, activation="silu", eps=1e-6):
     return formula
 
 
+def modulated_rms_norm(eps=2**-23, offset=0.0):
+    def formula(x, scale, shift=None, weight=None):
+        def met(t):
+            return t.view(*t.shape[:-1], *[1] * (x.dim() - t.dim()), t.shape[-1])
+
+        y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
+        y = (y if weight is None else y * (offset + weight)) * (1 + met(scale))
+        return y if shift is None else y + met(shift)
+
+    return formula
+
+
+def poly_norm(eps=1e-6):
+    """Zhuo et al. 2024 (arXiv 2411.03884), as their code has it."""
+
+    def formula(x, weight, bias):
+        normal = [u / torch.sqrt(u.square().mean(-1, keepdim=True) + eps) for u in (x**3, x**2, x)]
+        return sum(w * u for w, u in zip(weight, normal, strict=True)) + bias.view(())
+
+    return formula
+
+
 class Through(torch.autograd.Function):
     """x and its gradient, rounded to dtype."""
 

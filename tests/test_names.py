@@ -34,9 +34,11 @@ MODULES = {
     ],
     "fused_add_rms_norm": ["LigerFusedAddRMSNorm"],
     "layer_norm": ["LigerLayerNorm"],
+    "modulated_rms_norm": ["LigerModulatedRMSNorm"],
     "group_norm": ["LigerGroupNorm"],
     "dyt": ["LigerDyT"],
     "relu_squared": ["LigerReLUSquared"],
+    "poly_norm": ["LigerPolyNorm"],
     "softmax": ["LigerSoftmax"],
     "sparsemax": ["LigerSparsemax"],
     "multi_token_attention": ["LigerMultiTokenAttention"],
@@ -71,9 +73,11 @@ FUNCTIONS = [
     "RMSNorm",
     "FusedAddRMSNorm",
     "LayerNorm",
+    "ModulatedRMSNorm",
     "GroupNorm",
     "DyT",
     "ReLUSquared",
+    "PolyNorm",
     "Softmax",
     "Sparsemax",
     "MultiTokenAttention",
@@ -157,9 +161,11 @@ BUILD = {
     "LigerRMSNormForQwen3Next": (12,),
     "LigerFusedAddRMSNorm": (12,),
     "LigerLayerNorm": (12,),
+    "LigerModulatedRMSNorm": (12,),
     "LigerGroupNorm": (12, 3),
     "LigerDyT": (12,),
     "LigerReLUSquared": (),
+    "LigerPolyNorm": (),
     "LigerSoftmax": (),
     "LigerSparsemax": (),
     "LigerMultiTokenAttention": (4, 6, 3),
@@ -379,6 +385,30 @@ def test_sparsemax():
     torch.testing.assert_close(build("LigerSparsemax")(x), want)
     torch.testing.assert_close(liger_aot.ops.LigerSparsemaxFunction.apply(x.mT, 0), want.mT)
     torch.testing.assert_close(build("LigerSparsemax", 0)(x), formulas.sparsemax(x.mT.double()).mT.float())
+
+
+def test_poly_norm():
+    x, weight, bias = torch.randn(3, 12), torch.randn(3), torch.randn(1)
+    want = formulas.poly_norm(1e-2)(x, weight, bias)
+    torch.testing.assert_close(L.liger_poly_norm(x, weight, bias, 1e-2, False), want)
+    torch.testing.assert_close(liger_aot.ops.LigerPolyNormFunction.apply(x, weight, bias, 1e-2), want)
+    module = build("LigerPolyNorm", 1e-2)
+    torch.testing.assert_close(module(x), formulas.poly_norm(1e-2)(x, module.weight, module.bias))
+
+
+def test_modulated_rms_norm():
+    x, weight = torch.randn(2, 3, 12), torch.randn(12)
+    for shape in ((12,), (1, 12), (2, 12), (2, 1, 12), (2, 3, 12), (6, 12)):
+        scale, shift = torch.randn(shape), torch.randn(shape)
+        both = (t.view(2, 3, 12) if shape == (6, 12) else t for t in (scale, shift))
+        want = formulas.modulated_rms_norm(1e-3, 1.0)(x, *both, weight)
+        torch.testing.assert_close(L.liger_modulated_rms_norm(x, weight, scale, shift, 1e-3, 1.0, "gemma", False), want)
+        got = liger_aot.ops.LigerModulatedRMSNormFunction.apply(x, weight, scale, shift, 1e-3, 1.0)
+        torch.testing.assert_close(got, want)
+        module = build("LigerModulatedRMSNorm", 12, 1e-3, 1.0, init_fn="zeros")
+        torch.testing.assert_close(module(x, scale), L.liger_modulated_rms_norm(x, None, scale, None, 1e-3))
+    with pytest.raises(ValueError, match="modulated_rms_norm: scale must have as many columns as x"):
+        L.liger_modulated_rms_norm(x, weight, torch.randn(3, 12))
 
 
 def test_multi_token_attention():

@@ -263,6 +263,8 @@ def same_bits(machine, name):
         "softmax": x[:1],
         "sparsemax": x[:1],
         "dyt": [x[0], weight[:1].detach(), weight, bias],
+        "modulated_rms_norm": [x[0][None], weight, bias, weight.detach()],
+        "poly_norm": [x[0], weight[:3].detach(), bias[:1].detach()],
         "group_norm": [x[0], 1, weight, bias],
         "cross_entropy": [x[0], target],
     }
@@ -274,7 +276,18 @@ def same_bits(machine, name):
 
 
 ONE_TENSOR = "rms_norm", "layer_norm", "packed_glu", "relu_squared", "softmax", "sparsemax"
-ROW_WISE = *ONE_TENSOR, "fused_add_rms_norm", "gated_rms_norm", "dyt", "rope", "swiglu", "geglu", "cross_entropy"
+ROW_WISE = (
+    *ONE_TENSOR,
+    "fused_add_rms_norm",
+    "gated_rms_norm",
+    "modulated_rms_norm",
+    "poly_norm",
+    "dyt",
+    "rope",
+    "swiglu",
+    "geglu",
+    "cross_entropy",
+)
 
 
 def beyond_31_bits(machine, name):
@@ -294,6 +307,11 @@ def beyond_31_bits(machine, name):
         elif name == "dyt":
             parameters = torch.ones(1), torch.randn(n), torch.randn(n)
             whole, last = [x, *parameters], [x[-3:], *parameters]
+        elif name == "modulated_rms_norm":
+            both = torch.randn(2, n).bfloat16().unbind()
+            whole, last = ([t, *both] for t in (x, x[-3:]))
+        elif name == "poly_norm":
+            whole, last = ([t, torch.randn(3), torch.randn(1)] for t in (x, x[-3:]))
         elif name == "gated_rms_norm":
             whole, last = ([t, t, torch.ones(n)] for t in (x, x[-3:]))
         else:

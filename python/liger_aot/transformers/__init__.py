@@ -16,7 +16,9 @@ from .llama4_rope import liger_llama4_text_rotary_pos_emb
 from .llama4_rope import liger_llama4_vision_rotary_pos_emb
 from .mlp import LigerFalconH1MLP
 from .mlp import LigerMLP
+from .modulated_rms_norm import LigerModulatedRMSNorm
 from .multi_token_attention import LigerMultiTokenAttention
+from .poly_norm import LigerPolyNorm
 from .relu_squared import LigerReLUSquared
 from .rms_norm import LigerRMSNorm
 from .rms_norm import LigerRMSNormForMuseGlimmer
@@ -51,8 +53,10 @@ __all__ = [
     "LigerKLDIVLoss",
     "LigerLayerNorm",
     "LigerMLP",
+    "LigerModulatedRMSNorm",
     "LigerMultiTokenAttention",
     "LigerPhi3SwiGLUMLP",
+    "LigerPolyNorm",
     "LigerQwen3MoeSwiGLUMLP",
     "LigerReLUSquared",
     "LigerRMSNorm",

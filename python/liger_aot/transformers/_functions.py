@@ -28,6 +28,12 @@ class LigerFusedAddRMSNormFunction:
         return L.liger_fused_add_rms_norm(X, R, W, eps, offset, casting_mode, in_place)
 
 
+class LigerModulatedRMSNormFunction:
+    @staticmethod
+    def apply(X, W, scale, shift, eps, offset=0.0, casting_mode="llama", in_place=True):
+        return L.liger_modulated_rms_norm(X, W, scale, shift, eps, offset, casting_mode, in_place)
+
+
 class LigerLayerNormFunction:
     apply = staticmethod(L.liger_layer_norm)
 
@@ -78,6 +84,10 @@ class LigerReLUSquaredFunction:
 
 class LigerDyTFunction:
     apply = staticmethod(L.liger_dyt)
+
+
+class LigerPolyNormFunction:
+    apply = staticmethod(L.liger_poly_norm)
 
 
 class LigerSoftmaxFunction:
