@@ -27,10 +27,13 @@ PLACED = {
     "gated_rms_norm": [[Shard(d), Shard(d), WHOLE] for d in (0, 1)],
     "layer_norm": [[Shard(d), WHOLE, WHOLE] for d in (0, 1)],
     "dyt": [[Shard(d), WHOLE, WHOLE, WHOLE] for d in (0, 1)],
+    "modulated_rms_norm": [[Shard(0), Shard(0), Shard(0), WHOLE], [Shard(1), WHOLE, WHOLE, WHOLE]],
+    "poly_norm": [[Shard(d), WHOLE, WHOLE] for d in (0, 1)],
     "softmax": [[Shard(d)] for d in (0, 1)],
     "sparsemax": [[Shard(d)] for d in (0, 1)],
     "swiglu": [[Shard(d), Shard(d)] for d in (0, 1, 2)],
     "geglu": [[Shard(d), Shard(d)] for d in (0, 1, 2)],
+    "packed_glu": [[Shard(d)] for d in (0, 1)],
     "relu_squared": [[Shard(d)] for d in (0, 1, 2)],
     "rope": [
         [Shard(0), Shard(0), Shard(0), Shard(0)],
