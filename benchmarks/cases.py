@@ -277,6 +277,69 @@ def pointwise(name, arguments, saved):
     )
 
 
+def packed_glu():
+    def forward(x: Tensor) -> Tensor:
+        return x.new_empty(ROWS, N)
+
+    def backward(dy: Tensor, x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, activation):
+                ctx.save_for_backward(x)
+                return fwd(x)
+
+            @staticmethod
+            def backward(ctx, dy):
+                return bwd(dy, *ctx.saved_tensors), None
+
+        return lambda x: Empty.apply(x, "silu")
+
+    return Case([leaf(ROWS, 2 * N)], lambda op, x: op(x), None, forward, backward, function)
+
+
+CASES["packed_glu"] = packed_glu
+
+
+def moe(weighted):
+    """Each token's two slots one after the other."""
+    order = torch.arange(2 * ROWS)
+    position = order.view(ROWS, 2)
+
+    def permute(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
+        return x.new_empty(2 * ROWS, N)
+
+    def permute_back(dy: Tensor, position: Tensor) -> Tensor:
+        return dy.new_empty(ROWS, N)
+
+    def unpermute(x: Tensor, weight: Tensor, order: Tensor, position: Tensor) -> Tensor:
+        return x.new_empty(ROWS, N)
+
+    def unpermute_back(dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, memory_format=CONTIGUOUS), torch.empty_like(weight, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *given):
+                ctx.save_for_backward(*(given if weighted else given[2:]))
+                return fwd(*given)
+
+            @staticmethod
+            def backward(ctx, dy):
+                back = bwd(dy, *ctx.saved_tensors)
+                return *(back if weighted else [back]), None, None
+
+        return Empty.apply
+
+    inputs = [leaf(2 * ROWS, N), leaf(ROWS, 2)] if weighted else [leaf(ROWS, N)]
+    bodies = (unpermute, unpermute_back) if weighted else (permute, permute_back)
+    return Case([*inputs, order, position], lambda op, *given: op(*given), None, *bodies, function)
+
+
+CASES |= {"moe_permute": lambda: moe(False), "moe_unpermute": lambda: moe(True)}
 CASES["relu_squared"] = lambda: pointwise("relu_squared", (), "input")
 CASES["softmax"] = lambda: pointwise("softmax", (-1,), "output")
 # Of which torch's convolution is the most: there is no telling what of it is host cost.

@@ -24,7 +24,10 @@ from liger_aot.ops import linear_cross_entropy
 from liger_aot.ops import linear_jsd
 from liger_aot.ops import linear_logprob
 from liger_aot.ops import modulated_rms_norm
+from liger_aot.ops import moe_permute
+from liger_aot.ops import moe_unpermute
 from liger_aot.ops import multi_token_attention
+from liger_aot.ops import packed_glu
 from liger_aot.ops import poly_norm
 from liger_aot.ops import relu_squared
 from liger_aot.ops import rms_norm
@@ -102,6 +105,24 @@ def of_swiglu(s, dtype):
 
 def of_geglu(s, dtype):
     return geglu.GeGLUFunction, (*(shape(*norm_sizes(s), dtype=dtype) for _ in range(2)), True)
+
+
+def of_packed_glu(s, dtype):
+    return packed_glu.PackedGLUFunction, (shape(s["tokens"], 2 * s["hidden"], dtype=dtype), "silu")
+
+
+def slots(s):
+    """Where the rows of a model with 8 experts a token go."""
+    return shape(8 * s["tokens"], dtype=torch.int64), shape(s["tokens"], 8, dtype=torch.int64)
+
+
+def of_moe_permute(s, dtype):
+    return moe_permute.MoEPermuteFunction, (shape(*norm_sizes(s), dtype=dtype), *slots(s))
+
+
+def of_moe_unpermute(s, dtype):
+    x, weight = shape(8 * s["tokens"], s["hidden"], dtype=dtype), shape(s["tokens"], 8, dtype=dtype)
+    return moe_unpermute.MoEUnpermuteFunction, (x, weight, *slots(s))
 
 
 def of_relu_squared(s, dtype):
@@ -289,6 +310,17 @@ def walked(*names):
     return again
 
 
+def gathered(v):
+    """A token's row for each of its experts but one."""
+    row = v["n"] * v["x"].element_size()
+    return (v["k"] - 1) * v["size"] // v["k"] * v["x"].element_size(), row
+
+
+def gathered_back(v):
+    row = v["n"] * v["dy"].element_size()
+    return (v["programs"] - v["programs"] // v["k"]) * row, row
+
+
 STEPS = 4  # assumed, of the search for a row's threshold, which depends on the numbers
 
 
@@ -358,6 +390,9 @@ KERNELS = {
     "swiglu_bwd": Kernel(("dgate", "dup")),
     "geglu_fwd": Kernel(("y",)),
     "geglu_bwd": Kernel(("dgate", "dup")),
+    "moe_permute_fwd": Kernel(("y",), again=gathered, ahead=1),
+    "moe_unpermute_fwd": Kernel(("y",), lambda v: [v["k"]], ahead=1),
+    "moe_unpermute_bwd": Kernel(("dx", "dweight"), lambda v: [blocks(v)], gathered_back, ahead=1),
     "relu_squared_fwd": Kernel(("y",)),
     "relu_squared_bwd": Kernel(("dx",)),
     "dyt_fwd": Kernel(("y",)),

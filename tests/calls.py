@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from examples import routing
 from harness import DTYPES
 
 # Rows of every block size of the norms and the loop, each with a width that is divisible by 16 and one that is not.
@@ -133,6 +134,31 @@ def swiglu(rows):
 
 def geglu(rows):
     yield from gated(rows, approximate=("tanh", "none"))
+
+
+def packed_glu(rows):
+    for dtype, n, activation in itertools.product(DTYPES, (64, 63), ("silu", "gelu", "gelu_tanh")):
+        yield (randn(rows(n), 2 * n, dtype=dtype), activation), {}
+    for x in views(rows(66), 66):
+        yield (x,), {}
+
+
+def moe_permute(rows):
+    for dtype, n in itertools.product(DTYPES, (64, 63, 1040)):
+        tokens = rows(2 * n)
+        yield (randn(tokens, n, dtype=dtype), *routing(tokens, 2)), {}
+    for x in views(rows(65), 65):
+        yield (x, *routing(len(x), 3)), {}
+
+
+def moe_unpermute(rows):
+    for dtype, n in itertools.product(DTYPES, (64, 63, 1040)):
+        tokens = rows(2 * n)
+        for weight in weights(2, dtype)[1:]:
+            weight = randn(tokens, 2, dtype=weight.dtype)
+            yield (randn(2 * tokens, n, dtype=dtype), weight, *routing(tokens, 2)), {}
+    for x in views(rows(65), 65):
+        yield (x, randn(len(x), 1, dtype=torch.float32), *routing(len(x), 1)), {}
 
 
 def relu_squared(rows):
@@ -267,6 +293,7 @@ def vocab_parallel_cross_entropy(rows):
 
 # operator -> rows -> each call's (arguments, options)
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
+CALLS |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
 CALLS |= {f.__name__: f for f in (modulated_rms_norm, attn_res)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}

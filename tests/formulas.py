@@ -92,6 +92,31 @@ def linear_jsd(beta=0.5, temperature=1.0, reduction="batchmean", ignore_index=-1
     return formula
 
 
+def packed_glu(activation="silu"):
+    approximate = {"gelu": "none", "gelu_tanh": "tanh"}
+
+    def formula(x):
+        gate, up = x.chunk(2, -1)
+        if activation == "silu":
+            return functional.silu(gate) * up
+        return functional.gelu(gate, approximate=approximate[activation]) * up
+
+    return formula
+
+
+def moe_permute(x, order, position):
+    return x[order // position.shape[1]]
+
+
+def moe_unpermute(x, weight, order, position):
+    """One slot of a token after another, each where it is."""
+    y = x.new_zeros(position.shape[0], x.shape[1])
+    for rows, weights in zip(position.unbind(1), weight.unbind(1), strict=True):
+        there = torch.nonzero(rows >= 0)[:, 0]
+        y = y.index_add(0, there, weights[there, None] * x[rows[there]])
+    return y
+
+
 class Rounded(torch.autograd.Function):
     """The softmax of x, and the gradient of what is kept of it: its numbers rounded to dtype."""
 

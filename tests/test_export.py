@@ -166,6 +166,7 @@ WIDTHS = {
     "rope": (("123W", "123W", "13W", "13W"), True),
     "swiglu": (("3W", "3W"), False),
     "geglu": (("3W", "3W"), False),
+    "packed_glu": (("3W",), False),
     "relu_squared": (("3W",), False),
     "dyt": (("3W", "1", "W", "W"), False),
     "poly_norm": (("3W", "3", "1"), False),

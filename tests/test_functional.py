@@ -137,6 +137,24 @@ def test_softmax():
     torch.testing.assert_close(wide, torch.softmax(x.bfloat16(), -1, dtype=torch.float32))
 
 
+def test_packed_glu():
+    x = torch.randn(2, 6, 10)
+    same(liger_aot.packed_glu, formulas.packed_glu(), x)
+    same(lambda x: liger_aot.packed_glu(x, "gelu"), formulas.packed_glu("gelu"), x)
+
+
+def test_moe_permute_and_unpermute():
+    order, position, _ = liger_aot.functional.moe_route(torch.tensor([[2, 0], [1, 2], [0, 9]]), 3)
+    x, weight = torch.randn(3, 8), torch.rand(3, 2)
+    same(lambda x: liger_aot.moe_permute(x, order, position)[:5], lambda x: x[order // 2][:5], x)
+    same(
+        lambda x, w: liger_aot.moe_unpermute(x, w, order, position),
+        lambda x, w: formulas.moe_unpermute(x, w, order, position),
+        torch.randn(6, 8),
+        weight,
+    )
+
+
 def test_sparsemax():
     same(liger_aot.sparsemax, formulas.sparsemax, torch.randn(2, 6, 5))
     same(lambda x: liger_aot.sparsemax(x, 1), lambda x: formulas.sparsemax(x.mT).mT, torch.randn(2, 6, 5))

@@ -47,6 +47,7 @@ MODULES = {
     "llama4_rope": ["liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"],
     "swiglu": [
         "LigerBlockSparseTop2MLP",
+        "LigerExperts",
         "LigerFalconH1SwiGLUMLP",
         "LigerHunyuanV1SwiGLUMLP",
         "LigerPhi3SwiGLUMLP",
@@ -85,6 +86,8 @@ FUNCTIONS = [
     "Qwen2VLMRope",
     "Llama4Rope",
     "SiLUMul",
+    "FusedGateUpSiLUMul",
+    "FusedMoE",
     "GELUMul",
     "CrossEntropy",
     "FusedLinearCrossEntropy",
@@ -145,6 +148,7 @@ def test_autograd_functions_apply_as_ligers(name):
 CONFIG = SimpleNamespace(
     hidden_size=12, intermediate_size=20, hidden_act="silu", mlp_multipliers=(0.5, 2.0), hidden_activation=None
 )
+EXPERTS = SimpleNamespace(hidden_size=8, intermediate_size=20, moe_intermediate_size=12, hidden_act="silu", num_experts=3)
 BUILD = {
     "LigerRMSNorm": (12,),
     "LigerRMSNormForGemma": (12,),
@@ -167,6 +171,7 @@ BUILD = {
     "LigerSparsemax": (),
     "LigerMultiTokenAttention": (4, 6, 3),
     "LigerBlockSparseTop2MLP": (CONFIG,),
+    "LigerExperts": (EXPERTS,),
     "LigerFalconH1SwiGLUMLP": (CONFIG,),
     "LigerHunyuanV1SwiGLUMLP": (CONFIG, 1),
     "LigerPhi3SwiGLUMLP": (CONFIG,),
@@ -270,6 +275,39 @@ def test_swiglu_mlps(name, bias):
     torch.testing.assert_close(run(module, [x]), run(lambda x: gated(module, x), [x]))
     with pytest.raises(ValueError, match="SwiGLU: the config's activation must be silu or swish, got 'gelu'"):
         build(name, SimpleNamespace(**{**vars(CONFIG), "hidden_act": "gelu"}))
+
+
+def test_experts():
+    index, weights = torch.tensor([[2, 0], [1, 2], [1, 0], [0, 2]]), torch.rand(4, 2)
+    x, module = torch.randn(4, 8), build("LigerExperts")
+    for p in module.parameters():
+        p.data.normal_()
+
+    def loop(x):
+        y = torch.zeros_like(x)
+        for expert, (first, second) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+            token, slot = torch.where(index == expert)
+            gate, up = F.linear(x[token], first).chunk(2, -1)
+            y = y.index_add(0, token, F.linear(F.silu(gate) * up, second) * weights[token, slot, None])
+        return y
+
+    want = run(loop, [x])
+    apply = liger_aot.ops.LigerFusedMoEFunction.apply
+    for got in (lambda x: module(x, index, weights), lambda x: apply(x, *module.parameters(), index.int(), weights)):
+        torch.testing.assert_close(run(got, [x]), want)
+    torch.testing.assert_close(module(x.view(2, 2, 8), index, weights), loop(x).view(2, 2, 8))
+    for name in ("num_local_experts", "n_routed_experts"):
+        sizes = {"hidden_size": 8, "intermediate_size": 20, "hidden_act": "silu", name: 5}
+        assert build("LigerExperts", SimpleNamespace(**sizes)).gate_up_proj.shape == (5, 40, 8)
+
+
+def test_gate_and_up_of_one_tensor():
+    y = torch.randn(3, 24)
+    for in_place in (False, True):
+        given = y.clone()
+        got = run(lambda y, p=in_place: liger_aot.ops.LigerFusedGateUpSiLUMulFunction.apply(y, p), [given])
+        torch.testing.assert_close(got, run(lambda y: F.silu(y[:, :12]) * y[:, 12:], [y]))
+        assert torch.equal(given, y)
 
 
 def test_geglu_mlps():

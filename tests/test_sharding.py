@@ -34,6 +34,7 @@ PLACED = {
     "sparsemax": [[Shard(d)] for d in (0, 1)],
     "swiglu": [[Shard(d), Shard(d)] for d in (0, 1, 2)],
     "geglu": [[Shard(d), Shard(d)] for d in (0, 1, 2)],
+    "packed_glu": [[Shard(d)] for d in (0, 1)],
     "relu_squared": [[Shard(d)] for d in (0, 1, 2)],
     "rope": [
         [Shard(0), Shard(0), Shard(0), Shard(0)],

@@ -20,6 +20,7 @@ import liger_aot
 from liger_aot import _op
 from liger_aot import export
 from liger_aot._runtime import kernels
+from liger_aot.functional import moe_route
 
 import examples
 from examples import EXAMPLES
@@ -246,6 +247,7 @@ def same_bits(machine, name):
         weight, bias = (torch.randn(n).bfloat16().requires_grad_() for _ in range(2))
         q, k = (torch.randn(1, rows, heads, 64).bfloat16().transpose(1, 2).requires_grad_() for heads in (8, 2))
         angles, target = torch.randn(2, 1, rows, 64).unbind(), torch.randint(n, (rows,))
+        slots, weights = moe_route(torch.randint(8, (rows, 2)), 8)[:2], torch.rand(rows, 2).requires_grad_()
     calls = {
         "rms_norm": [x[0], weight],
         "fused_add_rms_norm": [*x, weight],
@@ -254,6 +256,9 @@ def same_bits(machine, name):
         "rope": [q, k, *angles],
         "swiglu": x,
         "geglu": x,
+        "packed_glu": [torch.cat(x, -1).detach().requires_grad_()],
+        "moe_permute": [x[0], *slots],
+        "moe_unpermute": [torch.cat(x).detach().requires_grad_(), weights, *slots],
         "relu_squared": x[:1],
         "softmax": x[:1],
         "sparsemax": x[:1],
@@ -271,7 +276,7 @@ def same_bits(machine, name):
             machine.same(outcome(function, calls[name]), want)
 
 
-ONE_TENSOR = "rms_norm", "layer_norm", "relu_squared", "softmax", "sparsemax"
+ONE_TENSOR = "rms_norm", "layer_norm", "packed_glu", "relu_squared", "softmax", "sparsemax"
 ROW_WISE = (
     *ONE_TENSOR,
     "fused_add_rms_norm",
@@ -323,7 +328,7 @@ def tail(function, arguments, name):
     """The last three rows of the first result, and of the first argument's gradient for an upstream that is the argument."""
     first, *others = [a.detach() for a in arguments]
     output = function(first.requires_grad_(), *others)[0]
-    upstream = torch.ones_like(output) if name == "cross_entropy" else first.detach()
+    upstream = torch.ones_like(output) if name in ("cross_entropy", "packed_glu") else first.detach()
     (gradient,) = torch.autograd.grad(output, first, upstream)
     return [t[:, :, -3:] if name == "rope" else t[-3:] for t in (output.detach(), gradient)]
 

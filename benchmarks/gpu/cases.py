@@ -12,6 +12,8 @@ import cases
 import torch
 from torch.nn import functional
 
+from liger_aot.functional import moe_route
+
 OURS, LIGER, EAGER, COMPILED, HF = "liger-aot", "liger-kernel", "torch eager", "torch.compile", "transformers"
 QUACK, FUSED, MATMULS, LIGER_FP32 = "quack", "F.linear_cross_entropy", "bare matmuls", "liger-kernel, sums in fp32"
 DTYPE = torch.bfloat16
@@ -105,6 +107,9 @@ IN_TORCH = {
     "rope": eager_rope,
     "swiglu": lambda gate, up: functional.silu(gate) * up,
     "geglu": lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
+    "packed_glu": lambda x: functional.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "moe_permute": lambda x, order, position: x[order // position.shape[1]],
+    "moe_unpermute": lambda x, weight, order, position: (x[position] * weight[..., None]).sum(1),
     "poly_norm": eager_poly_norm,
     "attn_res": eager_attn_res,
     "modulated_rms_norm": eager_modulated_rms_norm,
@@ -206,6 +211,27 @@ def gated_rms_norm(tokens, hidden, liger):
     x, gate = leaf(tokens, hidden), leaf(tokens, hidden)
     found = calls("gated_rms_norm", None) | {OURS: lambda x, g, w: ours("gated_rms_norm")(x, g, w, EPS)}
     return Timed([x, gate, leaf(hidden)], found, (3 * x.nbytes, 5 * x.nbytes))
+
+
+def packed_glu(tokens, hidden, liger):
+    x = leaf(tokens, 2 * hidden)
+    return Timed([x], calls("packed_glu", None), (x.nbytes + x.nbytes // 2, 2 * x.nbytes + x.nbytes // 2))
+
+
+def slots(tokens):
+    """Where the rows of a model go that has 8 of 64 experts a token."""
+    return moe_route(torch.rand(tokens, 64).topk(8).indices, 64)[:2]
+
+
+def moe_permute(tokens, hidden, liger):
+    x = leaf(tokens, hidden)
+    return Timed([x, *slots(tokens)], calls("moe_permute", None), (9 * x.nbytes, 9 * x.nbytes))
+
+
+def moe_unpermute(tokens, hidden, liger):
+    x, weight = leaf(8 * tokens, hidden), torch.rand(tokens, 8, dtype=DTYPE).requires_grad_()
+    token = x.nbytes // 8
+    return Timed([x, weight, *slots(tokens)], calls("moe_unpermute", None), (9 * token, 17 * token))
 
 
 def modulated_rms_norm(tokens, hidden, liger):
@@ -333,6 +359,9 @@ BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {
     "dyt": dyt,
     "group_norm": group_norm,
     "gated_rms_norm": gated_rms_norm,
+    "packed_glu": packed_glu,
+    "moe_permute": moe_permute,
+    "moe_unpermute": moe_unpermute,
     "poly_norm": poly_norm,
     "attn_res": attn_res,
     "modulated_rms_norm": modulated_rms_norm,
@@ -348,7 +377,7 @@ TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the firs
 HIDDEN = [1024, 2048, 4096, 8192, 16384, 32768]
 VOCABULARY = [32768, 65536, 128256, 262144]
 OTHERS = ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm", "gated_rms_norm", "poly_norm"]
-OTHERS += ["modulated_rms_norm", "attn_res"]
+OTHERS += ["modulated_rms_norm", "attn_res", "packed_glu", "moe_permute", "moe_unpermute"]
 # At the sizes of Llama-8B: hidden 4096, intermediate 14336, vocabulary 128256.
 FIRST = [
     ("linear_cross_entropy", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),

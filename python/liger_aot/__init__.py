@@ -23,7 +23,11 @@ from .functional import linear_cross_entropy
 from .functional import linear_jsd
 from .functional import linear_logprob
 from .functional import modulated_rms_norm
+from .functional import moe_experts
+from .functional import moe_permute
+from .functional import moe_unpermute
 from .functional import multi_token_attention
+from .functional import packed_glu
 from .functional import poly_norm
 from .functional import relu_squared
 from .functional import rms_norm
@@ -54,8 +58,12 @@ __all__ = [
     "linear_jsd",
     "linear_logprob",
     "modulated_rms_norm",
+    "moe_experts",
+    "moe_permute",
+    "moe_unpermute",
     "multi_token_attention",
     "nn",
+    "packed_glu",
     "poly_norm",
     "preload",
     "relu_squared",

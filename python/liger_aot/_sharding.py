@@ -40,6 +40,8 @@ RULES = {
     "swiglu_bwd": ("xx", "xxx", "all"),
     "geglu_fwd": ("x", "xx", "all"),
     "geglu_bwd": ("xx", "xxx", "all"),
+    "packed_glu_fwd": ("x", "x", "rows"),
+    "packed_glu_bwd": ("x", "xx", "rows"),
     "relu_squared_fwd": ("x", "x", "all"),
     "relu_squared_bwd": ("x", "xx", "all"),
     "rope_fwd": ("xx", "xxaa", "rows"),

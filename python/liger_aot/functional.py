@@ -24,7 +24,10 @@ from .ops import linear_cross_entropy as _linear_cross_entropy
 from .ops import linear_jsd as _linear_jsd
 from .ops import linear_logprob as _linear_logprob
 from .ops import modulated_rms_norm as _modulated_rms_norm
+from .ops import moe_permute as _moe_permute
+from .ops import moe_unpermute as _moe_unpermute
 from .ops import multi_token_attention as _multi_token_attention
+from .ops import packed_glu as _packed_glu
 from .ops import poly_norm as _poly_norm
 from .ops import relu_squared as _relu_squared
 from .ops import rms_norm as _rms_norm
@@ -34,6 +37,8 @@ from .ops import sparsemax as _sparsemax
 from .ops import swiglu as _swiglu
 from .ops import tvd as _tvd
 from .ops import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
+from .ops._experts import moe_experts as moe_experts
+from .ops._experts import moe_route as moe_route
 
 # What torch 2.13 added; before it, nothing is an instance.
 OPTIONS = getattr(torch.nn, "LinearCrossEntropyOptions", ())
@@ -221,6 +226,37 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
     tensor([0.0000, 1.6824])
     """
     return _geglu.geglu(gate, up, approximate=approximate)
+
+
+def packed_glu(input: Tensor, activation: str = "silu") -> Tensor:
+    """f(gate) · up of one tensor that holds gate and up, in this order, in the halves of its last dimension; f is silu, gelu or
+    gelu_tanh.
+
+    >>> liger_aot.packed_glu(torch.tensor([0.0, 1.0, 2.0, 2.0]))
+    tensor([0.0000, 1.4621])
+    """
+    return _packed_glu.packed_glu(input, activation)
+
+
+def moe_permute(input: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    """The rows of tokens, one for each of their experts, in the order of the experts, as functional.moe_route says it.
+
+    >>> order, position, offsets = liger_aot.functional.moe_route(torch.tensor([[1, 0], [1, 2]]), 3)
+    >>> liger_aot.moe_permute(torch.tensor([[1.0], [2.0]]), order, position).flatten()
+    tensor([1., 1., 2., 2.])
+    """
+    return _moe_permute.moe_permute(input, order, position)
+
+
+def moe_unpermute(input: Tensor, weight: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    """The sums of the experts' rows by token, times weight, of rows in the order of functional.moe_route.
+
+    >>> order, position, offsets = liger_aot.functional.moe_route(torch.tensor([[1, 0], [1, 2]]), 3)
+    >>> rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    >>> liger_aot.moe_unpermute(rows, torch.tensor([[1.0, 10.0], [100.0, 0.0]]), order, position).flatten()
+    tensor([ 12., 300.])
+    """
+    return _moe_unpermute.moe_unpermute(input, weight, order, position)
 
 
 def relu_squared(input: Tensor) -> Tensor:

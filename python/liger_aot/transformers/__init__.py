@@ -27,6 +27,7 @@ from .rope import liger_rotary_pos_emb
 from .softmax import LigerSoftmax
 from .sparsemax import LigerSparsemax
 from .swiglu import LigerBlockSparseTop2MLP
+from .swiglu import LigerExperts
 from .swiglu import LigerFalconH1SwiGLUMLP
 from .swiglu import LigerPhi3SwiGLUMLP
 from .swiglu import LigerQwen3MoeSwiGLUMLP
@@ -41,6 +42,7 @@ __all__ = [
     "LigerBlockSparseTop2MLP",
     "LigerCrossEntropyLoss",
     "LigerDyT",
+    "LigerExperts",
     "LigerFalconH1MLP",
     "LigerFalconH1SwiGLUMLP",
     "LigerFusedAddRMSNorm",
@@ -74,8 +76,8 @@ __all__ = [
     *(name for name in monkey_patch.__all__ if "apply_liger_kernel" in name),
 ]
 
-# What derives from classes of transformers, which is optional.
-LAZY = {"AutoLigerKernelForCausalLM": "auto_model", "LigerCallback": "callback"}
+# What imports transformers, which is optional.
+LAZY = {"AutoLigerKernelForCausalLM": "auto_model", "LigerCallback": "callback", "register_experts_implementation": "experts"}
 
 
 def __getattr__(name):

@@ -3,6 +3,8 @@
 import torch
 
 from ..functional import CrossEntropyOutput
+from ..functional import moe_experts
+from ..functional import packed_glu
 from ..functional import swiglu
 from ..ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from . import functional as L  # noqa: N812
@@ -55,6 +57,19 @@ class LigerSiLUMulFunction:
     @staticmethod
     def apply(a, b, gate_multiplier: float = 1.0, down_multiplier: float = 1.0):
         return swiglu(a, b, gate_multiplier=gate_multiplier, down_multiplier=down_multiplier)
+
+
+class LigerFusedGateUpSiLUMulFunction:
+    @staticmethod
+    def apply(y, in_place=False):
+        one_of("LigerFusedGateUpSiLUMulFunction", "in_place", in_place, (True, False))
+        return packed_glu(y)
+
+
+class LigerFusedMoEFunction:
+    @staticmethod
+    def apply(x, gate_up_proj, down_proj, top_k_index, top_k_weights):
+        return moe_experts(x, gate_up_proj, down_proj, top_k_index, top_k_weights)
 
 
 class LigerGELUMulFunction:
