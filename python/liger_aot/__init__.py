@@ -22,6 +22,7 @@ from .functional import linear_cross_entropy
 from .functional import linear_jsd
 from .functional import linear_logprob
 from .functional import multi_token_attention
+from .functional import neighborhood_attention
 from .functional import relu_squared
 from .functional import rms_norm
 from .functional import rope
@@ -50,6 +51,7 @@ __all__ = [
     "linear_jsd",
     "linear_logprob",
     "multi_token_attention",
+    "neighborhood_attention",
     "nn",
     "preload",
     "relu_squared",
