@@ -277,6 +277,69 @@ def pointwise(name, arguments, saved):
     )
 
 
+def packed_glu():
+    def forward(x: Tensor) -> Tensor:
+        return x.new_empty(ROWS, N)
+
+    def backward(dy: Tensor, x: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, activation):
+                ctx.save_for_backward(x)
+                return fwd(x)
+
+            @staticmethod
+            def backward(ctx, dy):
+                return bwd(dy, *ctx.saved_tensors), None
+
+        return lambda x: Empty.apply(x, "silu")
+
+    return Case([leaf(ROWS, 2 * N)], lambda op, x: op(x), None, forward, backward, function)
+
+
+CASES["packed_glu"] = packed_glu
+
+
+def moe(weighted):
+    """Each token's two slots one after the other."""
+    order = torch.arange(2 * ROWS)
+    position = order.view(ROWS, 2)
+
+    def permute(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
+        return x.new_empty(2 * ROWS, N)
+
+    def permute_back(dy: Tensor, position: Tensor) -> Tensor:
+        return dy.new_empty(ROWS, N)
+
+    def unpermute(x: Tensor, weight: Tensor, order: Tensor, position: Tensor) -> Tensor:
+        return x.new_empty(ROWS, N)
+
+    def unpermute_back(dy: Tensor, x: Tensor, weight: Tensor, order: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, memory_format=CONTIGUOUS), torch.empty_like(weight, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *given):
+                ctx.save_for_backward(*(given if weighted else given[2:]))
+                return fwd(*given)
+
+            @staticmethod
+            def backward(ctx, dy):
+                back = bwd(dy, *ctx.saved_tensors)
+                return *(back if weighted else [back]), None, None
+
+        return Empty.apply
+
+    inputs = [leaf(2 * ROWS, N), leaf(ROWS, 2)] if weighted else [leaf(ROWS, N)]
+    bodies = (unpermute, unpermute_back) if weighted else (permute, permute_back)
+    return Case([*inputs, order, position], lambda op, *given: op(*given), None, *bodies, function)
+
+
+CASES |= {"moe_permute": lambda: moe(False), "moe_unpermute": lambda: moe(True)}
 CASES["relu_squared"] = lambda: pointwise("relu_squared", (), "input")
 CASES["softmax"] = lambda: pointwise("softmax", (-1,), "output")
 
@@ -353,6 +416,115 @@ def dyt():
         [leaf(ROWS, N), leaf(1), leaf(N), leaf(N)],
         lambda op, x, alpha, gamma, beta: op(x, alpha, gamma, beta),
         None,  # Liger's tunes itself, on a GPU
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
+def poly_norm():
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty(ROWS, 3, dtype=FP32)
+
+    def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+        dx = torch.empty_like(x, memory_format=CONTIGUOUS)
+        x.new_empty(4 * ROWS, dtype=FP32)
+        return dx, x.new_empty(4, dtype=FP32)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, bias):
+                y, rstd = fwd(x, weight, bias)
+                ctx.save_for_backward(x, weight, rstd)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                dx, sums = bwd(dy, *ctx.saved_tensors)
+                return dx, sums[:3], sums[3].view(1)
+
+        return Empty.apply
+
+    return Case(
+        [leaf(ROWS, N), leaf(3), leaf(1)],
+        lambda op, x, w, b: op(x, w, b),
+        lambda liger, x, w, b: liger.liger_poly_norm(x, w, b),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
+def modulated_rms_norm():
+    batch = 4
+
+    def forward(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty(ROWS, dtype=FP32)
+
+    def backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dx = torch.empty_like(x, memory_format=CONTIGUOUS)
+        for size in (ROWS, ROWS, ROWS):
+            x.new_empty(size * N, dtype=FP32)
+        return dx, torch.empty_like(weight), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, scale, shift, weight):
+                y, rstd = fwd(x, scale, shift, weight)
+                ctx.save_for_backward(x, scale, weight, rstd)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                dx, dw, dscale, dshift = bwd(dy, *ctx.saved_tensors)
+                return dx, dscale, dshift, dw
+
+        return Empty.apply
+
+    return Case(
+        [leaf(batch, ROWS // batch, N), leaf(batch, N), leaf(batch, N), leaf(N)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, x, scale, shift, weight: liger.liger_modulated_rms_norm(x, weight, scale, shift),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
+def attn_res():
+    depth, tokens = 4, ROWS // 4
+
+    def forward(v: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        numbers = [v.new_empty(size, dtype=FP32) for size in ((depth, tokens), (depth, tokens), tokens)]
+        return v.new_empty(tokens, N), *numbers
+
+    def backward(dy: Tensor, v: Tensor, query: Tensor, score: Tensor, rstd: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        v.new_empty(tokens * N, dtype=FP32)
+        return torch.empty_like(v, memory_format=CONTIGUOUS), torch.empty_like(query)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, v, query):
+                y, *rest = fwd(v, query)
+                ctx.save_for_backward(v, query, *rest)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                return bwd(dy, *ctx.saved_tensors)
+
+        return lambda v, query, weight: Empty.apply(v, query * weight)
+
+    return Case(
+        [leaf(depth, tokens, N), leaf(N), leaf(N)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: liger.liger_attn_res(*inputs),
         forward,
         backward,
         function,

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_aot import _op
 from liger_aot import _runtime
+from liger_aot.ops import attn_res
 from liger_aot.ops import cross_entropy
 from liger_aot.ops import dyt
 from liger_aot.ops import fused_add_rms_norm
@@ -22,8 +23,13 @@ from liger_aot.ops import layer_norm
 from liger_aot.ops import linear_cross_entropy
 from liger_aot.ops import linear_jsd
 from liger_aot.ops import linear_logprob
+from liger_aot.ops import modulated_rms_norm
+from liger_aot.ops import moe_permute
+from liger_aot.ops import moe_unpermute
 from liger_aot.ops import multi_token_attention
 from liger_aot.ops import neighborhood_attention
+from liger_aot.ops import packed_glu
+from liger_aot.ops import poly_norm
 from liger_aot.ops import relu_squared
 from liger_aot.ops import rms_norm
 from liger_aot.ops import rope
@@ -102,6 +108,24 @@ def of_geglu(s, dtype):
     return geglu.GeGLUFunction, (*(shape(*norm_sizes(s), dtype=dtype) for _ in range(2)), True)
 
 
+def of_packed_glu(s, dtype):
+    return packed_glu.PackedGLUFunction, (shape(s["tokens"], 2 * s["hidden"], dtype=dtype), "silu")
+
+
+def slots(s):
+    """Where the rows of a model with 8 experts a token go."""
+    return shape(8 * s["tokens"], dtype=torch.int64), shape(s["tokens"], 8, dtype=torch.int64)
+
+
+def of_moe_permute(s, dtype):
+    return moe_permute.MoEPermuteFunction, (shape(*norm_sizes(s), dtype=dtype), *slots(s))
+
+
+def of_moe_unpermute(s, dtype):
+    x, weight = shape(8 * s["tokens"], s["hidden"], dtype=dtype), shape(s["tokens"], 8, dtype=dtype)
+    return moe_unpermute.MoEUnpermuteFunction, (x, weight, *slots(s))
+
+
 def of_relu_squared(s, dtype):
     return relu_squared.ReLUSquaredFunction, (shape(*norm_sizes(s), dtype=dtype),)
 
@@ -109,6 +133,24 @@ def of_relu_squared(s, dtype):
 def of_dyt(s, dtype):
     width = s["hidden"]
     return dyt.DyTFunction, (*(shape(*n, dtype=dtype) for n in (norm_sizes(s), (1,), (width,), (width,))),)
+
+
+def of_modulated_rms_norm(s, dtype):
+    """Images of 1024 tokens, each with a scale and a shift."""
+    images = max(1, s["tokens"] // 1024)
+    x = shape(images, s["tokens"] // images, s["hidden"], dtype=dtype)
+    both = (shape(images, s["hidden"], dtype=dtype) for _ in range(2))
+    return modulated_rms_norm.ModulatedRMSNormFunction, (x, *both, shape(s["hidden"], dtype=dtype), 1e-6, 0.0, False)
+
+
+def of_attn_res(s, dtype):
+    """Of eight blocks of layers."""
+    v, query = shape(8, *norm_sizes(s), dtype=dtype), shape(s["hidden"], dtype="float32")
+    return attn_res.AttnResFunction, (v, query, 1e-6)
+
+
+def of_poly_norm(s, dtype):
+    return poly_norm.PolyNormFunction, (shape(*norm_sizes(s), dtype=dtype), shape(3, dtype=dtype), shape(1, dtype=dtype), 1e-6)
 
 
 def of_softmax(s, dtype):
@@ -276,6 +318,17 @@ def walked(*names):
     return again
 
 
+def gathered(v):
+    """A token's row for each of its experts but one."""
+    row = v["n"] * v["x"].element_size()
+    return (v["k"] - 1) * v["size"] // v["k"] * v["x"].element_size(), row
+
+
+def gathered_back(v):
+    row = v["n"] * v["dy"].element_size()
+    return (v["programs"] - v["programs"] // v["k"]) * row, row
+
+
 STEPS = 4  # assumed, of the search for a row's threshold, which depends on the numbers
 
 
@@ -306,6 +359,39 @@ def neighbours(*names):
     return again
 
 
+def trips_attn_res(v):
+    """The softmax's loop over rows, and where a row is wider than a block, a second one for each block of columns."""
+    return [blocks(v), v["depth"], v["depth"], blocks(v)] if v["LOOP"] else [v["depth"]]
+
+
+def trips_attn_res_backward(v):
+    turns = v["tokens"] / v["programs"]
+    return [*trips_attn_res(v), turns] if v["LOOP"] else [v["depth"], v["depth"], turns]
+
+
+def again_depth(v):
+    """All rows of v once more."""
+    own = v["depth"] * row(v, "v")
+    return v["tokens"] * own, own
+
+
+def trips_modulated(v):
+    share = v["groups"] / v["programs"]  # of a program: several groups, or part of the rows of one
+    return [*twice(v), v["each"] * min(1, share), max(1, share)]
+
+
+def again_modulated(v):
+    """As again_backward, with the shares of three gradients."""
+    rows, share = row(v, "x", "dy"), 4 * v["n"] * (v["need_dw"] + v["need_dscale"] + v["need_dshift"])
+    count = v["groups"] * v["each"]
+    return (count * rows + 2 * share * (count - v["programs"]), rows + share) if v["LOOP"] else (0, 0)
+
+
+def again_rows(*names):
+    """Every row of these tensors once more, whatever the number of programs."""
+    return lambda v: (v["rows"] * row(v, *names), row(v, *names))
+
+
 def smoothed(v):
     row = v["n"] * v["logits"].element_size()
     return (v["programs"] * row, row) if v["smoothing"] else (0, 0)
@@ -330,10 +416,23 @@ KERNELS = {
     "swiglu_bwd": Kernel(("dgate", "dup")),
     "geglu_fwd": Kernel(("y",)),
     "geglu_bwd": Kernel(("dgate", "dup")),
+    "moe_permute_fwd": Kernel(("y",), again=gathered, ahead=1),
+    "moe_unpermute_fwd": Kernel(("y",), lambda v: [v["k"]], ahead=1),
+    "moe_unpermute_bwd": Kernel(("dx", "dweight"), lambda v: [blocks(v)], gathered_back, ahead=1),
     "relu_squared_fwd": Kernel(("y",)),
     "relu_squared_bwd": Kernel(("dx",)),
     "dyt_fwd": Kernel(("y",)),
     "dyt_bwd": Kernel(("dx", "partial"), lambda v: [v["rows"] * blocks(v) / v["programs"]]),
+    "modulated_rms_norm_fwd": Kernel(("y", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),
+    "modulated_rms_norm_bwd": Kernel(
+        ("dx", "dscale", "dshift", "dscale_parts", "dshift_parts", "dw"), trips_modulated, again_modulated
+    ),
+    "attn_res_fwd": Kernel(("y", "score", "rstd", "lse"), trips_attn_res, lambda v: again_depth(v) if v["LOOP"] else (0, 0)),
+    "attn_res_bwd": Kernel(("dv", "partial"), trips_attn_res_backward, again_depth),
+    "poly_norm_fwd": Kernel(("y", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),
+    "poly_norm_bwd": Kernel(
+        ("dx", "partial"), lambda v: [blocks(v), blocks(v), v["rows"] / v["programs"]], again_rows("x", "dy")
+    ),
     "softmax_fwd": Kernel(("y",), twice, walked("x")),
     "softmax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
     "causal_softmax_fwd": Kernel(("y",), twice, walked("x")),

@@ -45,15 +45,18 @@ def geglu_fwd(gate, up, y, size, gate_stride, up_stride, n, BLOCK: tl.constexpr,
     dy_stride="i32:16",
     gate_stride="i32:16",
     up_stride="i32:16",
+    d_stride="i32:16",
     n="i32:16",
     **AXES,
 )
 @triton.jit
-def geglu_bwd(dy, gate, up, dgate, dup, size, dy_stride, gate_stride, up_stride, n, BLOCK: tl.constexpr, TANH: tl.constexpr):
-    row, col, at, keep = place(n, size, BLOCK)
+def geglu_bwd(
+    dy, gate, up, dgate, dup, size, dy_stride, gate_stride, up_stride, d_stride, n, BLOCK: tl.constexpr, TANH: tl.constexpr
+):
+    row, col, _, keep = place(n, size, BLOCK)
     dys = tl.load(dy + row * dy_stride + col, mask=keep, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + col, mask=keep, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + col, mask=keep, other=0.0).to(tl.float32)
     p, q = gelu(g, TANH)
-    tl.store(dgate + at, dys * u * (p + g * q), mask=keep)
-    tl.store(dup + at, dys * g * p, mask=keep)
+    tl.store(dgate + row * d_stride + col, dys * u * (p + g * q), mask=keep)
+    tl.store(dup + row * d_stride + col, dys * g * p, mask=keep)

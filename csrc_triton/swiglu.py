@@ -40,6 +40,7 @@ def swiglu_fwd(gate, up, y, size, gate_stride, up_stride, n, gate_multiplier, do
     dy_stride="i32:16",
     gate_stride="i32:16",
     up_stride="i32:16",
+    d_stride="i32:16",
     n="i32:16",
     gate_multiplier="fp32",
     down_multiplier="fp32",
@@ -56,15 +57,16 @@ def swiglu_bwd(
     dy_stride,
     gate_stride,
     up_stride,
+    d_stride,
     n,
     gate_multiplier,
     down_multiplier,
     BLOCK: tl.constexpr,
 ):
-    row, col, at, keep = place(n, size, BLOCK)
+    row, col, _, keep = place(n, size, BLOCK)
     dys = tl.load(dy + row * dy_stride + col, mask=keep, other=0.0).to(tl.float32) * down_multiplier
     g = tl.load(gate + row * gate_stride + col, mask=keep, other=0.0).to(tl.float32) * gate_multiplier
     u = tl.load(up + row * up_stride + col, mask=keep, other=0.0).to(tl.float32)
     s = sigmoid(g)
-    tl.store(dgate + at, dys * u * (s + g * s * (1.0 - s)) * gate_multiplier, mask=keep)
-    tl.store(dup + at, dys * g * s, mask=keep)
+    tl.store(dgate + row * d_stride + col, dys * u * (s + g * s * (1.0 - s)) * gate_multiplier, mask=keep)
+    tl.store(dup + row * d_stride + col, dys * g * s, mask=keep)

@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from examples import routing
 from harness import DTYPES
 
 # Rows of every block size of the norms and the loop, each with a width that is divisible by 16 and one that is not.
@@ -75,6 +76,16 @@ def gated_rms_norm(rows):
         yield (x, gate, randn(66, dtype=x.dtype), 1e-6), {"groups": 3}
 
 
+def modulated_rms_norm(rows):
+    for dtype, n in itertools.product(DTYPES, (96, 97, 2064, 2065, 4112, 4113)):
+        for t in dict.fromkeys([dtype, torch.float32]):
+            groups = rows(n) if n % 2 else 2
+            x, (scale, shift) = randn(groups, rows(n) // groups + 1, n, dtype=dtype), (randn(groups, n, dtype=t) for _ in "as")
+            yield (x, scale, shift, randn(n, dtype=t)), {}
+    for x in views(rows(65), 65):
+        yield (x, randn(*x.shape, dtype=x.dtype)), {}
+
+
 def layer_norm(rows):
     for dtype, n in itertools.product(DTYPES, WIDTHS):
         for weight, bias in itertools.product(weights(n, dtype), repeat=2):
@@ -125,6 +136,31 @@ def geglu(rows):
     yield from gated(rows, approximate=("tanh", "none"))
 
 
+def packed_glu(rows):
+    for dtype, n, activation in itertools.product(DTYPES, (64, 63), ("silu", "gelu", "gelu_tanh")):
+        yield (randn(rows(n), 2 * n, dtype=dtype), activation), {}
+    for x in views(rows(66), 66):
+        yield (x,), {}
+
+
+def moe_permute(rows):
+    for dtype, n in itertools.product(DTYPES, (64, 63, 1040)):
+        tokens = rows(2 * n)
+        yield (randn(tokens, n, dtype=dtype), *routing(tokens, 2)), {}
+    for x in views(rows(65), 65):
+        yield (x, *routing(len(x), 3)), {}
+
+
+def moe_unpermute(rows):
+    for dtype, n in itertools.product(DTYPES, (64, 63, 1040)):
+        tokens = rows(2 * n)
+        for weight in weights(2, dtype)[1:]:
+            weight = randn(tokens, 2, dtype=weight.dtype)
+            yield (randn(2 * tokens, n, dtype=dtype), weight, *routing(tokens, 2)), {}
+    for x in views(rows(65), 65):
+        yield (x, randn(len(x), 1, dtype=torch.float32), *routing(len(x), 1)), {}
+
+
 def relu_squared(rows):
     for (gate, up), _ in gated(rows):
         yield (gate,), {}
@@ -136,6 +172,21 @@ def dyt(rows):
         for t in dict.fromkeys([dtype, torch.float32]):
             beta = randn(n, dtype=t) if n != 63 else None
             yield (randn(rows(n), n, dtype=dtype), randn(1, dtype=t), randn(n, dtype=t), beta), {}
+
+
+def poly_norm(rows):
+    for dtype, n in itertools.product(DTYPES, (64, 63, 2064)):
+        for t in dict.fromkeys([dtype, torch.float32]):
+            yield (randn(rows(n), n, dtype=dtype), randn(3, dtype=t), randn(1, dtype=t)), {}
+    for x in views(rows(65), 65):
+        yield (x, randn(3, dtype=x.dtype), randn(1, dtype=x.dtype)), {}
+
+
+def attn_res(rows):
+    for dtype, n in itertools.product(DTYPES, (96, 97, 4080, 4081, 8208, 8209)):
+        yield (randn(2, rows(n), n, dtype=dtype), *((torch.randn(n) / n**0.5).to(dtype).requires_grad_() for _ in "qw")), {}
+    for v in views(2, rows(65), 65):
+        yield (v, randn(65, dtype=torch.float32), randn(65, dtype=torch.float32)), {}
 
 
 def softmax(rows):
@@ -251,7 +302,9 @@ def vocab_parallel_cross_entropy(rows):
 
 # operator -> rows -> each call's (arguments, options)
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
-CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm)}
+CALLS |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
+CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
+CALLS |= {f.__name__: f for f in (modulated_rms_norm, attn_res)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 CALLS |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

@@ -3,6 +3,8 @@
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from liger_aot.functional import moe_route
+
 
 def tensors(*shapes, dtype):
     return [torch.randn(shape).to(dtype) for shape in shapes]
@@ -16,17 +18,30 @@ def targets(*shape, classes):
     return torch.randint(classes, shape)
 
 
+def routing(tokens, k, experts=4):
+    """Where the rows of random experts go, and the one of no expert."""
+    index = torch.rand(tokens, experts).topk(k).indices
+    index[0, 0] = experts
+    return moe_route(index, experts)[:2]
+
+
 # name -> dtype -> (arguments, options)
 EXAMPLES = {
     "rms_norm": lambda t: ([*tensors((3, 4, 24), (24,), dtype=t), 1e-6], {"casting": "llama"}),
     "fused_add_rms_norm": lambda t: ([*tensors((3, 4, 24), (3, 4, 24), (24,), dtype=t), 1e-6], {}),
     "layer_norm": lambda t: ([*tensors((3, 4, 24), (24,), (24,), dtype=t), 1e-5], {}),
     "gated_rms_norm": lambda t: ([*tensors((3, 4, 24), (3, 4, 24), (24,), dtype=t), 1e-6], {"groups": 2, "gate_first": True}),
+    "modulated_rms_norm": lambda t: (tensors((3, 2, 24), (3, 24), (3, 24), (24,), dtype=t), {}),
     "rope": lambda t: ([*tensors((2, 4, 5, 16), (2, 2, 5, 16), dtype=t), *constant((2, 5, 16), (2, 5, 16), dtype=t)], {}),
     "swiglu": lambda t: (tensors((3, 4, 24), (3, 4, 24), dtype=t), {}),
     "geglu": lambda t: (tensors((3, 4, 24), (3, 4, 24), dtype=t), {}),
+    "packed_glu": lambda t: (tensors((3, 4, 32), dtype=t), {"activation": "gelu_tanh"}),
+    "moe_permute": lambda t: ([*tensors((6, 24), dtype=t), *routing(6, 8, experts=9)], {}),
+    "moe_unpermute": lambda t: ([*tensors((48, 24), (6, 8), dtype=t), *routing(6, 8, experts=9)], {}),
     "relu_squared": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "dyt": lambda t: (tensors((3, 4, 24), (1,), (24,), (24,), dtype=t), {}),
+    "attn_res": lambda t: (tensors((3, 2, 4, 24), (24,), (24,), dtype=t), {}),
+    "poly_norm": lambda t: (tensors((3, 4, 24), (3,), (1,), dtype=t), {}),
     "softmax": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "sparsemax": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "multi_token_attention": lambda t: (

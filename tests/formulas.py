@@ -92,6 +92,31 @@ def linear_jsd(beta=0.5, temperature=1.0, reduction="batchmean", ignore_index=-1
     return formula
 
 
+def packed_glu(activation="silu"):
+    approximate = {"gelu": "none", "gelu_tanh": "tanh"}
+
+    def formula(x):
+        gate, up = x.chunk(2, -1)
+        if activation == "silu":
+            return functional.silu(gate) * up
+        return functional.gelu(gate, approximate=approximate[activation]) * up
+
+    return formula
+
+
+def moe_permute(x, order, position):
+    return x[order // position.shape[1]]
+
+
+def moe_unpermute(x, weight, order, position):
+    """One slot of a token after another, each where it is."""
+    y = x.new_zeros(position.shape[0], x.shape[1])
+    for rows, weights in zip(position.unbind(1), weight.unbind(1), strict=True):
+        there = torch.nonzero(rows >= 0)[:, 0]
+        y = y.index_add(0, there, weights[there, None] * x[rows[there]])
+    return y
+
+
 class Rounded(torch.autograd.Function):
     """The softmax of x, and the gradient of what is kept of it: its numbers rounded to dtype."""
 
@@ -122,6 +147,38 @@ def gated_rms_norm(groups=1, gate_first=False, activation="silu", eps=1e-6):
         u = (x * gates if gate_first else x).unflatten(-1, (groups, x.shape[-1] // groups))
         y = (u / torch.sqrt(u.square().mean(-1, keepdim=True) + eps)).flatten(-2) * weight
         return y if gate_first else y * gates
+
+    return formula
+
+
+def modulated_rms_norm(eps=2**-23, offset=0.0):
+    def formula(x, scale, shift=None, weight=None):
+        def met(t):
+            return t.view(*t.shape[:-1], *[1] * (x.dim() - t.dim()), t.shape[-1])
+
+        y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps)
+        y = (y if weight is None else y * (offset + weight)) * (1 + met(scale))
+        return y if shift is None else y + met(shift)
+
+    return formula
+
+
+def attn_res(eps=1e-6):
+    """Kimi Team 2026 (arXiv 2603.15031)."""
+
+    def formula(v, query, weight):
+        keys = v / torch.sqrt(v.square().mean(-1, keepdim=True) + eps) * weight
+        return ((keys @ query).softmax(0)[..., None] * v).sum(0)
+
+    return formula
+
+
+def poly_norm(eps=1e-6):
+    """Zhuo et al. 2024 (arXiv 2411.03884), as their code has it."""
+
+    def formula(x, weight, bias):
+        normal = [u / torch.sqrt(u.square().mean(-1, keepdim=True) + eps) for u in (x**3, x**2, x)]
+        return sum(w * u for w, u in zip(weight, normal, strict=True)) + bias.view(())
 
     return formula
 

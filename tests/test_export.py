@@ -55,8 +55,14 @@ def lower(monkeypatch):
 
 def sizes(name, tensors):
     """The sizes that may change: those of rows, of every tensor but weights."""
-    weights = {"layer_norm": (1, 2), "rms_norm": (1,), "fused_add_rms_norm": (2,), "gated_rms_norm": (2,)}
-    weights |= {"dyt": (1, 2, 3), "linear_jsd": (1, 3)}
+    weights = {
+        "layer_norm": (1, 2),
+        "rms_norm": (1,),
+        "fused_add_rms_norm": (2,),
+        "gated_rms_norm": (2,),
+        "modulated_rms_norm": (3,),
+    }
+    weights |= {"dyt": (1, 2, 3), "poly_norm": (1, 2), "attn_res": (1, 2), "linear_jsd": (1, 3)}
     weights = weights.get(name, (1,) if "linear" in name else ())
     rows = [range(max(t.dim() - 1, 1)) if n not in weights else () for n, t in enumerate(tensors)]
     if name == "multi_token_attention":  # whose matrices are square, and whose channels its weight says
@@ -160,8 +166,11 @@ WIDTHS = {
     "rope": (("123W", "123W", "13W", "13W"), True),
     "swiglu": (("3W", "3W"), False),
     "geglu": (("3W", "3W"), False),
+    "packed_glu": (("3W",), False),
     "relu_squared": (("3W",), False),
     "dyt": (("3W", "1", "W", "W"), False),
+    "poly_norm": (("3W", "3", "1"), False),
+    "attn_res": (("23W", "W", "W"), True),
     "kl_div": (("3W", "3W"), False),
     "jsd": (("3W", "3W"), False),
     "tvd": (("3W", "3W"), False),
@@ -234,7 +243,7 @@ def grids(program):
     return {node.kwargs["grid"][0][0] for node in kernels_of(program)}
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "dyt"])
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "dyt", "poly_norm"])
 def test_backward_takes_as_many_programs_as_the_device_has_room_for(lower, name):
     """Where the number of rows is known; else one, as docs/export.md says: no more could be counted."""
     ((_, module, tensors),) = [found for found in bodies_of(name) if found[0].name() == f"liger::{name}_bwd"]

@@ -137,6 +137,24 @@ def test_softmax():
     torch.testing.assert_close(wide, torch.softmax(x.bfloat16(), -1, dtype=torch.float32))
 
 
+def test_packed_glu():
+    x = torch.randn(2, 6, 10)
+    same(liger_aot.packed_glu, formulas.packed_glu(), x)
+    same(lambda x: liger_aot.packed_glu(x, "gelu"), formulas.packed_glu("gelu"), x)
+
+
+def test_moe_permute_and_unpermute():
+    order, position, _ = liger_aot.functional.moe_route(torch.tensor([[2, 0], [1, 2], [0, 9]]), 3)
+    x, weight = torch.randn(3, 8), torch.rand(3, 2)
+    same(lambda x: liger_aot.moe_permute(x, order, position)[:5], lambda x: x[order // 2][:5], x)
+    same(
+        lambda x, w: liger_aot.moe_unpermute(x, w, order, position),
+        lambda x, w: formulas.moe_unpermute(x, w, order, position),
+        torch.randn(6, 8),
+        weight,
+    )
+
+
 def test_sparsemax():
     same(liger_aot.sparsemax, formulas.sparsemax, torch.randn(2, 6, 5))
     same(lambda x: liger_aot.sparsemax(x, 1), lambda x: formulas.sparsemax(x.mT).mT, torch.randn(2, 6, 5))
@@ -153,6 +171,25 @@ def test_gated_rms_norm(gate_first):
     assert repr(module) == (f"GatedRMSNorm(6, eps=1e-05, groups=2, gate_first={gate_first}, activation=sigmoid, casting=none)")
 
 
+def test_poly_norm():
+    x, weight, bias = torch.randn(2, 6), torch.randn(3), torch.randn(1)
+    same(lambda *t: liger_aot.poly_norm(*t, eps=1e-3), formulas.poly_norm(1e-3), x, weight, bias)
+    module = liger_aot.nn.PolyNorm(1e-3)
+    torch.testing.assert_close(module(x), formulas.poly_norm(1e-3)(x, torch.full((3,), 1 / 3), torch.ones(1)))
+    assert repr(module) == "PolyNorm(eps=0.001)"
+
+
+def test_modulated_rms_norm():
+    x, scale, shift, weight = torch.randn(2, 3, 6), torch.randn(2, 6), torch.randn(2, 6), torch.randn(6)
+    formula = formulas.modulated_rms_norm(1e-3, 1.0)
+    same(lambda *t: liger_aot.modulated_rms_norm(*t, 1e-3, offset=1.0), formula, x, scale, shift, weight)
+    module = liger_aot.nn.ModulatedRMSNorm(6, 1e-3, offset=1.0)
+    torch.testing.assert_close(module(x, scale, shift), formula(x, scale, shift, torch.ones(6)))
+    assert repr(module) == "ModulatedRMSNorm((6,), eps=0.001, elementwise_affine=True, offset=1.0, casting=none)"
+    with pytest.raises(ValueError, match=r"ModulatedRMSNorm: hidden_size must be the size of the last dimension, got \(2, 6\)"):
+        liger_aot.nn.ModulatedRMSNorm((2, 6))
+
+
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": (1, 0), "dilation": (1, 2)}], ids=str)
 def test_multi_token_attention(options):
     x, w, b = torch.randn(2, 4, 9, 9), torch.randn(4, 4, 2, 2), torch.randn(4)
@@ -163,6 +200,11 @@ def test_neighborhood_attention():
     heads = torch.randn(3, 2, 3, 9, 4).unbind()
     same(liger_aot.neighborhood_attention, formulas.neighborhood_attention(), *heads)
     same(partial(liger_aot.neighborhood_attention, dilation=2, scale=0.3), formulas.neighborhood_attention(7, 2, 0.3), *heads)
+
+
+def test_attn_res():
+    v, query, weight = torch.randn(4, 2, 6), torch.randn(6), torch.randn(6)
+    same(lambda *t: liger_aot.attn_res(*t, eps=1e-3), formulas.attn_res(1e-3), v, query, weight)
 
 
 def test_dyt_and_relu_squared():

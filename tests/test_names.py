@@ -34,9 +34,11 @@ MODULES = {
     ],
     "fused_add_rms_norm": ["LigerFusedAddRMSNorm"],
     "layer_norm": ["LigerLayerNorm"],
+    "modulated_rms_norm": ["LigerModulatedRMSNorm"],
     "group_norm": ["LigerGroupNorm"],
     "dyt": ["LigerDyT"],
     "relu_squared": ["LigerReLUSquared"],
+    "poly_norm": ["LigerPolyNorm"],
     "softmax": ["LigerSoftmax"],
     "sparsemax": ["LigerSparsemax"],
     "multi_token_attention": ["LigerMultiTokenAttention"],
@@ -46,6 +48,7 @@ MODULES = {
     "llama4_rope": ["liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"],
     "swiglu": [
         "LigerBlockSparseTop2MLP",
+        "LigerExperts",
         "LigerFalconH1SwiGLUMLP",
         "LigerHunyuanV1SwiGLUMLP",
         "LigerPhi3SwiGLUMLP",
@@ -71,9 +74,12 @@ FUNCTIONS = [
     "RMSNorm",
     "FusedAddRMSNorm",
     "LayerNorm",
+    "ModulatedRMSNorm",
     "GroupNorm",
     "DyT",
     "ReLUSquared",
+    "PolyNorm",
+    "AttnRes",
     "Softmax",
     "Sparsemax",
     "MultiTokenAttention",
@@ -82,6 +88,8 @@ FUNCTIONS = [
     "Qwen2VLMRope",
     "Llama4Rope",
     "SiLUMul",
+    "FusedGateUpSiLUMul",
+    "FusedMoE",
     "GELUMul",
     "CrossEntropy",
     "FusedLinearCrossEntropy",
@@ -142,6 +150,7 @@ def test_autograd_functions_apply_as_ligers(name):
 CONFIG = SimpleNamespace(
     hidden_size=12, intermediate_size=20, hidden_act="silu", mlp_multipliers=(0.5, 2.0), hidden_activation=None
 )
+EXPERTS = SimpleNamespace(hidden_size=8, intermediate_size=20, moe_intermediate_size=12, hidden_act="silu", num_experts=3)
 BUILD = {
     "LigerRMSNorm": (12,),
     "LigerRMSNormForGemma": (12,),
@@ -155,15 +164,18 @@ BUILD = {
     "LigerRMSNormForQwen3Next": (12,),
     "LigerFusedAddRMSNorm": (12,),
     "LigerLayerNorm": (12,),
+    "LigerModulatedRMSNorm": (12,),
     "LigerGroupNorm": (12, 3),
     "LigerDyT": (12,),
     "LigerReLUSquared": (),
+    "LigerPolyNorm": (),
     "LigerSoftmax": (),
     "LigerSparsemax": (),
     "LigerMultiTokenAttention": (4, 6, 3),
     "LigerFusedNeighborhoodAttention": (12, 3),
     "LigerFusedNeighborhoodAttentionLayer": (12, 3),
     "LigerBlockSparseTop2MLP": (CONFIG,),
+    "LigerExperts": (EXPERTS,),
     "LigerFalconH1SwiGLUMLP": (CONFIG,),
     "LigerHunyuanV1SwiGLUMLP": (CONFIG, 1),
     "LigerPhi3SwiGLUMLP": (CONFIG,),
@@ -269,6 +281,39 @@ def test_swiglu_mlps(name, bias):
         build(name, SimpleNamespace(**{**vars(CONFIG), "hidden_act": "gelu"}))
 
 
+def test_experts():
+    index, weights = torch.tensor([[2, 0], [1, 2], [1, 0], [0, 2]]), torch.rand(4, 2)
+    x, module = torch.randn(4, 8), build("LigerExperts")
+    for p in module.parameters():
+        p.data.normal_()
+
+    def loop(x):
+        y = torch.zeros_like(x)
+        for expert, (first, second) in enumerate(zip(module.gate_up_proj, module.down_proj, strict=True)):
+            token, slot = torch.where(index == expert)
+            gate, up = F.linear(x[token], first).chunk(2, -1)
+            y = y.index_add(0, token, F.linear(F.silu(gate) * up, second) * weights[token, slot, None])
+        return y
+
+    want = run(loop, [x])
+    apply = liger_aot.ops.LigerFusedMoEFunction.apply
+    for got in (lambda x: module(x, index, weights), lambda x: apply(x, *module.parameters(), index.int(), weights)):
+        torch.testing.assert_close(run(got, [x]), want)
+    torch.testing.assert_close(module(x.view(2, 2, 8), index, weights), loop(x).view(2, 2, 8))
+    for name in ("num_local_experts", "n_routed_experts"):
+        sizes = {"hidden_size": 8, "intermediate_size": 20, "hidden_act": "silu", name: 5}
+        assert build("LigerExperts", SimpleNamespace(**sizes)).gate_up_proj.shape == (5, 40, 8)
+
+
+def test_gate_and_up_of_one_tensor():
+    y = torch.randn(3, 24)
+    for in_place in (False, True):
+        given = y.clone()
+        got = run(lambda y, p=in_place: liger_aot.ops.LigerFusedGateUpSiLUMulFunction.apply(y, p), [given])
+        torch.testing.assert_close(got, run(lambda y: F.silu(y[:, :12]) * y[:, 12:], [y]))
+        assert torch.equal(given, y)
+
+
 def test_geglu_mlps():
     x = torch.randn(3, 12)
     module = build("LigerGEGLUMLP")
@@ -347,6 +392,30 @@ def test_sparsemax():
     torch.testing.assert_close(build("LigerSparsemax", 0)(x), formulas.sparsemax(x.mT.double()).mT.float())
 
 
+def test_poly_norm():
+    x, weight, bias = torch.randn(3, 12), torch.randn(3), torch.randn(1)
+    want = formulas.poly_norm(1e-2)(x, weight, bias)
+    torch.testing.assert_close(L.liger_poly_norm(x, weight, bias, 1e-2, False), want)
+    torch.testing.assert_close(liger_aot.ops.LigerPolyNormFunction.apply(x, weight, bias, 1e-2), want)
+    module = build("LigerPolyNorm", 1e-2)
+    torch.testing.assert_close(module(x), formulas.poly_norm(1e-2)(x, module.weight, module.bias))
+
+
+def test_modulated_rms_norm():
+    x, weight = torch.randn(2, 3, 12), torch.randn(12)
+    for shape in ((12,), (1, 12), (2, 12), (2, 1, 12), (2, 3, 12), (6, 12)):
+        scale, shift = torch.randn(shape), torch.randn(shape)
+        both = (t.view(2, 3, 12) if shape == (6, 12) else t for t in (scale, shift))
+        want = formulas.modulated_rms_norm(1e-3, 1.0)(x, *both, weight)
+        torch.testing.assert_close(L.liger_modulated_rms_norm(x, weight, scale, shift, 1e-3, 1.0, "gemma", False), want)
+        got = liger_aot.ops.LigerModulatedRMSNormFunction.apply(x, weight, scale, shift, 1e-3, 1.0)
+        torch.testing.assert_close(got, want)
+        module = build("LigerModulatedRMSNorm", 12, 1e-3, 1.0, init_fn="zeros")
+        torch.testing.assert_close(module(x, scale), L.liger_modulated_rms_norm(x, None, scale, None, 1e-3))
+    with pytest.raises(ValueError, match="modulated_rms_norm: scale must have as many columns as x"):
+        L.liger_modulated_rms_norm(x, weight, torch.randn(3, 12))
+
+
 def test_multi_token_attention():
     x, w, b = torch.randn(2, 4, 9, 9), torch.randn(6, 2, 3, 5), torch.randn(6)
     module = build("LigerMultiTokenAttention", 4, 6, (3, 5), 1, (1, 2), (1, 1), 2, True, True)
@@ -392,6 +461,14 @@ def test_neighborhood_attention():
             build("LigerFusedNeighborhoodAttention", *bad)
     with pytest.raises(ValueError, match="LigerFusedNeighborhoodAttention: dilation must be at least 1, got 0"):
         build("LigerFusedNeighborhoodAttention", 12, 3, 3, 0)
+
+
+def test_attn_res():
+    v, query, weight = torch.randn(4, 2, 3, 12), torch.randn(12), torch.randn(12)
+    want = formulas.attn_res(1e-2)(v, query, weight)
+    torch.testing.assert_close(L.liger_attn_res(v, query, weight, 1e-2), want)
+    torch.testing.assert_close(L.liger_attn_res(list(v), query, weight, 1e-2), want)
+    torch.testing.assert_close(liger_aot.ops.LigerAttnResFunction.apply(v, query, weight, 1e-2), want)
 
 
 def test_gates_by_position():

@@ -141,7 +141,19 @@ def test_the_model_knows_the_loops_of_every_kernel(arch):
     every = [of for kernel in launches.KERNELS for of in list(variants(pack, kernel))[:: len(pack.table(kernel)) - 1]]
     codes = sass.disassemble(pack, every)
     for kernel, v in every:
-        sizes = {"n": 5, "rows": 5, "half": 2, "smoothing": 0.0, "programs": 1, "size": 5, "parts": 1}
+        sizes = {
+            "n": 5,
+            "rows": 5,
+            "half": 2,
+            "smoothing": 0.0,
+            "programs": 1,
+            "size": 5,
+            "parts": 1,
+            "groups": 5,
+            "each": 5,
+            "depth": 5,
+            "tokens": 5,
+        }
         trips = launches.KERNELS[kernel].trips(sizes | v.constants)
         assert len(codes[v.cubin].loops) == len(trips), v.cubin
         assert codes[v.cubin].classes

@@ -20,6 +20,7 @@ import liger_aot
 from liger_aot import _op
 from liger_aot import export
 from liger_aot._runtime import kernels
+from liger_aot.functional import moe_route
 
 import examples
 from examples import EXAMPLES
@@ -246,6 +247,7 @@ def same_bits(machine, name):
         weight, bias = (torch.randn(n).bfloat16().requires_grad_() for _ in range(2))
         q, k = (torch.randn(1, rows, heads, 64).bfloat16().transpose(1, 2).requires_grad_() for heads in (8, 2))
         angles, target = torch.randn(2, 1, rows, 64).unbind(), torch.randint(n, (rows,))
+        slots, weights = moe_route(torch.randint(8, (rows, 2)), 8)[:2], torch.rand(rows, 2).requires_grad_()
     calls = {
         "rms_norm": [x[0], weight],
         "fused_add_rms_norm": [*x, weight],
@@ -254,10 +256,16 @@ def same_bits(machine, name):
         "rope": [q, k, *angles],
         "swiglu": x,
         "geglu": x,
+        "packed_glu": [torch.cat(x, -1).detach().requires_grad_()],
+        "moe_permute": [x[0], *slots],
+        "moe_unpermute": [torch.cat(x).detach().requires_grad_(), weights, *slots],
         "relu_squared": x[:1],
         "softmax": x[:1],
         "sparsemax": x[:1],
         "dyt": [x[0], weight[:1].detach(), weight, bias],
+        "modulated_rms_norm": [x[0][None], weight, bias, weight.detach()],
+        "attn_res": [torch.stack([t.detach() for t in x]).requires_grad_(), weight, bias],
+        "poly_norm": [x[0], weight[:3].detach(), bias[:1].detach()],
         "group_norm": [x[0], 1, weight, bias],
         "cross_entropy": [x[0], target],
     }
@@ -268,8 +276,19 @@ def same_bits(machine, name):
             machine.same(outcome(function, calls[name]), want)
 
 
-ONE_TENSOR = "rms_norm", "layer_norm", "relu_squared", "softmax", "sparsemax"
-ROW_WISE = *ONE_TENSOR, "fused_add_rms_norm", "gated_rms_norm", "dyt", "rope", "swiglu", "geglu", "cross_entropy"
+ONE_TENSOR = "rms_norm", "layer_norm", "packed_glu", "relu_squared", "softmax", "sparsemax"
+ROW_WISE = (
+    *ONE_TENSOR,
+    "fused_add_rms_norm",
+    "gated_rms_norm",
+    "modulated_rms_norm",
+    "poly_norm",
+    "dyt",
+    "rope",
+    "swiglu",
+    "geglu",
+    "cross_entropy",
+)
 
 
 def beyond_31_bits(machine, name):
@@ -289,6 +308,11 @@ def beyond_31_bits(machine, name):
         elif name == "dyt":
             parameters = torch.ones(1), torch.randn(n), torch.randn(n)
             whole, last = [x, *parameters], [x[-3:], *parameters]
+        elif name == "modulated_rms_norm":
+            both = torch.randn(2, n).bfloat16().unbind()
+            whole, last = ([t, *both] for t in (x, x[-3:]))
+        elif name == "poly_norm":
+            whole, last = ([t, torch.randn(3), torch.randn(1)] for t in (x, x[-3:]))
         elif name == "gated_rms_norm":
             whole, last = ([t, t, torch.ones(n)] for t in (x, x[-3:]))
         else:
@@ -304,7 +328,7 @@ def tail(function, arguments, name):
     """The last three rows of the first result, and of the first argument's gradient for an upstream that is the argument."""
     first, *others = [a.detach() for a in arguments]
     output = function(first.requires_grad_(), *others)[0]
-    upstream = torch.ones_like(output) if name == "cross_entropy" else first.detach()
+    upstream = torch.ones_like(output) if name in ("cross_entropy", "packed_glu") else first.detach()
     (gradient,) = torch.autograd.grad(output, first, upstream)
     return [t[:, :, -3:] if name == "rope" else t[-3:] for t in (output.detach(), gradient)]
 
@@ -468,7 +492,7 @@ CHECKS = [
     (thread_without_a_context, "rms_norm"),
     (back_ends, "rms_norm"),
     (other_device, "rms_norm"),
-    *((same_bits, name) for name in (*ROW_WISE, "group_norm")),
+    *((same_bits, name) for name in (*ROW_WISE, "group_norm", "attn_res")),
     *((from_a_cpu, name) for name in _op.PUBLIC),
     (lowered, "rms_norm"),
     *((opcheck, name) for name in EXAMPLES),

@@ -12,12 +12,15 @@ import cases
 import torch
 from torch.nn import functional
 
+from liger_aot.functional import moe_route
+
 OURS, LIGER, EAGER, COMPILED, HF = "liger-aot", "liger-kernel", "torch eager", "torch.compile", "transformers"
 QUACK, FUSED, MATMULS, LIGER_FP32 = "quack", "F.linear_cross_entropy", "bare matmuls", "liger-kernel, sums in fp32"
 DTYPE = torch.bfloat16
 EPS = 1e-6
 HEAD = 128
 CHANNELS, GROUPS = 512, 32
+IMAGE = 1024  # tokens
 
 
 @dataclasses.dataclass
@@ -86,6 +89,20 @@ def eager_linear_jsd(*heads):
     return eager_jsd(*(functional.linear(*head).float().log_softmax(-1) for head in (heads[:2], heads[2:])))
 
 
+def eager_poly_norm(x, weight, bias):
+    normal = [u * torch.rsqrt(u.square().mean(-1, keepdim=True) + EPS) for u in (x.float() ** 3, x.float().square(), x.float())]
+    return (weight[0] * normal[0] + weight[1] * normal[1] + weight[2] * normal[2] + bias).to(x.dtype)
+
+
+def eager_modulated_rms_norm(x, scale, shift, weight):
+    return functional.rms_norm(x, weight.shape, weight, EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+def eager_attn_res(v, query, weight):
+    scores = (functional.rms_norm(v, weight.shape, weight, EPS) * query).sum(-1)
+    return torch.einsum("d...,d...n->...n", scores.softmax(0), v)
+
+
 # The same in torch's own parts, as transformers has it where torch has no function of that name.
 IN_TORCH = {
     "rms_norm": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
@@ -95,6 +112,12 @@ IN_TORCH = {
     "rope": eager_rope,
     "swiglu": lambda gate, up: functional.silu(gate) * up,
     "geglu": lambda gate, up: functional.gelu(gate, approximate="tanh") * up,
+    "packed_glu": lambda x: functional.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "moe_permute": lambda x, order, position: x[order // position.shape[1]],
+    "moe_unpermute": lambda x, weight, order, position: (x[position] * weight[..., None]).sum(1),
+    "poly_norm": eager_poly_norm,
+    "attn_res": eager_attn_res,
+    "modulated_rms_norm": eager_modulated_rms_norm,
     "relu_squared": lambda x: functional.relu(x).square(),
     "softmax": lambda x: functional.softmax(x, -1),
     "sparsemax": eager_sparsemax,
@@ -194,6 +217,51 @@ def gated_rms_norm(tokens, hidden, liger):
     x, gate = leaf(tokens, hidden), leaf(tokens, hidden)
     found = calls("gated_rms_norm", None) | {OURS: lambda x, g, w: ours("gated_rms_norm")(x, g, w, EPS)}
     return Timed([x, gate, leaf(hidden)], found, (3 * x.nbytes, 5 * x.nbytes))
+
+
+def packed_glu(tokens, hidden, liger):
+    x = leaf(tokens, 2 * hidden)
+    return Timed([x], calls("packed_glu", None), (x.nbytes + x.nbytes // 2, 2 * x.nbytes + x.nbytes // 2))
+
+
+def slots(tokens):
+    """Where the rows of a model go that has 8 of 64 experts a token."""
+    return moe_route(torch.rand(tokens, 64).topk(8).indices, 64)[:2]
+
+
+def moe_permute(tokens, hidden, liger):
+    x = leaf(tokens, hidden)
+    return Timed([x, *slots(tokens)], calls("moe_permute", None), (9 * x.nbytes, 9 * x.nbytes))
+
+
+def moe_unpermute(tokens, hidden, liger):
+    x, weight = leaf(8 * tokens, hidden), torch.rand(tokens, 8, dtype=DTYPE).requires_grad_()
+    token = x.nbytes // 8
+    return Timed([x, weight, *slots(tokens)], calls("moe_unpermute", None), (9 * token, 17 * token))
+
+
+def modulated_rms_norm(tokens, hidden, liger):
+    """Of images of 1024 tokens, each with a scale and a shift."""
+    images = max(1, tokens // IMAGE)
+    inputs = leaf(images, tokens // images, hidden), leaf(images, hidden), leaf(images, hidden), leaf(hidden)
+    found = calls("modulated_rms_norm", liger and (lambda x, a, b, w: liger.liger_modulated_rms_norm(x, w, a, b, EPS)))
+    found[OURS] = lambda *inputs: ours("modulated_rms_norm")(*inputs, EPS)
+    size = inputs[0].nbytes
+    return Timed(list(inputs), found, (2 * size, 3 * size))
+
+
+def attn_res(tokens, hidden, liger):
+    """Of eight blocks of layers, each an eighth of the tokens, so that v has as many numbers as others' inputs."""
+    v = leaf(8, max(1, tokens // 8), hidden)
+    inputs = [v, leaf(hidden, scale=hidden**-0.5), leaf(hidden)]
+    size = v.nbytes
+    return Timed(inputs, calls("attn_res", liger and liger.liger_attn_res), (size + size // 8, 2 * size + size // 8))
+
+
+def poly_norm(tokens, hidden, liger):
+    x = leaf(tokens, hidden)
+    found = calls("poly_norm", liger and (lambda x, w, b: liger.liger_poly_norm(x, w, b, EPS)))
+    return Timed([x, leaf(3), leaf(1)], found, (2 * x.nbytes, 3 * x.nbytes))
 
 
 def group_norm(tokens, hidden, liger):
@@ -305,6 +373,12 @@ BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {
     "dyt": dyt,
     "group_norm": group_norm,
     "gated_rms_norm": gated_rms_norm,
+    "packed_glu": packed_glu,
+    "moe_permute": moe_permute,
+    "moe_unpermute": moe_unpermute,
+    "poly_norm": poly_norm,
+    "attn_res": attn_res,
+    "modulated_rms_norm": modulated_rms_norm,
 }
 BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax", "sparsemax")}
 BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_entropy, "linear_logprob": linear_logprob}
@@ -316,7 +390,8 @@ BUILD |= {"multi_token_attention": multi_token_attention, "neighborhood_attentio
 TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the first cases
 HIDDEN = [1024, 2048, 4096, 8192, 16384, 32768]
 VOCABULARY = [32768, 65536, 128256, 262144]
-OTHERS = ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm", "gated_rms_norm"]
+OTHERS = ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm", "gated_rms_norm", "poly_norm"]
+OTHERS += ["modulated_rms_norm", "attn_res", "packed_glu", "moe_permute", "moe_unpermute"]
 # At the sizes of Llama-8B: hidden 4096, intermediate 14336, vocabulary 128256.
 FIRST = [
     ("linear_cross_entropy", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),

@@ -11,12 +11,18 @@ import warnings
 import torch
 
 from liger_aot import _runtime
+from liger_aot.ops import attn_res as attention
 from liger_aot.ops import dyt as dyt_
 from liger_aot.ops import fused_add_rms_norm as fused
 from liger_aot.ops import gated_rms_norm as gated_rms
 from liger_aot.ops import geglu as geglu_
 from liger_aot.ops import group_norm as group
 from liger_aot.ops import layer_norm as layer
+from liger_aot.ops import modulated_rms_norm as modulated
+from liger_aot.ops import moe_permute as permute
+from liger_aot.ops import moe_unpermute as unpermute
+from liger_aot.ops import packed_glu as packed
+from liger_aot.ops import poly_norm as poly
 from liger_aot.ops import relu_squared as relu
 from liger_aot.ops import rms_norm as rms
 from liger_aot.ops import rope as rope_
@@ -82,6 +88,10 @@ def gated_rms_norm(x, gate, weight, eps, casting="none", **options):
     return function, formulas.gated_rms_norm(eps=eps, **options), [x, gate, weight], how
 
 
+def modulated_rms_norm(x, scale, *rest):
+    return modulated.modulated_rms_norm, formulas.modulated_rms_norm(), [x, scale, *rest], {}
+
+
 def layer_norm(x, weight, bias):
     return layer.layer_norm, lambda x, w, b: layer.forward_reference(x, w, b, 1e-5)[0], [x, weight, bias], {}
 
@@ -108,12 +118,41 @@ def geglu(gate, up, approximate):
     return function, lambda gate, up: geglu_.forward_reference(gate, up, approximate == "tanh"), [gate, up], {}
 
 
+def packed_glu(x, activation="silu"):
+    return lambda x: packed.packed_glu(x, activation), formulas.packed_glu(activation), [x], {}
+
+
+def moe_permute(x, order, position):
+    """What the row of no expert has is no result."""
+    there = (position >= 0).sum()
+
+    def function(x, order, position):
+        return permute.moe_permute(x, order, position)[:there]
+
+    def formula(x, order, position):
+        return formulas.moe_permute(x, order, position)[:there]
+
+    return function, formula, [x, fixed(order), fixed(position)], {}
+
+
+def moe_unpermute(x, weight, order, position):
+    return unpermute.moe_unpermute, formulas.moe_unpermute, [x, weight, fixed(order), fixed(position)], {}
+
+
 def relu_squared(x):
     return relu.relu_squared, relu.forward_reference, [x], {}
 
 
 def dyt(x, alpha, gamma, beta):
     return dyt_.dyt, dyt_.forward_reference, [x, alpha, gamma, beta], {}
+
+
+def poly_norm(x, weight, bias):
+    return poly.poly_norm, formulas.poly_norm(), [x, weight, bias], {}
+
+
+def attn_res(v, query, weight):
+    return attention.attn_res, formulas.attn_res(), [v, query, weight], {}
 
 
 def softmax(x):
@@ -266,7 +305,9 @@ def linear_jsd(x, w, y, v, labels, temperature, reduction):
 
 # operator -> its arguments and options -> (function, formula, inputs, what harness.check is told)
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
-HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm)}
+HELD |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
+HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
+HELD |= {f.__name__: f for f in (modulated_rms_norm, attn_res)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 HELD |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}

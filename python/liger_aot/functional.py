@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
+from .ops import attn_res as _attn_res
 from .ops import cross_entropy as _cross_entropy
 from .ops import dyt as _dyt
 from .ops import fused_add_rms_norm as _fused_add_rms_norm
@@ -22,8 +23,13 @@ from .ops import layer_norm as _layer_norm
 from .ops import linear_cross_entropy as _linear_cross_entropy
 from .ops import linear_jsd as _linear_jsd
 from .ops import linear_logprob as _linear_logprob
+from .ops import modulated_rms_norm as _modulated_rms_norm
+from .ops import moe_permute as _moe_permute
+from .ops import moe_unpermute as _moe_unpermute
 from .ops import multi_token_attention as _multi_token_attention
 from .ops import neighborhood_attention as _neighborhood_attention
+from .ops import packed_glu as _packed_glu
+from .ops import poly_norm as _poly_norm
 from .ops import relu_squared as _relu_squared
 from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
@@ -32,6 +38,8 @@ from .ops import sparsemax as _sparsemax
 from .ops import swiglu as _swiglu
 from .ops import tvd as _tvd
 from .ops import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
+from .ops._experts import moe_experts as moe_experts
+from .ops._experts import moe_route as moe_route
 
 # What torch 2.13 added; before it, nothing is an instance.
 OPTIONS = getattr(torch.nn, "LinearCrossEntropyOptions", ())
@@ -101,6 +109,33 @@ def gated_rms_norm(
     """
     options = {"groups": groups, "gate_first": gate_first, "activation": activation, "casting": casting}
     return _gated_rms_norm.gated_rms_norm(input, gate, weight, eps, **options)
+
+
+def attn_res(v: Tensor, query: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """A mixture of the rows v (depth, ..., n) over depth, by a softmax of query · rms_norm(v) · weight, as in Kimi's residuals.
+
+    >>> liger_aot.attn_res(torch.tensor([[1.0, 3.0], [3.0, 3.0]]), torch.zeros(2), torch.ones(2))
+    tensor([2., 3.])
+    """
+    return _attn_res.attn_res(v, query, weight, eps)
+
+
+def modulated_rms_norm(
+    input: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    offset: float = 0.0,
+    casting: str = "none",
+) -> Tensor:
+    """(1 + scale) · rms_norm(input) + shift; scale and shift (b, n) are those of each batch of an input (b, t, n).
+
+    >>> liger_aot.modulated_rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    tensor([[1.6971, 2.1314]])
+    """
+    return _modulated_rms_norm.modulated_rms_norm(input, scale, shift, weight, eps, offset=offset, casting=casting)
 
 
 def layer_norm(
@@ -194,6 +229,37 @@ def geglu(gate: Tensor, up: Tensor, *, approximate: str = "tanh") -> Tensor:
     return _geglu.geglu(gate, up, approximate=approximate)
 
 
+def packed_glu(input: Tensor, activation: str = "silu") -> Tensor:
+    """f(gate) · up of one tensor that holds gate and up, in this order, in the halves of its last dimension; f is silu, gelu or
+    gelu_tanh.
+
+    >>> liger_aot.packed_glu(torch.tensor([0.0, 1.0, 2.0, 2.0]))
+    tensor([0.0000, 1.4621])
+    """
+    return _packed_glu.packed_glu(input, activation)
+
+
+def moe_permute(input: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    """The rows of tokens, one for each of their experts, in the order of the experts, as functional.moe_route says it.
+
+    >>> order, position, offsets = liger_aot.functional.moe_route(torch.tensor([[1, 0], [1, 2]]), 3)
+    >>> liger_aot.moe_permute(torch.tensor([[1.0], [2.0]]), order, position).flatten()
+    tensor([1., 1., 2., 2.])
+    """
+    return _moe_permute.moe_permute(input, order, position)
+
+
+def moe_unpermute(input: Tensor, weight: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    """The sums of the experts' rows by token, times weight, of rows in the order of functional.moe_route.
+
+    >>> order, position, offsets = liger_aot.functional.moe_route(torch.tensor([[1, 0], [1, 2]]), 3)
+    >>> rows = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    >>> liger_aot.moe_unpermute(rows, torch.tensor([[1.0, 10.0], [100.0, 0.0]]), order, position).flatten()
+    tensor([ 12., 300.])
+    """
+    return _moe_unpermute.moe_unpermute(input, weight, order, position)
+
+
 def relu_squared(input: Tensor) -> Tensor:
     """torch.nn.functional.relu(input)².
 
@@ -221,6 +287,15 @@ def group_norm(
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
     return _group_norm.group_norm(input, num_groups, weight, bias, eps)
+
+
+def poly_norm(input: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:
+    """weight[0] · n(input³) + weight[1] · n(input²) + weight[2] · n(input) + bias; n divides by the root mean square of a row.
+
+    >>> liger_aot.poly_norm(torch.tensor([[1.0, -1.0]]), torch.tensor([1.0, 1.0, 1.0]), torch.tensor(0.0))
+    tensor([[ 3.0000, -1.0000]])
+    """
+    return _poly_norm.poly_norm(input, weight, bias, eps)
 
 
 def softmax(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:

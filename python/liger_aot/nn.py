@@ -23,6 +23,18 @@ class RMSNorm(torch.nn.RMSNorm):
         return f"{super().extra_repr()}, offset={self.offset}, casting={self.casting}"
 
 
+class ModulatedRMSNorm(RMSNorm):
+    """liger_aot.modulated_rms_norm over the last dimension, with the weight of an RMSNorm."""
+
+    def __init__(self, hidden_size: int, *args, **kwargs):
+        if not isinstance(hidden_size, int):
+            raise ValueError(f"ModulatedRMSNorm: hidden_size must be the size of the last dimension, got {hidden_size!r}")
+        super().__init__(hidden_size, *args, **kwargs)
+
+    def forward(self, input: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+        return F.modulated_rms_norm(input, scale, shift, self.weight, self.eps, offset=self.offset, casting=self.casting)
+
+
 class GatedRMSNorm(torch.nn.Module):
     """liger_aot.gated_rms_norm over the last dimension, of hidden_size; its weight starts as one."""
 
@@ -103,6 +115,22 @@ class DyT(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, init_alpha={self.init_alpha}, bias={self.beta is not None}"
+
+
+class PolyNorm(torch.nn.Module):
+    """liger_aot.poly_norm over the last dimension; its weights start as a third each, its bias as one."""
+
+    def __init__(self, eps: float = 1e-6, device=None, dtype=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((3,), 1 / 3, device=device, dtype=dtype))
+        self.bias = torch.nn.Parameter(torch.tensor(1.0, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.poly_norm(input, self.weight, self.bias, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
 
 
 class ReLUSquared(torch.nn.Module):

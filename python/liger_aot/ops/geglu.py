@@ -54,7 +54,7 @@ def geglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, tanh: bool) -> tuple[Tensor,
     count, (dy, gate, up), size, strides, n = walk(dy, gate, up)
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     dup = torch.empty_like(up, memory_format=torch.contiguous_format)
-    kernels.geglu_bwd[(count,)](dy, gate, up, dgate, dup, size, *strides, n, BLOCK=BLOCK, TANH=tanh)
+    kernels.geglu_bwd[(count,)](dy, gate, up, dgate, dup, size, *strides, n, n, BLOCK=BLOCK, TANH=tanh)
     return dgate, dup
 
 

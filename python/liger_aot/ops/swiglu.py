@@ -42,7 +42,7 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor, gate_multiplier: float, dow
     count, (dy, gate, up), size, strides, n = walk(dy, gate, up)
     dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
     dup = torch.empty_like(up, memory_format=torch.contiguous_format)
-    kernels.swiglu_bwd[(count,)](dy, gate, up, dgate, dup, size, *strides, n, gate_multiplier, down_multiplier, BLOCK=BLOCK)
+    kernels.swiglu_bwd[(count,)](dy, gate, up, dgate, dup, size, *strides, n, n, gate_multiplier, down_multiplier, BLOCK=BLOCK)
     return dgate, dup
 
 

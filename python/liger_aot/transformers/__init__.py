@@ -16,7 +16,9 @@ from .llama4_rope import liger_llama4_text_rotary_pos_emb
 from .llama4_rope import liger_llama4_vision_rotary_pos_emb
 from .mlp import LigerFalconH1MLP
 from .mlp import LigerMLP
+from .modulated_rms_norm import LigerModulatedRMSNorm
 from .multi_token_attention import LigerMultiTokenAttention
+from .poly_norm import LigerPolyNorm
 from .relu_squared import LigerReLUSquared
 from .rms_norm import LigerRMSNorm
 from .rms_norm import LigerRMSNormForMuseGlimmer
@@ -25,6 +27,7 @@ from .rope import liger_rotary_pos_emb
 from .softmax import LigerSoftmax
 from .sparsemax import LigerSparsemax
 from .swiglu import LigerBlockSparseTop2MLP
+from .swiglu import LigerExperts
 from .swiglu import LigerFalconH1SwiGLUMLP
 from .swiglu import LigerPhi3SwiGLUMLP
 from .swiglu import LigerQwen3MoeSwiGLUMLP
@@ -39,6 +42,7 @@ __all__ = [
     "LigerBlockSparseTop2MLP",
     "LigerCrossEntropyLoss",
     "LigerDyT",
+    "LigerExperts",
     "LigerFalconH1MLP",
     "LigerFalconH1SwiGLUMLP",
     "LigerFusedAddRMSNorm",
@@ -49,8 +53,10 @@ __all__ = [
     "LigerKLDIVLoss",
     "LigerLayerNorm",
     "LigerMLP",
+    "LigerModulatedRMSNorm",
     "LigerMultiTokenAttention",
     "LigerPhi3SwiGLUMLP",
+    "LigerPolyNorm",
     "LigerQwen3MoeSwiGLUMLP",
     "LigerReLUSquared",
     "LigerRMSNorm",
@@ -70,8 +76,8 @@ __all__ = [
     *(name for name in monkey_patch.__all__ if "apply_liger_kernel" in name),
 ]
 
-# What derives from classes of transformers, which is optional.
-LAZY = {"AutoLigerKernelForCausalLM": "auto_model", "LigerCallback": "callback"}
+# What imports transformers, which is optional.
+LAZY = {"AutoLigerKernelForCausalLM": "auto_model", "LigerCallback": "callback", "register_experts_implementation": "experts"}
 
 
 def __getattr__(name):

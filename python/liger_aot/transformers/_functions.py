@@ -3,6 +3,8 @@
 import torch
 
 from ..functional import CrossEntropyOutput
+from ..functional import moe_experts
+from ..functional import packed_glu
 from ..functional import swiglu
 from ..ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from . import functional as L  # noqa: N812
@@ -24,6 +26,12 @@ class LigerFusedAddRMSNormFunction:
     @staticmethod
     def apply(X, R, W, eps, offset=0.0, casting_mode="llama", in_place=False):
         return L.liger_fused_add_rms_norm(X, R, W, eps, offset, casting_mode, in_place)
+
+
+class LigerModulatedRMSNormFunction:
+    @staticmethod
+    def apply(X, W, scale, shift, eps, offset=0.0, casting_mode="llama", in_place=True):
+        return L.liger_modulated_rms_norm(X, W, scale, shift, eps, offset, casting_mode, in_place)
 
 
 class LigerLayerNormFunction:
@@ -51,6 +59,19 @@ class LigerSiLUMulFunction:
         return swiglu(a, b, gate_multiplier=gate_multiplier, down_multiplier=down_multiplier)
 
 
+class LigerFusedGateUpSiLUMulFunction:
+    @staticmethod
+    def apply(y, in_place=False):
+        one_of("LigerFusedGateUpSiLUMulFunction", "in_place", in_place, (True, False))
+        return packed_glu(y)
+
+
+class LigerFusedMoEFunction:
+    @staticmethod
+    def apply(x, gate_up_proj, down_proj, top_k_index, top_k_weights):
+        return moe_experts(x, gate_up_proj, down_proj, top_k_index, top_k_weights)
+
+
 class LigerGELUMulFunction:
     apply = staticmethod(L.liger_geglu)
 
@@ -63,6 +84,16 @@ class LigerReLUSquaredFunction:
 
 class LigerDyTFunction:
     apply = staticmethod(L.liger_dyt)
+
+
+class LigerAttnResFunction:
+    @staticmethod
+    def apply(V_stacked, w_query, w_norm, eps):
+        return L.liger_attn_res(V_stacked, w_query, w_norm, eps)
+
+
+class LigerPolyNormFunction:
+    apply = staticmethod(L.liger_poly_norm)
 
 
 class LigerSoftmaxFunction:

@@ -11,6 +11,7 @@ from ._names import one_of
 
 __all__ = [
     "CrossEntropyOutput",
+    "liger_attn_res",
     "liger_cross_entropy",
     "liger_dyt",
     "liger_fused_add_rms_norm",
@@ -22,7 +23,9 @@ __all__ = [
     "liger_jsd",
     "liger_kl_div",
     "liger_layer_norm",
+    "liger_modulated_rms_norm",
     "liger_multi_token_attention",
+    "liger_poly_norm",
     "liger_qwen2vl_mrope",
     "liger_relu_squared",
     "liger_rms_norm",
@@ -46,6 +49,22 @@ def liger_fused_add_rms_norm(X, R, W, eps, offset: float = 0.0, casting_mode: st
     one_of("liger_fused_add_rms_norm", "in_place", in_place, (True, False))
     y, s = F.fused_add_rms_norm(X, R, W, eps, offset=offset, casting=casting_mode)
     return y.to(X.dtype), s
+
+
+def liger_modulated_rms_norm(
+    X,
+    W,
+    scale,
+    shift=None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    casting_mode: str = "llama",
+    in_place: bool = True,
+):
+    """scale and shift have X's shape, or the first dimensions of it and its last, or, as in Liger, all its rows as one."""
+    one_of("liger_modulated_rms_norm", "in_place", in_place, (True, False))
+    x = X.flatten(0, -2) if scale.dim() == 2 and X.dim() > 2 and scale.shape[0] == X.shape[:-1].numel() else X
+    return F.modulated_rms_norm(x, scale, shift, W, eps, offset=offset, casting=casting_mode).view(X.shape)
 
 
 def liger_layer_norm(X, W, B, eps):
@@ -76,6 +95,16 @@ def liger_relu_squared(x):
 
 def liger_dyt(x, alpha, gamma, beta):
     return F.dyt(x, alpha, gamma, beta)
+
+
+def liger_attn_res(V, w_query, w_norm, eps: float = 1e-6):
+    """V is (depth, ..., hidden), or a list of depth tensors, which are stacked."""
+    return F.attn_res(torch.stack(V) if isinstance(V, (list, tuple)) else V, w_query, w_norm, eps)
+
+
+def liger_poly_norm(X, W, B, eps=1e-6, in_place=True):
+    one_of("liger_poly_norm", "in_place", in_place, (True, False))
+    return F.poly_norm(X, W, B, eps)
 
 
 def liger_softmax(x):

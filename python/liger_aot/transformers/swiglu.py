@@ -2,7 +2,9 @@
 
 import torch
 from torch.nn import Linear
+from torch.nn import Parameter
 
+from ..functional import moe_experts
 from ..functional import swiglu
 
 
@@ -60,6 +62,25 @@ class LigerFalconH1SwiGLUMLP(LigerSwiGLUMLP):
     def forward(self, x):
         product = swiglu(self.gate_proj(x), self.up_proj(x), gate_multiplier=self.gate_multiplier)
         return self.down_proj(product) * self.down_multiplier
+
+
+class LigerExperts(torch.nn.Module):
+    """The experts of Mixtral, Qwen3-MoE and their like, of hidden_states (..., H), top_k_index and top_k_weights (..., K)."""
+
+    def __init__(self, config):
+        super().__init__()
+        require_silu(config.hidden_act)
+        sizes = vars(config)
+        self.num_experts = next(sizes[n] for n in ("num_experts", "num_local_experts", "n_routed_experts") if n in sizes)
+        wide = "moe_intermediate_size" if "moe_intermediate_size" in sizes else "intermediate_size"
+        self.intermediate_dim = sizes[wide]
+        self.hidden_dim = config.hidden_size
+        self.gate_up_proj = Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        index, weights = (t.reshape(*hidden_states.shape[:-1], t.shape[-1]) for t in (top_k_index, top_k_weights))
+        return moe_experts(hidden_states, self.gate_up_proj, self.down_proj, index, weights)
 
 
 class LigerPhi3SwiGLUMLP(torch.nn.Module):

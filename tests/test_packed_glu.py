@@ -1,0 +1,73 @@
+import re
+
+import pytest
+import torch
+
+import formulas
+from harness import DTYPES
+from harness import check
+from harness import check_operator
+
+packed_glu = torch.ops.liger.packed_glu.default
+packed_glu_fwd = torch.ops.liger.packed_glu_fwd.default
+packed_glu_bwd = torch.ops.liger.packed_glu_bwd.default
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("shape", [(2,), (3, 682), (2, 5, 64), (3, 4096)], ids=str)
+def test_matches_torchs_parts(path, shape, activation, dtype):
+    check(lambda x: packed_glu(x, activation), formulas.packed_glu(activation), 2 * torch.randn(shape).to(dtype))
+
+
+def test_views_and_offsets(path):
+    base = torch.randn(2, 9, 78)
+    for x in (base[1, :, 3:61], base[:, 1:, 3:61], base[..., ::3], base.transpose(0, 1), base[:1, :, 5:71].expand(4, 9, 66)):
+        check(packed_glu, formulas.packed_glu(), x)
+
+
+def test_gradient_of_any_layout(path):
+    x = torch.randn(4, 6, 100, requires_grad=True)
+    y = packed_glu(x)
+    for dy in (torch.ones(()).expand(4, 6, 50), torch.randn(4, 50, 6).mT, torch.randn(6, 50).expand(4, 6, 50)):
+        (got,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        (want,) = torch.autograd.grad(y, x, dy.contiguous(), retain_graph=True)
+        assert torch.equal(got, want)
+
+
+def test_one_launch_each_way(interpreted):
+    packed_glu(torch.randn(3, 20, requires_grad=True)).sum().backward()
+    packed_glu(torch.randn(3, 20, requires_grad=True), "gelu").sum().backward()
+    assert interpreted.launched == ["swiglu_fwd", "swiglu_bwd", "geglu_fwd", "geglu_bwd"]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 8), (3, 0), (2, 0, 8)], ids=str)
+def test_nothing_in_nothing_out(path, shape):
+    x = torch.ones(shape, requires_grad=True)
+    y = packed_glu(x)
+    y.sum().backward()
+    assert y.shape == (*shape[:-1], shape[-1] // 2)
+    assert x.grad.shape == shape
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_is_an_operator(activation):
+    x = torch.randn(3, 4, 24)
+    check_operator(packed_glu, (packed_glu_fwd, (x, activation)), x, activation=activation)
+    torch.library.opcheck(packed_glu_bwd, (torch.randn(3, 4, 12), x, activation))
+
+
+BAD = [
+    (lambda x: (x.long(),), "packed_glu: x must be float32, float16 or bfloat16, got torch.int64"),
+    (lambda x: (x.double(),), "packed_glu: x must be float32, float16 or bfloat16, got torch.float64"),
+    (lambda x: (x[:, 1:],), "packed_glu: the last dimension of x must be even, gate and up, got shape (2, 7)"),
+    (lambda x: (x[0, 0],), "packed_glu: the last dimension of x must be even, gate and up, got shape ()"),
+    (lambda x: (x, "relu"), "packed_glu: activation must be one of silu, gelu, gelu_tanh, got 'relu'"),
+]
+
+
+@pytest.mark.parametrize(("bad", "text"), BAD, ids=[text[12:60] for _, text in BAD])
+def test_rejects(bad, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        packed_glu(*bad(torch.randn(2, 8)))
