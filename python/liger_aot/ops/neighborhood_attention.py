@@ -135,20 +135,21 @@ def neighborhood_attention(
 
 
 def check(query, key, value, kernel_size, dilation):
+    name = NAME
     if query.dim() != 4 or not 0 < query.shape[-1] <= WIDTHS[-1]:
         raise ValueError(
-            f"{NAME}: query must have shape (batch, heads, tokens, d) with d from 1 to {WIDTHS[-1]}, got {tuple(query.shape)}"
+            f"{name}: query must have shape (batch, heads, tokens, d) with d from 1 to {WIDTHS[-1]}, got {tuple(query.shape)}"
         )
     if query.dtype not in FLOATS:
-        raise ValueError(f"{NAME}: query must be float32, float16 or bfloat16, got {query.dtype}")
-    for name, tensor in (("key", key), ("value", value)):
+        raise ValueError(f"{name}: query must be float32, float16 or bfloat16, got {query.dtype}")
+    for which, tensor in (("key", key), ("value", value)):
         if tensor.shape != query.shape:
-            raise ValueError(f"{NAME}: {name} must have shape {tuple(query.shape)} like query, got {tuple(tensor.shape)}")
+            raise ValueError(f"{name}: {which} must have shape {tuple(query.shape)} like query, got {tuple(tensor.shape)}")
         if tensor.dtype is not query.dtype:
-            raise ValueError(f"{NAME}: {name} must be {query.dtype} like query, got {tensor.dtype}; cast it with .to()")
+            raise ValueError(f"{name}: {which} must be {query.dtype} like query, got {tensor.dtype}; cast it with .to()")
         if tensor.device != query.device:
-            raise ValueError(f"{NAME}: {name} must be on {query.device} like query, got {tensor.device}; move it with .to()")
+            raise ValueError(f"{name}: {which} must be on {query.device} like query, got {tensor.device}; move it with .to()")
     if kernel_size < 1 or not kernel_size % 2:
-        raise ValueError(f"{NAME}: kernel_size must be odd and at least 1, got {kernel_size}")
+        raise ValueError(f"{name}: kernel_size must be odd and at least 1, got {kernel_size}")
     if dilation < 1:
-        raise ValueError(f"{NAME}: dilation must be at least 1, got {dilation}")
+        raise ValueError(f"{name}: dilation must be at least 1, got {dilation}")
