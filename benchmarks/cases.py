@@ -460,6 +460,42 @@ def modulated_rms_norm():
 
 
 @case
+def attn_res():
+    depth, tokens = 4, ROWS // 4
+
+    def forward(v: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        numbers = [v.new_empty(size, dtype=FP32) for size in ((depth, tokens), (depth, tokens), tokens)]
+        return v.new_empty(tokens, N), *numbers
+
+    def backward(dy: Tensor, v: Tensor, query: Tensor, score: Tensor, rstd: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        v.new_empty(tokens * N, dtype=FP32)
+        return torch.empty_like(v, memory_format=CONTIGUOUS), torch.empty_like(query)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, v, query):
+                y, *rest = fwd(v, query)
+                ctx.save_for_backward(v, query, *rest)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                return bwd(dy, *ctx.saved_tensors)
+
+        return lambda v, query, weight: Empty.apply(v, query * weight)
+
+    return Case(
+        [leaf(depth, tokens, N), leaf(N), leaf(N)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: liger.liger_attn_res(*inputs),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
 def group_norm():
     samples, channels, groups, size = 2, 64, 32, N  # as many groups as benchmarks/gpu has
 

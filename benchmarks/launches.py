@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_aot import _op
 from liger_aot import _runtime
+from liger_aot.ops import attn_res
 from liger_aot.ops import cross_entropy
 from liger_aot.ops import dyt
 from liger_aot.ops import fused_add_rms_norm
@@ -139,6 +140,12 @@ def of_modulated_rms_norm(s, dtype):
     x = shape(images, s["tokens"] // images, s["hidden"], dtype=dtype)
     both = (shape(images, s["hidden"], dtype=dtype) for _ in range(2))
     return modulated_rms_norm.ModulatedRMSNormFunction, (x, *both, shape(s["hidden"], dtype=dtype), 1e-6, 0.0, False)
+
+
+def of_attn_res(s, dtype):
+    """Of eight blocks of layers."""
+    v, query = shape(8, *norm_sizes(s), dtype=dtype), shape(s["hidden"], dtype="float32")
+    return attn_res.AttnResFunction, (v, query, 1e-6)
 
 
 def of_poly_norm(s, dtype):
@@ -326,6 +333,22 @@ def again_sparsemax(v):
     return ((STEPS + 1) * v["programs"] * row, row) if v["LOOP"] else (0, 0)
 
 
+def trips_attn_res(v):
+    """The softmax's loop over rows, and where a row is wider than a block, a second one for each block of columns."""
+    return [blocks(v), v["depth"], v["depth"], blocks(v)] if v["LOOP"] else [v["depth"]]
+
+
+def trips_attn_res_backward(v):
+    turns = v["tokens"] / v["programs"]
+    return [*trips_attn_res(v), turns] if v["LOOP"] else [v["depth"], v["depth"], turns]
+
+
+def again_depth(v):
+    """All rows of v once more."""
+    own = v["depth"] * row(v, "v")
+    return v["tokens"] * own, own
+
+
 def trips_modulated(v):
     share = v["groups"] / v["programs"]  # of a program: several groups, or part of the rows of one
     return [*twice(v), v["each"] * min(1, share), max(1, share)]
@@ -378,6 +401,8 @@ KERNELS = {
     "modulated_rms_norm_bwd": Kernel(
         ("dx", "dscale", "dshift", "dscale_parts", "dshift_parts", "dw"), trips_modulated, again_modulated
     ),
+    "attn_res_fwd": Kernel(("y", "score", "rstd", "lse"), trips_attn_res, lambda v: again_depth(v) if v["LOOP"] else (0, 0)),
+    "attn_res_bwd": Kernel(("dv", "partial"), trips_attn_res_backward, again_depth),
     "poly_norm_fwd": Kernel(("y", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),
     "poly_norm_bwd": Kernel(
         ("dx", "partial"), lambda v: [blocks(v), blocks(v), v["rows"] / v["programs"]], again_rows("x", "dy")

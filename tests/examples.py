@@ -40,6 +40,7 @@ EXAMPLES = {
     "moe_unpermute": lambda t: ([*tensors((48, 24), (6, 8), dtype=t), *routing(6, 8, experts=9)], {}),
     "relu_squared": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "dyt": lambda t: (tensors((3, 4, 24), (1,), (24,), (24,), dtype=t), {}),
+    "attn_res": lambda t: (tensors((3, 2, 4, 24), (24,), (24,), dtype=t), {}),
     "poly_norm": lambda t: (tensors((3, 4, 24), (3,), (1,), dtype=t), {}),
     "softmax": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "sparsemax": lambda t: (tensors((3, 4, 24), dtype=t), {}),

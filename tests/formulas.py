@@ -163,6 +163,16 @@ def modulated_rms_norm(eps=2**-23, offset=0.0):
     return formula
 
 
+def attn_res(eps=1e-6):
+    """Kimi Team 2026 (arXiv 2603.15031)."""
+
+    def formula(v, query, weight):
+        keys = v / torch.sqrt(v.square().mean(-1, keepdim=True) + eps) * weight
+        return ((keys @ query).softmax(0)[..., None] * v).sum(0)
+
+    return formula
+
+
 def poly_norm(eps=1e-6):
     """Zhuo et al. 2024 (arXiv 2411.03884), as their code has it."""
 

@@ -19,6 +19,7 @@ from tiny import step
 
 NORM, ROPE, LAYER_NORM = {"rms_norm_fwd", "rms_norm_bwd"}, {"rope"}, {"layer_norm_fwd", "layer_norm_bwd"}
 SWIGLU, GEGLU, LOSS = {"swiglu_fwd", "swiglu_bwd"}, {"geglu_fwd", "geglu_bwd"}, {"cross_entropy_fwd", "cross_entropy_bwd"}
+RELU = {"relu_squared_fwd", "relu_squared_bwd"}
 ONE = {"num_hidden_layers": 1}
 KERNELS = {
     "llama": (ONE, NORM | ROPE | SWIGLU | LOSS),
@@ -28,10 +29,11 @@ KERNELS = {
     "olmo2": (ONE, NORM | ROPE | SWIGLU | LOSS),
     "phi3": (ONE, NORM | ROPE | SWIGLU | LOSS),
     "mixtral": (ONE, NORM | ROPE | SWIGLU | LOSS),
-    "cohere": (ONE, LAYER_NORM | SWIGLU | LOSS),
+    "cohere": (ONE, LAYER_NORM | ROPE | SWIGLU | LOSS),
     "gpt2": ({"n_layer": 1}, LAYER_NORM | LOSS),
     "bart": ({}, LAYER_NORM | LOSS),
     "t5": ({}, NORM | GEGLU | LOSS),
+    "nanochat": (ONE, NORM | ROPE | RELU | LOSS),
 }
 # In 16 bits mixtral's router chooses other experts for a rounding more or less.
 CASES = [
@@ -57,7 +59,7 @@ def test_bound_trains_as_plain_through_the_kernels(interpreted, name, dtype):
         check_as_exact(run(copy.deepcopy(plain).double()), run(plain), run(model))
     launched = set(interpreted.launched)
     assert launched >= kernels
-    others = NORM | ROPE | LAYER_NORM | SWIGLU | GEGLU | LOSS
+    others = NORM | ROPE | LAYER_NORM | SWIGLU | GEGLU | RELU | LOSS
     assert launched & others == kernels
 
 

@@ -225,19 +225,10 @@ def test_falcon_h1_and_its_multipliers(multipliers):
     check_equal(step(model, **batch()), step(build("falcon_h1", **options), **batch()))
 
 
-def test_nanochats_rope_of_the_other_sign_is_left():
-    model = build("nanochat")
-    report = liger_aot.bind(model)
-    found = row(report, "model.layers.0.self_attn")
-    assert (found.status, found.operator) == ("left", None)
-    assert found.why
-    check_equal(step(model, **batch()), step(build("nanochat"), **batch()))
-
-
 def test_a_rope_swapped_in_by_others_is_seen(model, monkeypatch):
     """The function is that which the attention finds among its globals when it is bound."""
     own = modeling_llama.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, unsqueeze_dim=1: own(q, k, cos, -sin))
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, unsqueeze_dim=1: own(q, k, -cos, sin))
     plain = step(build(), **batch())
     report = liger_aot.bind(model)
     assert row(report, "model.layers.0.self_attn").status == "left"
@@ -254,6 +245,16 @@ def test_every_activation_is_bound_as_itself_or_left(act):
     found = row(report, "model.layers.0.mlp")
     assert (found.status, found.operator) == (("bound", operator) if operator else ("left", None))
     check_equal(step(model, **batch()), step(build(hidden_act=act), **batch()))
+
+
+@pytest.mark.parametrize(("act", "operator"), {"relu2": "relu_squared", "relu": None, "silu": None, "gelu": None}.items())
+def test_an_activation_without_a_gate(act, operator):
+    model = build("nanochat", hidden_act=act)
+    found = row(liger_aot.bind(model), "model.layers.0.mlp")
+    assert (found.status, found.operator) == ("bound" if operator else "left", operator)
+    with operators() as seen:
+        check_equal(step(model, **batch()), step(build("nanochat", hidden_act=act), **batch()))
+    assert {name for name in seen if "relu" in name} == ({"relu_squared_fwd", "relu_squared_bwd"} if operator else set())
 
 
 def test_dropout_within_an_mlp_is_kept():

@@ -15,8 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import PrepareModuleInput
+from torch.distributed.tensor.parallel import PrepareModuleOutput
+from torch.distributed.tensor.parallel import SequenceParallel
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import liger_aot
@@ -25,6 +32,7 @@ from tiny import VOCABULARY
 from tiny import build
 from tiny import check_as_exact
 from tiny import check_equal
+from tiny import operators
 from tiny import step
 
 RANKS = 2
@@ -156,6 +164,29 @@ def tensor_parallel():
     return {"step": results, "plain": plain, "rows": [(r.path, r.status, r.operator, r.why) for r in report]}
 
 
+def sequence_parallel(family):
+    """Every norm computes its rank's tokens, from and to whole ones; all ranks have the whole batch."""
+    model, mesh = build(family), init_device_mesh("cpu", (RANKS,))
+    norms = {path for path, module in model.named_modules() if "Norm" in type(module).__name__}
+    for path in norms:
+        for style in (
+            PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1)),
+            SequenceParallel(),
+            PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate()),
+        ):
+            parallelize_module(model.get_submodule(path), mesh, style)
+    report = liger_aot.bind(model)
+    kinds, seen = {type(model.get_submodule(path)).__name__ for path in norms}, []
+    for path in norms:
+        model.get_submodule(path).register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].to_local().shape)))
+    with operators() as ran:
+        results = step(model, **whole_batch())
+    liger_aot.unbind(model)
+    after = gathered(step(model, **whole_batch()))
+    left = [(r.path, r.why) for r in report.left if r.path in norms]
+    return {"step": gathered(results), "after": after, "kinds": kinds, "left": left, "ran": ran, "shapes": seen}
+
+
 SCENARIOS = {
     "DDP after bind": lambda: ddp(True),
     "DDP before bind": lambda: ddp(False),
@@ -169,6 +200,8 @@ SCENARIOS = {
     "FSDP2 in bfloat16, after bind": lambda: fsdp_in_bfloat16(True),
     "FSDP2 in bfloat16, before bind": lambda: fsdp_in_bfloat16(False),
     "tensor parallelism": tensor_parallel,
+    "sequence parallelism of llama": lambda: sequence_parallel("llama"),
+    "sequence parallelism of gpt2": lambda: sequence_parallel("gpt2"),
 }
 
 
@@ -269,6 +302,19 @@ def test_under_tensor_parallelism_the_head_is_left_with_its_reason(results):
     assert status != "bound"
     assert "tensor" in why
     assert "rms_norm" in {operator for _, status, operator, _ in found["rows"] if status == "bound"}
+
+
+@pytest.mark.parametrize(("family", "kind"), {"llama": "LigerRMSNorm", "gpt2": "LigerLayerNorm"}.items())
+def test_norms_whose_weights_are_dtensors_compute_each_ranks_tokens(results, family, kind):
+    found, expected = of(results, f"sequence parallelism of {family}"), step(build(family), **whole_batch())
+    check_equal(found["step"], expected)
+    check_equal(found["after"], expected)
+    assert found["kinds"] == {kind}
+    assert not found["left"]
+    assert {f"{name}_{way}" for name in ("rms_norm", "layer_norm") for way in ("fwd", "bwd")} & {*found["ran"]} == {
+        f"{'rms_norm' if family == 'llama' else 'layer_norm'}_{way}" for way in ("fwd", "bwd")
+    }
+    assert {tokens for _, tokens, _ in found["shapes"]} == {6}
 
 
 if __name__ == "__main__":

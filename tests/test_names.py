@@ -78,6 +78,7 @@ FUNCTIONS = [
     "DyT",
     "ReLUSquared",
     "PolyNorm",
+    "AttnRes",
     "Softmax",
     "Sparsemax",
     "MultiTokenAttention",
@@ -428,6 +429,14 @@ def test_multi_token_attention():
         L.liger_multi_token_attention(x, w, None, *options),
         formulas.multi_token_attention(x.dtype, padding=(1, 2), groups=2)(x, w),
     )
+
+
+def test_attn_res():
+    v, query, weight = torch.randn(4, 2, 3, 12), torch.randn(12), torch.randn(12)
+    want = formulas.attn_res(1e-2)(v, query, weight)
+    torch.testing.assert_close(L.liger_attn_res(v, query, weight, 1e-2), want)
+    torch.testing.assert_close(L.liger_attn_res(list(v), query, weight, 1e-2), want)
+    torch.testing.assert_close(liger_aot.ops.LigerAttnResFunction.apply(v, query, weight, 1e-2), want)
 
 
 def test_gates_by_position():

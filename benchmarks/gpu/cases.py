@@ -93,6 +93,11 @@ def eager_modulated_rms_norm(x, scale, shift, weight):
     return functional.rms_norm(x, weight.shape, weight, EPS) * (1 + scale[:, None]) + shift[:, None]
 
 
+def eager_attn_res(v, query, weight):
+    scores = (functional.rms_norm(v, weight.shape, weight, EPS) * query).sum(-1)
+    return torch.einsum("d...,d...n->...n", scores.softmax(0), v)
+
+
 # The same in torch's own parts, as transformers has it where torch has no function of that name.
 IN_TORCH = {
     "rms_norm": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
@@ -106,6 +111,7 @@ IN_TORCH = {
     "moe_permute": lambda x, order, position: x[order // position.shape[1]],
     "moe_unpermute": lambda x, weight, order, position: (x[position] * weight[..., None]).sum(1),
     "poly_norm": eager_poly_norm,
+    "attn_res": eager_attn_res,
     "modulated_rms_norm": eager_modulated_rms_norm,
     "relu_squared": lambda x: functional.relu(x).square(),
     "softmax": lambda x: functional.softmax(x, -1),
@@ -238,6 +244,14 @@ def modulated_rms_norm(tokens, hidden, liger):
     return Timed(list(inputs), found, (2 * size, 3 * size))
 
 
+def attn_res(tokens, hidden, liger):
+    """Of eight blocks of layers, each an eighth of the tokens, so that v has as many numbers as others' inputs."""
+    v = leaf(8, max(1, tokens // 8), hidden)
+    inputs = [v, leaf(hidden, scale=hidden**-0.5), leaf(hidden)]
+    size = v.nbytes
+    return Timed(inputs, calls("attn_res", liger and liger.liger_attn_res), (size + size // 8, 2 * size + size // 8))
+
+
 def poly_norm(tokens, hidden, liger):
     x = leaf(tokens, hidden)
     found = calls("poly_norm", liger and (lambda x, w, b: liger.liger_poly_norm(x, w, b, EPS)))
@@ -349,6 +363,7 @@ BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {
     "moe_permute": moe_permute,
     "moe_unpermute": moe_unpermute,
     "poly_norm": poly_norm,
+    "attn_res": attn_res,
     "modulated_rms_norm": modulated_rms_norm,
 }
 BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax", "sparsemax")}
@@ -361,8 +376,8 @@ BUILD["multi_token_attention"] = multi_token_attention
 TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the first cases
 HIDDEN = [1024, 2048, 4096, 8192, 16384, 32768]
 VOCABULARY = [32768, 65536, 128256, 262144]
-OTHERS = ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm", "gated_rms_norm", "poly_norm", "modulated_rms_norm"]
-OTHERS += ["packed_glu", "moe_permute", "moe_unpermute"]
+OTHERS = ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm", "gated_rms_norm", "poly_norm"]
+OTHERS += ["modulated_rms_norm", "attn_res", "packed_glu", "moe_permute", "moe_unpermute"]
 # At the sizes of Llama-8B: hidden 4096, intermediate 14336, vocabulary 128256.
 FIRST = [
     ("linear_cross_entropy", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),

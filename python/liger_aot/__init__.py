@@ -9,6 +9,7 @@ from ._explain import preload
 from .bind import bind
 from .bind import unbind
 from .bind import verify
+from .functional import attn_res
 from .functional import cross_entropy
 from .functional import dyt
 from .functional import fused_add_rms_norm
@@ -40,6 +41,7 @@ from .functional import vocab_parallel_cross_entropy
 __all__ = [
     "__version__",
     "as_liger",
+    "attn_res",
     "bind",
     "cross_entropy",
     "dyt",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
+from .ops import attn_res as _attn_res
 from .ops import cross_entropy as _cross_entropy
 from .ops import dyt as _dyt
 from .ops import fused_add_rms_norm as _fused_add_rms_norm
@@ -107,6 +108,15 @@ def gated_rms_norm(
     """
     options = {"groups": groups, "gate_first": gate_first, "activation": activation, "casting": casting}
     return _gated_rms_norm.gated_rms_norm(input, gate, weight, eps, **options)
+
+
+def attn_res(v: Tensor, query: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """A mixture of the rows v (depth, ..., n) over depth, by a softmax of query · rms_norm(v) · weight, as in Kimi's residuals.
+
+    >>> liger_aot.attn_res(torch.tensor([[1.0, 3.0], [3.0, 3.0]]), torch.zeros(2), torch.ones(2))
+    tensor([2., 3.])
+    """
+    return _attn_res.attn_res(v, query, weight, eps)
 
 
 def modulated_rms_norm(

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..ops._check import FLOATS
 from . import _find as find
+from . import _rope as ropes
 from . import _swap as swaps
 from ._find import Found
 from ._report import Counts
@@ -32,10 +33,12 @@ __all__ = ["Report", "Row", "Verification", "bind", "unbind", "verify"]
 # What a kind of module looks like, how its formula is found, what class is swapped in, how that is tried, and the operators.
 KINDS = [
     (find.norm_like, find.find_norm, swaps.norm_class, try_module, {"rms_norm", "layer_norm"}),
-    (find.glu_like, find.find_glu, swaps.glu_class, try_module, {"swiglu", "geglu"}),
+    (find.glu_like, find.find_glu, swaps.glu_class, try_module, {"swiglu", "geglu", "relu_squared"}),
     (find.experts_like, find.find_experts, swaps.experts_class, try_module, {"swiglu", "geglu"}),
-    (find.attention_like, find.find_attention, swaps.rope_class, try_rope, {"rope"}),
+    (ropes.attention_like, ropes.find_attention, swaps.rope_class, try_rope, {"rope"}),
 ]
+
+PLAIN, DTENSOR = ("torch.nn.parameter.Parameter", "torch.Tensor"), "torch.distributed.tensor.DTensor"
 
 
 def bind(
@@ -46,6 +49,7 @@ def bind(
     rope: bool = True,
     swiglu: bool = True,
     geglu: bool = True,
+    relu_squared: bool = True,
     linear_cross_entropy: bool = True,
     cross_entropy: bool = False,
     compile: str = "inductor",
@@ -54,11 +58,11 @@ def bind(
 ) -> Report:
     """Bind the operators into every module of model whose formula they compute. The report, printed, says what was bound.
 
-    The flags are operators; swiglu and geglu are for MLPs and experts. cross_entropy, in the place of linear_cross_entropy,
-    leaves the logits real. compile "inductor" leaves norms, gated units and rope to Inductor where torch.compile traces the
-    model, "liger" keeps every operator in the graph; an export always does. keep_logits computes the output's logits beside
-    the fused loss. Raises ValueError on what is no module or bound already, and RuntimeError where strict is set and a module
-    whose formula an operator computes, or a head, was left alone; the model is then as it was.
+    The flags are operators; swiglu, geglu and relu_squared are for MLPs, the first two for experts as well. cross_entropy, in
+    the place of linear_cross_entropy, leaves the logits real. compile "inductor" leaves norms, gated units and rope to Inductor
+    where torch.compile traces the model, "liger" keeps every operator in the graph; an export always does. keep_logits computes
+    the output's logits beside the fused loss. Raises ValueError on what is no module or bound already, and RuntimeError where
+    strict is set and a module whose formula an operator computes, or a head, was left alone; the model is then as it was.
     """
     check_module("bind", model)
     if compile not in ("inductor", "liger"):
@@ -68,7 +72,14 @@ def bind(
     bound = sum(map(swaps.is_bound, model.modules()))
     if bound:
         raise ValueError(f"bind: model must not be bound yet, got one with {bound} bound modules; unbind(model) takes them off")
-    flags = {"rms_norm": rms_norm, "layer_norm": layer_norm, "rope": rope, "swiglu": swiglu, "geglu": geglu}
+    flags = {
+        "rms_norm": rms_norm,
+        "layer_norm": layer_norm,
+        "rope": rope,
+        "swiglu": swiglu,
+        "geglu": geglu,
+        "relu_squared": relu_squared,
+    }
     wanted = {name for name, flag in flags.items() if flag}
     counts = Counts()
     plan = []
@@ -82,16 +93,13 @@ def bind(
     missed = [row for row in report.left if row.operator]
     if strict and missed:
         raise RuntimeError(f"bind: strict, and these modules would be left alone:\n{Report(missed, report.base, compile)}")
-    done = []
     try:
         for module, cls, attributes, _ in plan:
             if cls is not None:
-                done.append(module)
                 swaps.swap(module, cls)
                 vars(module).update(attributes)
     except BaseException:
-        for module in done:
-            release(module)
+        unbind(model)
         raise
     return report
 
@@ -142,7 +150,7 @@ def layers(model, wanted, compile, device):
         cls = None if found.args is None else swaps.subclass(type(module), make, (compile, *found.args))
         if why := cls and once((key, cls), trial, module, found.trial, cls, device):
             found = found._replace(args=None, why=why)
-        if cls is not None and (why := unfit_weights(model, module)):
+        if cls is not None and (why := unfit_weights(model, module, DTENSOR)):  # which row by row operators take
             found = found._replace(args=None, why=why)
         yield entry(path, module, found, cls)
 
@@ -209,9 +217,9 @@ def unfit_head(model, head):
     return ""
 
 
-def unfit_weights(model, module):
+def unfit_weights(model, module, *taken):
     """Why the weights of a module are none that kernels could read; empty where they are plain ones, or FSDP2 makes them so."""
-    others = {type(p) for p in find.weights_of(module).values()} - {nn.Parameter, torch.Tensor}
-    if not others or any(c.__module__.startswith("torch.distributed.fsdp") for m in model.modules() for c in type(m).__mro__):
+    kinds = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, find.weights_of(module).values())} - {*PLAIN, *taken}
+    if not kinds or any(c.__module__.startswith("torch.distributed.fsdp") for m in model.modules() for c in type(m).__mro__):
         return ""
-    return "; ".join(f"its weights are {cls.__module__}.{cls.__qualname__}" for cls in others)
+    return f"its weights are {', '.join(sorted(kinds))}"

@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
 from torch import nn
 
+from ..ops.geglu import geglu
+from ..ops.relu_squared import relu_squared
+from ..ops.swiglu import swiglu
+
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
@@ -125,6 +129,13 @@ def close(a, b, truth=None):
     return bool((a.double() - exact).norm() <= torch.maximum((b.double() - exact).norm(), allowed))
 
 
+def rounded(a, b):
+    """16 bits may be rounded at other places than the operators', which round once, in the end."""
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(rounded, a, b))
+    return close(a, b) if alike(a, b) and a.dtype is BF16 else same(a, b)
+
+
 def survivors(compute, formulas, inputs, equal=same):
     """Those of the formulas that give what compute gives, for all inputs, and why there are none; None where it raises."""
     for given in inputs:
@@ -226,7 +237,7 @@ def find_norm(module):
     )
 
 
-# Gated units: MLPs of two or three linear layers, and the gate of experts.
+# MLPs of two or three linear layers, and the gate of experts.
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -237,7 +248,13 @@ ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "identity": lambda x: x,
 }
-GATED = {"silu": "swiglu", "gelu_tanh": "geglu", "gelu": "geglu"}
+# What is ours of them, without a gate and with one: the operator's name, the bound class's, and the operator.
+UNITS = {
+    (False, "relu squared"): ("relu_squared", "LigerReLUSquared", relu_squared),
+    (True, "silu"): ("swiglu", "LigerSwiGLU", swiglu),
+    (True, "gelu_tanh"): ("geglu", "LigerGEGLU", geglu),
+    (True, "gelu"): ("geglu", "LigerGEGLU", functools.partial(geglu, approximate="none")),
+}
 HALVES = {
     "gate_up": lambda h: h.chunk(2, -1),
     "up_gate": lambda h: h.chunk(2, -1)[::-1],
@@ -250,14 +267,15 @@ def glu_inputs(*shape):
     return [(normal(generator, *shape, dtype=dtype, scale=scale),) for dtype, scale in ((FP32, 1.0), (FP32, 30.0), (BF16, 1.0))]
 
 
-def same_glu(a, b):
-    """16 bits may be rounded at other places than the operators', which round once, in the end."""
-    return close(a, b) if alike(a, b) and a.dtype is BF16 else same(a, b)
+def unit_of(kind, act):
+    """Of UNITS, or None."""
+    return UNITS.get((kind != "2 linears", act))
 
 
-def gated(kind, act, *names):
-    """What is ours of gated units."""
-    return (GATED[act], kind, act, *names) if act in GATED and kind != "2 linears" else None
+def ours(kind, act, *names):
+    """The operator, and the arguments of the class to swap in, or None."""
+    found = unit_of(kind, act)
+    return found and (found[0], kind, act, *names)
 
 
 def kinds(module, layers):
@@ -300,10 +318,10 @@ def find_glu(module):
     copy, formulas, why = shell(module, sizes, **made), dict(glu_formulas(made)), "equals no known formula"
     for n in {made[names[0]].in_features for _, _, names in formulas}:
         inputs = glu_inputs(3, 5, n)
-        left, why = survivors(lambda x: steady(copy.to(x.dtype), x), formulas, inputs, same_glu)
+        left, why = survivors(lambda x: steady(copy.to(x.dtype), x), formulas, inputs, rounded)
         if left:
             kind, act, names = next(iter(left))
-            return one(f"{kind}, {act}", gated(kind, act, names, kinds(module, layers)), copy, "forward", *inputs[0])
+            return one(f"{kind}, {act}", ours(kind, act, names, kinds(module, layers)), copy, "forward", *inputs[0])
     return Found(None, "", why)
 
 
@@ -333,113 +351,11 @@ def find_experts(module):
         return Found(None, "experts", "no gate of its own that could be fused: no _apply_gate")
     copy, inputs = shell(module), glu_inputs(6, 64)
     formulas = {(k, a): lambda x, f=f, s=s: product(f, *s(x)) for k, s in HALVES.items() for a, f in ACTIVATIONS.items()}
-    left, why = survivors(copy._apply_gate, formulas, inputs, same_glu)
+    left, why = survivors(copy._apply_gate, formulas, inputs, rounded)
     if not left:
         return Found(None, "", why)
     kind, act = next(iter(left))
-    found = one(f"experts {kind}, {act}", gated(kind, act, kinds(module, ())), copy, "_apply_gate", *inputs[0])
+    found = one(f"experts {kind}, {act}", ours(kind, act, kinds(module, ())), copy, "_apply_gate", *inputs[0])
     if getattr(module.config, "_experts_implementation", None) == "eager":
         return found._replace(args=None, why="eager experts call no _apply_gate: set_experts_implementation('grouped_mm')")
     return found
-
-
-# Rotary embeddings: functions of q, k, cos and sin that an attention's forward finds among its globals.
-
-
-def half(x, cos, sin):
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat((-b, a), -1) * sin
-
-
-def interleaved(x, cos, sin):
-    return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
-
-
-def twice(angles):
-    return torch.cat(angles.chunk(2, -1)[:1] * 2, -1)
-
-
-def doubled(angles):
-    return angles.chunk(2, -1)[0].repeat_interleave(2, -1)
-
-
-ROTATIONS = {
-    "half": half,
-    "half, other sign": lambda x, cos, sin: half(x, cos, -sin),
-    "interleaved": interleaved,
-    "interleaved, doubled angles": lambda x, cos, sin: interleaved(x, doubled(cos), doubled(sin)),
-    "interleaved to half": lambda x, cos, sin: half(torch.cat((x[..., ::2], x[..., 1::2]), -1), twice(cos), twice(sin)),
-}
-# Shapes of q, k, and of cos and sin without their last dimension.
-LAYOUTS = {True: ((2, 4, 5, 16), (2, 2, 5, 16), (2, 5)), False: ((5, 4, 16), (5, 2, 16), (5,))}
-
-
-def rotated(rotation, rule, *tensors):
-    """Each x rotated: "promote" as dtypes are, "cast back" rounded to x's in the end, "fp32" computed in that and cast back."""
-    *heads, cos, sin = tensors
-    results = []
-    for x in heads:
-        r, *angles = cos.shape[-1], cos.unsqueeze(1), sin.unsqueeze(1)
-        y = ROTATIONS[rotation](*((t.float() if rule == "fp32" else t) for t in (x[..., :r], *angles)))
-        y = y if rule == "promote" else y.to(x.dtype)
-        results.append(torch.cat((y, x[..., r:]), -1) if x.shape[-1] > r else y)
-    return tuple(results)
-
-
-def rope_functions(forward):
-    """{name: function} of the functions that a forward calls to rotate q and k."""
-    scope = getattr(inspect.unwrap(forward), "__globals__", {})
-    found = {name: scope.get(name) for name in called(forward)}
-    like = {name for name, f in found.items() if inspect.isfunction(f) and ("rotary" in name or "rope" in name)}
-    return {name: f for name, f in found.items() if name in like or (callable(f) and {"cos", "sin"} <= {*parameters_of(f)})}
-
-
-def attention_like(module):
-    return bool(rope_functions(type(module).forward))
-
-
-def find_attention(module):
-    """What the rotations of one class are, taken together."""
-    forward = type(module).forward
-    found = {name: find_rope(f) for name, f in rope_functions(forward).items()}
-    bound = {name: f for name, f in found.items() if f.operator}
-    formula = "; ".join(dict.fromkeys(f.formula for f in (bound or found).values() if f.formula))
-    why = "; ".join(f"{name}: {f.why}" for name, f in found.items() if f.why)
-    if not bound:
-        return Found(None, formula, why)
-    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
-        return Found("rope", formula, "its forward is decorated: a copy of it would have no decorator")
-    args = tuple((name, *f.args) for name, f in sorted(bound.items()))
-    return Found("rope", formula, why, (args,), tuple((name, f.trial) for name, f in bound.items()))
-
-
-def rope_inputs(batched, count, *dtypes, r=16):
-    *heads, angles = LAYOUTS[batched]
-    generator = torch.Generator().manual_seed(0)
-    heads = [normal(generator, *shape, dtype=dtypes[0]) for shape in heads[:count]]
-    return *heads, *(normal(generator, *angles, r, dtype=dtypes[1]) for _ in range(2))
-
-
-def find_rope(function):
-    names = parameters_of(function)
-    count = names.index("cos") if "cos" in names else 0
-    if count not in (1, 2) or names[count : count + 2] != ["cos", "sin"]:
-        return Found(None, "", f"has the arguments {', '.join(names)}")
-    rules = {each: functools.partial(rotated, *each) for each in itertools.product(ROTATIONS, ("promote", "cast back", "fp32"))}
-
-    def compute(*tensors):
-        results = function(*tensors)
-        return results if isinstance(results, (tuple, list)) else (results,)
-
-    for batched in LAYOUTS:
-        left, why = survivors(compute, rules, [rope_inputs(batched, count, d, d) for d in (FP32, BF16)])
-        if left:
-            mixed, why = survivors(compute, left, [rope_inputs(batched, count, BF16, FP32)])
-            left = left if mixed is None else mixed  # some take no mixture
-        if left:
-            (rotation, rule), f = next(iter(left.items()))
-            partial, _ = survivors(compute, {0: f}, [rope_inputs(batched, count, FP32, FP32, r=8)])
-            formula = ", ".join([rotation, rule, *["partial"] * bool(partial), *["one tensor"] * (count == 1)])
-            ours = ("rope", batched, count, rule == "promote") if rotation == "half" else None
-            return one(formula, ours, *rope_inputs(batched, count, FP32, FP32))
-    return Found(None, "", why)

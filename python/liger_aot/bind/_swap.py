@@ -13,23 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..functional import rope
 from ..ops._check import FLOATS
 from ..ops._check import under_autocast
-from ..ops.geglu import geglu
 from ..ops.layer_norm import layer_norm
 from ..ops.packed_glu import packed_glu
 from ..ops.rms_norm import rms_norm
-from ..ops.swiglu import swiglu
 from ._find import HALVES
 from ._find import called
 from ._find import parameters_of
-from ._find import rope_functions
+from ._find import unit_of
 from ._lazy import LazyLogits
 from ._lazy import lazy_logits
-
-GATED = {"silu": swiglu, "gelu_tanh": geglu, "gelu": functools.partial(geglu, approximate="none")}
-NAMES = {"silu": "LigerSwiGLU", "gelu_tanh": "LigerGEGLU", "gelu": "LigerGEGLU"}
+from ._rope import rope_functions
+from ._rope import rotation
 
 
 class Bound(NamedTuple):
@@ -103,25 +99,28 @@ def untouched(module, others):
 
 def glu_class(original, compile, kind, act, names, others):
     *first, down = names
+    _, name, operator = unit_of(kind, act)
+    split = HALVES.get(kind, lambda *outputs: outputs)
 
     def compute(self, x):
         if not untouched(self, others):
             return original.forward(self, x)
-        outputs = [getattr(self, name)(x) for name in first]
-        return getattr(self, down)(GATED[act](*(outputs if len(outputs) == 2 else HALVES[kind](*outputs))))
+        return getattr(self, down)(operator(*split(*(getattr(self, layer)(x) for layer in first))))
 
     text = described(original, f"{kind}, {act}, was={original.__name__}")
-    return f"{NAMES[act]}MLP", {"extra_repr": text, **computing(original, compile, compute)}
+    return f"{name}MLP", {"extra_repr": text, **computing(original, compile, compute)}
 
 
 def experts_class(original, compile, kind, act, others):
     from ..transformers.experts import experts_forward  # here, because it imports transformers
     from ..transformers.experts import in_the_place_of
 
+    _, name, operator = unit_of(kind, act)
+
     def compute(self, x):
         if not untouched(self, others):
             return original._apply_gate(self, x)
-        return packed_glu(x, act) if kind == "gate_up" else GATED[act](*HALVES[kind](x))
+        return packed_glu(x, act) if kind == "gate_up" else operator(*HALVES[kind](x))
 
     @functools.wraps(original.forward)
     def forward(self, hidden_states, *args, **kwargs):
@@ -130,7 +129,7 @@ def experts_class(original, compile, kind, act, others):
 
     text = described(original, f"experts, {kind}, {act}, was={original.__name__}")
     computed = computing(original, compile, compute, "_apply_gate")
-    return f"{NAMES[act]}Experts", {"extra_repr": text, "forward": forward, **computed}
+    return f"{name}Experts", {"extra_repr": text, "forward": forward, **computed}
 
 
 def rope_class(original, compile, functions):
@@ -138,40 +137,14 @@ def rope_class(original, compile, functions):
 
     Without "__name__" in them torch.compile reads this dict and not the module of that name.
     """
-    forward, known = original.forward, rope_functions(original.forward)
-    scope = {**forward.__globals__, **{name: rotation(known[name], compile, *args) for name, *args in functions}}
+    forward, known, own = original.forward, rope_functions(original.forward), functools.partial(left, compile)
+    scope = {**forward.__globals__, **{name: rotation(known[name], own, *args) for name, *args in functions}}
     del scope["__name__"]
     clone = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
     functools.update_wrapper(clone, forward)
     del clone.__wrapped__
     clone.__kwdefaults__ = forward.__kwdefaults__
     return original.__name__, {"forward": clone, "extra_repr": described(original, "rope=liger")}
-
-
-def rotation(function, compile, batched, count, one_dtype):
-    """A function like an attention's own, which calls that wherever the tensors are others than the operator takes."""
-    names = parameters_of(function)
-    heads = names[0], names[count - 1], "cos", "sin"
-    default = inspect.signature(function).parameters["unsqueeze_dim"].default if "unsqueeze_dim" in names else 1
-
-    @functools.wraps(function)
-    def rotate(*args, **kwargs):
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        q, k, cos, sin = (given.get(name) for name in heads)
-        dim = given.get("unsqueeze_dim", default)
-        if not all(isinstance(x, torch.Tensor) for x in (q, k, cos, sin)):
-            return function(*args, **kwargs)
-        angles = cos.dtype is q.dtype or (cos.dtype is torch.float32 and not one_dtype)
-        fits = q.dim() == (4 if batched else 3) == cos.dim() + 1 and dim in ((1, 2) if batched else (1,))
-        if left(compile, q) or not (angles and fits and k.dtype is q.dtype) or cos.requires_grad:
-            return function(*args, **kwargs)
-        if not batched:
-            q, k, dim = q[None], k[None], 2
-        results = rope(q, k if count == 2 else q.narrow(dim, 0, 0), cos, sin, unsqueeze_dim=dim)[:count]
-        results = results if batched else tuple(r[0] for r in results)
-        return results if count == 2 else results[0]
-
-    return rotate
 
 
 def hooked(module):

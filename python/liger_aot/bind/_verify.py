@@ -37,7 +37,7 @@ def outcome(function, tensors, fixed):
 def refusal(own, ours, tensors, fixed=0):
     """Why ours may not take own's place, with gradients, held to what own gives in fp32; empty where it may."""
     plain, bound = outcome(own, tensors, fixed), outcome(ours, tensors, fixed)
-    exact = outcome(own, [x.float() for x in tensors], fixed)
+    exact = outcome(own, [x.float() if x.dtype in FLOATS else x for x in tensors], fixed)
     for results, whose in ((plain, ""), (exact, ""), (bound, "the operator ")):
         if isinstance(results, Exception):
             return f"{whose}raises {type(results).__name__}: {results}"
@@ -64,9 +64,9 @@ def try_module(module, trial, cls, device):
 
 def try_rope(module, trial, cls, device):
     """refusal of the rotations that cls calls in the place of those that module's class does; angles have no gradient."""
-    for name, tensors in trial:
+    for name, count, tensors in trial:
         own, ours = (c.forward.__globals__[name] for c in (type(module), cls))
-        if why := refusal(own, ours, [x.to(device) for x in tensors], fixed=2):
+        if why := refusal(own, ours, [x.to(device) for x in tensors], fixed=len(tensors) - count):
             return f"{name}: {why}"
     return ""
 

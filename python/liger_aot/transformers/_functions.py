@@ -86,6 +86,12 @@ class LigerDyTFunction:
     apply = staticmethod(L.liger_dyt)
 
 
+class LigerAttnResFunction:
+    @staticmethod
+    def apply(V_stacked, w_query, w_norm, eps):
+        return L.liger_attn_res(V_stacked, w_query, w_norm, eps)
+
+
 class LigerPolyNormFunction:
     apply = staticmethod(L.liger_poly_norm)
 

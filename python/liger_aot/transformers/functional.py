@@ -11,6 +11,7 @@ from ._names import one_of
 
 __all__ = [
     "CrossEntropyOutput",
+    "liger_attn_res",
     "liger_cross_entropy",
     "liger_dyt",
     "liger_fused_add_rms_norm",
@@ -93,6 +94,11 @@ def liger_relu_squared(x):
 
 def liger_dyt(x, alpha, gamma, beta):
     return F.dyt(x, alpha, gamma, beta)
+
+
+def liger_attn_res(V, w_query, w_norm, eps: float = 1e-6):
+    """V is (depth, ..., hidden), or a list of depth tensors, which are stacked."""
+    return F.attn_res(torch.stack(V) if isinstance(V, (list, tuple)) else V, w_query, w_norm, eps)
 
 
 def liger_poly_norm(X, W, B, eps=1e-6, in_place=True):

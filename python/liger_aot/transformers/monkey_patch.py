@@ -22,7 +22,7 @@ from ..bind._swap import swap
 
 logger = logging.getLogger(__name__)
 
-# Liger's flags and the operators of bind. There is none for relu_squared: the report has such MLPs as left.
+# Liger's flags and the operators of bind.
 FLAGS = {
     "rope": "rope",
     "cross_entropy": "cross_entropy",
@@ -31,7 +31,7 @@ FLAGS = {
     "layer_norm": "layer_norm",
     "swiglu": "swiglu",
     "geglu": "geglu",
-    "relu_squared": None,
+    "relu_squared": "relu_squared",
 }
 OPTIONS = {"compile", "keep_logits", "strict"}
 PASS_ON = {"internvl", "llava", "smolvlm"}
@@ -126,7 +126,7 @@ def bind_options(model_type, given):
             f"liger: cross_entropy and fused_linear_cross_entropy cannot both be True, got them for {model_type}; "
             "set fused_linear_cross_entropy=False, or leave cross_entropy"
         )
-    return {FLAGS.get(flag, flag): value for flag, value in flags.items() if FLAGS.get(flag, flag)}
+    return {FLAGS.get(flag, flag): value for flag, value in flags.items()}
 
 
 def rebind(model, options):

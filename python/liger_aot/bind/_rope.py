@@ -1,0 +1,207 @@
+"""Rotary embeddings: functions of heads and their angles, which an attention's forward finds among its globals.
+
+Each form is a call of the operator, and is recognised by that call's giving what the function gives.
+"""
+
+import functools
+import inspect
+import itertools
+import types
+
+import torch
+
+from ..ops.rope import forward_reference
+from ..ops.rope import rope
+from ._find import BF16
+from ._find import FP32
+from ._find import Found
+from ._find import called
+from ._find import normal
+from ._find import one
+from ._find import parameters_of
+from ._find import rounded
+from ._find import survivors
+
+# What the operator is given of the angles and of the positions, and the options that follow from them.
+
+
+def whole(angles, positions):
+    return angles, {}
+
+
+def of_pairs(angles, positions):
+    return angles, {"rotary_dim": 2 * angles[0].shape[-1]}
+
+
+def first_half(angles, positions):
+    return of_pairs([a[..., : a.shape[-1] // 2] for a in angles], positions)
+
+
+def gathered(angles, positions):
+    return [a[positions] for a in angles], {}
+
+
+def in_parts(angles, positions):
+    return angles, {"parts": positions.shape[-1]}
+
+
+def column(angles, positions):
+    return [a.squeeze(1) for a in angles], {}
+
+
+INTERLEAVED = {"order": "interleaved"}
+ROTATIONS = {
+    "half": (whole, {}),
+    "half, other sign": (whole, {"reverse": True}),
+    "half, one angle a pair": (of_pairs, {}),
+    "half, gathered": (gathered, {}),
+    "half, in parts": (in_parts, {}),
+    "interleaved": (whole, INTERLEAVED),
+    "interleaved, one angle a pair": (of_pairs, INTERLEAVED),
+    "interleaved, doubled angles": (first_half, INTERLEAVED),
+    "interleaved, last columns": (of_pairs, {**INTERLEAVED, "last": True}),
+    "interleaved to half": (first_half, {"order": "interleaved_to_half"}),
+    "interleaved, in a column": (column, INTERLEAVED),
+}
+# Shapes of the heads, of the angles without their last dimension, and of the positions, and which dimension counts the heads.
+LAYOUTS = [
+    ((2, 4, 5, 16), (2, 5), (), 1),
+    ((2, 5, 4, 16), (2, 5), (), 2),
+    ((2, 4, 5, 16), (5,), (), 1),
+    ((5, 4, 16), (5,), (), 1),
+    ((2, 5, 4, 16), (5, 1), (), 2),
+    ((2, 4, 5, 16), (7,), (2, 5), 1),
+    ((2, 5, 4, 16), (2, 5), (2, 5, 2), 2),
+]
+OPTIONAL = ("position_ids", "unsqueeze_dim")
+
+
+def rope_functions(forward):
+    """{name: function} of the functions that a forward calls to rotate its heads."""
+    scope = getattr(inspect.unwrap(forward), "__globals__", {})
+    found = {name: scope.get(name) for name in called(forward)}
+    like = {name for name, f in found.items() if inspect.isfunction(f) and ("rotary" in name or "rope" in name)}
+    return {name: f for name, f in found.items() if name in like or (callable(f) and {"cos", "sin"} <= {*parameters_of(f)})}
+
+
+def parts_of(names):
+    """Of a function's parameters those of the heads and those of the angles: cos and sin, or one of complex numbers."""
+    heads = [*itertools.takewhile(lambda name: name not in ("cos", "sin") and not name.startswith("freqs"), names)]
+    return heads, sorted(names[len(heads) : len(heads) + 1 + ("cos" in names)])
+
+
+def attention_like(module):
+    return bool(rope_functions(type(module).forward))
+
+
+def find_attention(module):
+    """What the rotations of one class are, taken together."""
+    forward = type(module).forward
+    found = {name: find_rope(f) for name, f in rope_functions(forward).items()}
+    bound = {name: f for name, f in found.items() if f.operator}
+    formula = "; ".join(dict.fromkeys(f.formula for f in (bound or found).values() if f.formula))
+    why = "; ".join(f"{name}: {f.why}" for name, f in found.items() if f.why)
+    if not bound:
+        return Found(None, formula, why)
+    if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
+        return Found("rope", formula, "its forward is decorated: a copy of it would have no decorator")
+    args = tuple((name, *f.args) for name, f in sorted(bound.items()))
+    return Found("rope", formula, why, (args,), tuple((name, *f.trial) for name, f in bound.items()))
+
+
+def inputs(layout, heads, turns, r, dtype, angle_dtype):
+    """Random tensors of that layout, and positions where it has any."""
+    shape, angles, positions, dim = layout
+    generator = torch.Generator().manual_seed(0)
+    sizes = [4, 2, 2]
+    xs = [normal(generator, *shape[:dim], n, *shape[dim + 1 :], dtype=dtype) for n in sizes[: len(heads)]]
+    given = [normal(generator, *angles, r, dtype=angle_dtype) for _ in range(2)]
+    given = given if len(turns) == 2 else [torch.complex(*(a.float() for a in given))]
+    return *xs, *given, *([torch.randint(5, positions, generator=generator)] if positions else [])
+
+
+def find_rope(function):
+    names = parameters_of(function)
+    heads, turns = parts_of(names)
+    if not turns or len(heads) not in (1, 2, 3) or {*names} - {*heads, *turns, *OPTIONAL}:
+        return Found(None, "", f"has the arguments {', '.join(names)}")
+    needed = {name for name, p in inspect.signature(function).parameters.items() if p.default is p.empty}
+    count = len(heads)
+
+    def compute(*tensors):
+        return function(**dict(zip((*heads, *turns, "position_ids"), tensors, strict=False)))
+
+    def fitting(layout, forms, r, *dtypes):
+        places = {(len(layout[0]), len(layout[1]) + 1): layout[-1]}
+
+        def call(form, *tensors):
+            positions = tensors[count + len(turns) :]
+            return rotated(forward_reference, form, places, tensors[:count], tensors[count : count + len(turns)], *positions)
+
+        every = {form: functools.partial(call, form) for form in forms}
+        return survivors(compute, every, [inputs(layout, heads, turns, r, *each) for each in dtypes], rounded)
+
+    layouts = [layout for layout in LAYOUTS if bool(layout[2]) == ("position_ids" in needed)]
+    why, plain = "", [(FP32, FP32), (BF16, BF16)]
+    for r, layout in itertools.product((16, 8), layouts):
+        found, said = fitting(layout, ROTATIONS, r, *plain)
+        why = why if why and found is None else said  # a layout that it takes says more than one that it does not
+        # Where it takes narrower angles, that tells the first columns from the last.
+        narrow, _ = fitting(layout, found, r // 2, *plain) if found else (None, "")
+        if forms := found if narrow is None else narrow:
+            break
+    else:
+        return Found(None, "", why)
+    form = next(iter(forms))
+    mixed = bool(fitting(layout, [form], r, (BF16, FP32))[0])
+    marks = ["complex"] * (len(turns) == 1) + ["partial"] * bool(narrow) + ["one tensor"] * (count == 1)
+    formula = ", ".join([form, "cast back" if mixed else "promote", *marks])
+    fits = [each for each in layouts if fitting(each, [form], r, *plain)[0]]
+    places = tuple(((len(shape), len(angles) + 1), dim) for shape, angles, _, dim in fits)
+    return one(formula, ("rope", form, places, mixed), count, inputs(layout, heads, turns, r, FP32, FP32))
+
+
+def rotated(turn, form, places, xs, angles, positions=None, dim=None, mixed=True):
+    """What turn, the operator or its reference, makes of heads xs, or None where these are no such as the form was found with.
+
+    places says of the numbers of dimensions of heads and angles which counts the heads, unless dim does.
+    """
+    prepare, options = ROTATIONS[form]
+    flat, dtype, place = xs[0].dim() == 3, xs[0].dtype, places.get((xs[0].dim(), angles[0].dim()))
+    dtypes = {dtype, torch.complex64, *([FP32] if mixed else [])}
+    if place is None or any(a.requires_grad or a.dtype not in dtypes for a in angles):
+        return None
+    dim = (place if dim is None else dim) + flat
+    if dim not in (1, 2):
+        return None
+    angles, more = prepare(angles, positions)
+    heads, shape = [(x[None] if flat else x).transpose(1, dim) for x in xs], angles[0].shape
+    one_batch = len(shape) == 2 or shape[0] in (1, heads[0].shape[0])
+    if not one_batch or any(x.dtype is not dtype or x.shape[2] != shape[-2] for x in heads):
+        return None
+    pairs = [*heads, *[heads[0][:, :0]] * (len(xs) % 2)]  # of no other, no heads
+    turned = [
+        turn(*pair, *angles, *[None] * (2 - len(angles)), **options, **more)
+        for pair in zip(pairs[::2], pairs[1::2], strict=True)
+    ]
+    results = [y.transpose(1, dim) for pair in turned for y in pair]
+    results = tuple(y[0] if flat else y for y in results[: len(xs)])
+    return results if len(xs) > 1 else results[0]
+
+
+def rotation(function, own, form, places, mixed):
+    """A function like an attention's own, which calls that wherever own says so or the operator does not take the tensors."""
+    names = parameters_of(function)
+    heads, turns = parts_of(names)
+    places = dict(places)
+
+    @functools.wraps(function)
+    def rotate(*args, **kwargs):
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        xs, angles = ([given.get(name) for name in part] for part in (heads, turns))
+        results = None
+        if all(isinstance(x, torch.Tensor) for x in (*xs, *angles)) and not own(xs[0]):
+            results = rotated(rope, form, places, xs, angles, *(given.get(name) for name in OPTIONAL), mixed)
+        return function(*args, **kwargs) if results is None else results
+
+    return rotate
