@@ -356,6 +356,7 @@ def test_a_package_of_every_operator_answers_in_another_process(tmp_path):
 @compiles
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch._dynamo.config.patch(error_on_recompile=True)
+@torch.fx.experimental._config.patch(use_duck_shape=False)  # sizes that are equal here need not stay so: 3 rows, 3 weights
 def test_inductor_compiles_every_operator_with_its_gradients(dynamic):
     examples = {name: EXAMPLES[name.removesuffix("_stats")](torch.float32) for name in _op.PUBLIC}
     inputs = {name: leaves(arguments) for name, (arguments, _) in examples.items()}
