@@ -342,6 +342,42 @@ def moe(weighted):
 CASES |= {"moe_permute": lambda: moe(False), "moe_unpermute": lambda: moe(True)}
 CASES["relu_squared"] = lambda: pointwise("relu_squared", (), "input")
 CASES["softmax"] = lambda: pointwise("softmax", (-1,), "output")
+
+
+@case
+def neighborhood_attention():
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(q, memory_format=CONTIGUOUS), q.new_empty(q.shape[:3], dtype=FP32)
+
+    def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty_like(t, memory_format=CONTIGUOUS) for t in (q, k, v))
+        torch.empty_like(lse)
+        return dq, dk, dv
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, q, k, v, kernel_size, dilation, scale):
+                y, lse = fwd(q, k, v)
+                ctx.save_for_backward(q, k, v, lse)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                return *bwd(dy, *ctx.saved_tensors), None, None, None
+
+        return lambda q, k, v: Empty.apply(q, k, v, 7, 1, 0.25)
+
+    return Case(
+        [leaf(1, 2, ROWS, 16) for _ in range(3)],
+        lambda op, q, k, v: op(q, k, v),
+        lambda liger, q, k, v: liger.liger_fused_neighborhood_attention(q, k, v),
+        forward,
+        backward,
+        function,
+    )
+
+
 # Of which torch's convolution is the most: there is no telling what of it is host cost.
 CASES["multi_token_attention"] = lambda: Case(
     [leaf(1, 2, 16, 16), leaf(2, 2, 3, 3)],

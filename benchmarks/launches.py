@@ -27,6 +27,7 @@ from liger_aot.ops import modulated_rms_norm
 from liger_aot.ops import moe_permute
 from liger_aot.ops import moe_unpermute
 from liger_aot.ops import multi_token_attention
+from liger_aot.ops import neighborhood_attention
 from liger_aot.ops import packed_glu
 from liger_aot.ops import poly_norm
 from liger_aot.ops import relu_squared
@@ -165,6 +166,13 @@ def of_multi_token_attention(s, dtype):
     heads, tokens = max(1, s["hidden"] // HEAD), s["tokens"]
     scores, weight = shape(1, heads, tokens, tokens, dtype=dtype), shape(heads, 1, 3, 3, dtype=dtype)
     return multi_token_attention.MultiTokenAttentionFunction, (scores, weight, None, [1, 1], [1, 1], [1, 1], heads, False)
+
+
+def of_neighborhood_attention(s, dtype):
+    """As models have q, k and v: heads transposed behind the tokens; Liger's window of 7."""
+    n = s.get("head", HEAD)
+    q, k, v = (shape(1, s["tokens"], max(1, s["hidden"] // n), n, dtype=dtype).transpose(1, 2) for _ in range(3))
+    return neighborhood_attention.NeighborhoodAttentionFunction, (q, k, v, 7, 1, n**-0.5)
 
 
 def of_group_norm(s, dtype):
@@ -333,6 +341,24 @@ def again_sparsemax(v):
     return ((STEPS + 1) * v["programs"] * row, row) if v["LOOP"] else (0, 0)
 
 
+def reach(v):
+    return min(v["half"], (v["tokens"] - 1) // v["dilation"])
+
+
+def window(loops):
+    return lambda v: [2 * reach(v) + 1] * loops
+
+
+def neighbours(*names):
+    """The rows that the window of a program's tokens has besides: a step of the window reads the first level cache."""
+
+    def again(v):
+        more = min(2 * reach(v) * v["ROWS"], 2 * reach(v) * v["dilation"])
+        return v["programs"] * more * row(v, *names), (more + v["ROWS"]) * row(v, *names)
+
+    return again
+
+
 def trips_attn_res(v):
     """The softmax's loop over rows, and where a row is wider than a block, a second one for each block of columns."""
     return [blocks(v), v["depth"], v["depth"], blocks(v)] if v["LOOP"] else [v["depth"]]
@@ -410,6 +436,9 @@ KERNELS = {
     "softmax_fwd": Kernel(("y",), twice, walked("x")),
     "softmax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
     "causal_softmax_fwd": Kernel(("y",), twice, walked("x")),
+    "neighborhood_attention_fwd": Kernel(("y", "lse"), window(1), neighbours("k", "v")),
+    "neighborhood_attention_bwd_q": Kernel(("dq", "mean"), window(2), neighbours("k", "v")),
+    "neighborhood_attention_bwd_kv": Kernel(("dk", "dv"), window(1), neighbours("q", "dy")),
     "sparsemax_fwd": Kernel(("y",), trips_sparsemax, again_sparsemax),
     "sparsemax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
     "group_norm_fwd": Kernel(("y", "mean", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),

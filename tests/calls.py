@@ -209,6 +209,15 @@ def multi_token_attention(rows):
         yield (x, randn(2, 2, 3, 3, dtype=x.dtype)), {}
 
 
+def neighborhood_attention(rows):
+    for dtype, n in itertools.product(DTYPES, (32, 31, 64, 63, 128, 127)):
+        tokens = rows(4 * n)
+        q, k, v = (randn(2, tokens, 2, n, dtype=dtype).transpose(1, 2) for _ in range(3))
+        yield (q, k, v, 5, 1 + n % 2), {}
+    for q in views(2, 2, rows(66), 34):
+        yield (q, *(randn(2, 2, rows(66), 34, dtype=q.dtype) for _ in range(2))), {}
+
+
 def group_norm(rows):
     for dtype, size in itertools.product(DTYPES, (64, 63)):
         for weight, bias in itertools.product(weights(8, dtype), repeat=2):
@@ -297,5 +306,5 @@ CALLS |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
 CALLS |= {f.__name__: f for f in (modulated_rms_norm, attn_res)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
-CALLS["multi_token_attention"] = multi_token_attention
+CALLS |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

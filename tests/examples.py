@@ -48,6 +48,7 @@ EXAMPLES = {
         tensors((2, 2, 6, 6), (4, 1, 3, 3), (4,), dtype=t),
         {"padding": [1, 1], "groups": 2},
     ),
+    "neighborhood_attention": lambda t: (tensors(*[(2, 2, 6, 16)] * 3, dtype=t), {"kernel_size": 3, "dilation": 2}),
     "group_norm": lambda t: ([*tensors((3, 4, 24), dtype=t), 2, *tensors((4,), (4,), dtype=t)], {}),
     "cross_entropy": lambda t: ([*tensors((6, 50), dtype=t), targets(6, classes=50)], {"label_smoothing": 0.1}),
     "linear_cross_entropy": lambda t: ([*tensors((6, 16), (50, 16), dtype=t), targets(6, classes=50)], {}),

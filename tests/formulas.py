@@ -209,5 +209,18 @@ def multi_token_attention(dtype, sparse=False, **convolution):
     return formula
 
 
+def neighborhood_attention(kernel_size=7, dilation=1, scale=None):
+    """Attention with a mask: the window of Liger-Kernel, which is cut off at the ends."""
+
+    def formula(q, k, v):
+        token = torch.arange(q.shape[2], device=q.device)
+        away = (token[:, None] - token).abs()
+        near = (away <= kernel_size // 2 * dilation) & (away % dilation == 0)
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return scores.masked_fill(~near, -torch.inf).softmax(-1) @ v
+
+    return formula
+
+
 def softmax(dtype):
     return lambda x: Rounded.apply(x, dtype)

@@ -70,6 +70,11 @@ def eager_multi_token_attention(scores, weight):
     return functional.conv2d(probabilities, weight, padding=1, groups=scores.shape[1]).tril()
 
 
+def eager_neighborhood_attention(q, k, v):
+    token = torch.arange(q.shape[2], device=q.device)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=(token[:, None] - token).abs() <= 3)
+
+
 def eager_logprob(hidden, weight, target):
     logits = functional.linear(hidden, weight).float()
     return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
@@ -117,6 +122,7 @@ IN_TORCH = {
     "softmax": lambda x: functional.softmax(x, -1),
     "sparsemax": eager_sparsemax,
     "multi_token_attention": eager_multi_token_attention,
+    "neighborhood_attention": eager_neighborhood_attention,
     "dyt": lambda x, alpha, gamma, beta: torch.tanh(alpha * x) * gamma + beta,
     "group_norm": lambda x, w, b: functional.group_norm(x, GROUPS, w, b, 1e-5),
     "cross_entropy": functional.cross_entropy,
@@ -345,13 +351,21 @@ def vocab_parallel_cross_entropy(tokens, vocabulary, liger):
     return Timed([logits, target], found, (logits.nbytes, 2 * logits.nbytes))
 
 
-def multi_token_attention(tokens, heads, liger):
+def multi_token_attention(tokens, hidden, liger):
     """A convolution of 3 x 3 for each head; bytes are those of the scores, of what is kept of them, and of the result."""
+    heads = max(1, hidden // HEAD)
     scores, weight = leaf(1, heads, tokens, tokens), leaf(heads, 1, 3, 3)
     theirs = liger and (lambda x, w: liger.liger_multi_token_attention(x, w, padding=1, groups=heads))
     found = calls("multi_token_attention", theirs)
     found[OURS] = ours("multi_token_attention", padding=[1, 1], groups=heads)
     return Timed([scores, weight], found, (4 * scores.nbytes, 6 * scores.nbytes))
+
+
+def neighborhood_attention(tokens, hidden, liger):
+    """Liger's window, of 7 tokens."""
+    q, k, v = (leaf(1, tokens, max(1, hidden // HEAD), HEAD).transpose(1, 2).detach().requires_grad_() for _ in range(3))
+    found = calls("neighborhood_attention", liger and (lambda *qkv: liger.liger_fused_neighborhood_attention(*qkv)))
+    return Timed([q, k, v], found, (4 * q.nbytes, 7 * q.nbytes))
 
 
 BUILD = {name: norm(name) for name in ("rms_norm", "fused_add_rms_norm", "layer_norm")} | {"rope": rope}
@@ -371,7 +385,7 @@ BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_e
 BUILD |= {"kl_div": divergence("kl_div", {"reduction": "batchmean", "log_target": True}), "jsd": divergence("jsd", {})}
 BUILD |= {"tvd": divergence("tvd", {"reduction": "batchmean"}, log=False), "linear_jsd": linear_jsd}
 BUILD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
-BUILD["multi_token_attention"] = multi_token_attention
+BUILD |= {"multi_token_attention": multi_token_attention, "neighborhood_attention": neighborhood_attention}
 
 TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the first cases
 HIDDEN = [1024, 2048, 4096, 8192, 16384, 32768]
@@ -392,7 +406,8 @@ FIRST = [
     ("linear_jsd", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
     *((name, {"tokens": 4096, "vocabulary": 128256}) for name in ("jsd", "kl_div", "tvd")),
     ("vocab_parallel_cross_entropy", {"tokens": 4096, "vocabulary": 32064}),
-    ("multi_token_attention", {"tokens": 4096, "heads": 32}),
+    ("multi_token_attention", {"tokens": 4096, "hidden": 4096}),
+    ("neighborhood_attention", {"tokens": 4096, "hidden": 4096}),
     *((name, {"tokens": 8192, "hidden": 4096}) for name in OTHERS),
 ]
 

@@ -173,6 +173,13 @@ def multi_token_attention(scores, weight, bias=None, **options):
     return function, formula, [scores, weight, *([] if bias is None else [bias])], {"slack": 4.0}
 
 
+def neighborhood_attention(q, k, v, *window):
+    def function(q, k, v):
+        return public("neighborhood_attention")(q, k, v, *window)
+
+    return function, formulas.neighborhood_attention(*window), [q, k, v], {}
+
+
 def group_norm(x, num_groups, weight, bias):
     def formula(x, w, b):
         return group.forward_reference(x, num_groups, w, b, 1e-5)[0]
@@ -302,7 +309,7 @@ HELD |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
 HELD |= {f.__name__: f for f in (modulated_rms_norm, attn_res)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
-HELD["multi_token_attention"] = multi_token_attention
+HELD |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}
 HELD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
 

@@ -27,6 +27,7 @@ from .functional import moe_experts
 from .functional import moe_permute
 from .functional import moe_unpermute
 from .functional import multi_token_attention
+from .functional import neighborhood_attention
 from .functional import packed_glu
 from .functional import poly_norm
 from .functional import relu_squared
@@ -62,6 +63,7 @@ __all__ = [
     "moe_permute",
     "moe_unpermute",
     "multi_token_attention",
+    "neighborhood_attention",
     "nn",
     "packed_glu",
     "poly_norm",

@@ -27,6 +27,7 @@ from .ops import modulated_rms_norm as _modulated_rms_norm
 from .ops import moe_permute as _moe_permute
 from .ops import moe_unpermute as _moe_unpermute
 from .ops import multi_token_attention as _multi_token_attention
+from .ops import neighborhood_attention as _neighborhood_attention
 from .ops import packed_glu as _packed_glu
 from .ops import poly_norm as _poly_norm
 from .ops import relu_squared as _relu_squared
@@ -334,6 +335,18 @@ def multi_token_attention(
     """
     pairs = ([n, n] if isinstance(n, int) else list(n) for n in (stride, padding, dilation))
     return _multi_token_attention.multi_token_attention(scores, weight, bias, *pairs, groups, sparse)
+
+
+def neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int = 7, dilation: int = 1, scale: float | None = None
+) -> Tensor:
+    """scaled_dot_product_attention of each token to those at most kernel_size // 2 steps of dilation away.
+
+    >>> x = torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 3, 1)
+    >>> liger_aot.neighborhood_attention(torch.zeros_like(x), x, x, kernel_size=3).flatten()
+    tensor([1.5000, 2.3333, 3.0000])
+    """
+    return _neighborhood_attention.neighborhood_attention(query, key, value, kernel_size, dilation, scale)
 
 
 def cross_entropy(

@@ -114,6 +114,12 @@ class LigerMultiTokenAttentionFunction:
         return L.liger_multi_token_attention(scores, weight, bias, stride, padding, dilation, groups, sparse)
 
 
+class LigerFusedNeighborhoodAttentionFunction:
+    @staticmethod
+    def apply(query, key, value, kernel_size=7, dilation=1, scale=None):
+        return L.liger_fused_neighborhood_attention(query, key, value, kernel_size, dilation, scale)
+
+
 class LigerGroupNormFunction:
     apply = staticmethod(L.liger_group_norm)
 

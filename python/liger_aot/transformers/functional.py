@@ -17,6 +17,7 @@ __all__ = [
     "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
     "liger_fused_linear_jsd",
+    "liger_fused_neighborhood_attention",
     "liger_geglu",
     "liger_group_norm",
     "liger_jsd",
@@ -125,6 +126,17 @@ def liger_multi_token_attention(
     sparse: bool = False,
 ):
     return F.multi_token_attention(scores, weight, bias, stride, padding, dilation, groups, sparse=sparse)
+
+
+def liger_fused_neighborhood_attention(
+    query,
+    key,
+    value,
+    kernel_size: int = 7,
+    dilation: int = 1,
+    scale: float | None = None,
+):
+    return F.neighborhood_attention(query, key, value, kernel_size, dilation, scale)
 
 
 def liger_group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
