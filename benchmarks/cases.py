@@ -342,6 +342,42 @@ def moe(weighted):
 CASES |= {"moe_permute": lambda: moe(False), "moe_unpermute": lambda: moe(True)}
 CASES["relu_squared"] = lambda: pointwise("relu_squared", (), "input")
 CASES["softmax"] = lambda: pointwise("softmax", (-1,), "output")
+
+
+@case
+def neighborhood_attention():
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(q, memory_format=CONTIGUOUS), q.new_empty(q.shape[:3], dtype=FP32)
+
+    def backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (torch.empty_like(t, memory_format=CONTIGUOUS) for t in (q, k, v))
+        torch.empty_like(lse)
+        return dq, dk, dv
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, q, k, v, kernel_size, dilation, scale):
+                y, lse = fwd(q, k, v)
+                ctx.save_for_backward(q, k, v, lse)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                return *bwd(dy, *ctx.saved_tensors), None, None, None
+
+        return lambda q, k, v: Empty.apply(q, k, v, 7, 1, 0.25)
+
+    return Case(
+        [leaf(1, 2, ROWS, 16) for _ in range(3)],
+        lambda op, q, k, v: op(q, k, v),
+        lambda liger, q, k, v: liger.liger_fused_neighborhood_attention(q, k, v),
+        forward,
+        backward,
+        function,
+    )
+
+
 # Of which torch's convolution is the most: there is no telling what of it is host cost.
 CASES["multi_token_attention"] = lambda: Case(
     [leaf(1, 2, 16, 16), leaf(2, 2, 3, 3)],
@@ -453,6 +489,42 @@ def modulated_rms_norm():
         [leaf(batch, ROWS // batch, N), leaf(batch, N), leaf(batch, N), leaf(N)],
         lambda op, *inputs: op(*inputs),
         lambda liger, x, scale, shift, weight: liger.liger_modulated_rms_norm(x, weight, scale, shift),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
+def attn_res():
+    depth, tokens = 4, ROWS // 4
+
+    def forward(v: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        numbers = [v.new_empty(size, dtype=FP32) for size in ((depth, tokens), (depth, tokens), tokens)]
+        return v.new_empty(tokens, N), *numbers
+
+    def backward(dy: Tensor, v: Tensor, query: Tensor, score: Tensor, rstd: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        v.new_empty(tokens * N, dtype=FP32)
+        return torch.empty_like(v, memory_format=CONTIGUOUS), torch.empty_like(query)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, v, query):
+                y, *rest = fwd(v, query)
+                ctx.save_for_backward(v, query, *rest)
+                return y
+
+            @staticmethod
+            def backward(ctx, dy):
+                return bwd(dy, *ctx.saved_tensors)
+
+        return lambda v, query, weight: Empty.apply(v, query * weight)
+
+    return Case(
+        [leaf(depth, tokens, N), leaf(N), leaf(N)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: liger.liger_attn_res(*inputs),
         forward,
         backward,
         function,

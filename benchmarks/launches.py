@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liger_aot import _op
 from liger_aot import _runtime
+from liger_aot.ops import attn_res
 from liger_aot.ops import cross_entropy
 from liger_aot.ops import dyt
 from liger_aot.ops import fused_add_rms_norm
@@ -26,6 +27,7 @@ from liger_aot.ops import modulated_rms_norm
 from liger_aot.ops import moe_permute
 from liger_aot.ops import moe_unpermute
 from liger_aot.ops import multi_token_attention
+from liger_aot.ops import neighborhood_attention
 from liger_aot.ops import packed_glu
 from liger_aot.ops import poly_norm
 from liger_aot.ops import relu_squared
@@ -141,6 +143,12 @@ def of_modulated_rms_norm(s, dtype):
     return modulated_rms_norm.ModulatedRMSNormFunction, (x, *both, shape(s["hidden"], dtype=dtype), 1e-6, 0.0, False)
 
 
+def of_attn_res(s, dtype):
+    """Of eight blocks of layers."""
+    v, query = shape(8, *norm_sizes(s), dtype=dtype), shape(s["hidden"], dtype="float32")
+    return attn_res.AttnResFunction, (v, query, 1e-6)
+
+
 def of_poly_norm(s, dtype):
     return poly_norm.PolyNormFunction, (shape(*norm_sizes(s), dtype=dtype), shape(3, dtype=dtype), shape(1, dtype=dtype), 1e-6)
 
@@ -158,6 +166,13 @@ def of_multi_token_attention(s, dtype):
     heads, tokens = max(1, s["hidden"] // HEAD), s["tokens"]
     scores, weight = shape(1, heads, tokens, tokens, dtype=dtype), shape(heads, 1, 3, 3, dtype=dtype)
     return multi_token_attention.MultiTokenAttentionFunction, (scores, weight, None, [1, 1], [1, 1], [1, 1], heads, False)
+
+
+def of_neighborhood_attention(s, dtype):
+    """As models have q, k and v: heads transposed behind the tokens; Liger's window of 7."""
+    n = s.get("head", HEAD)
+    q, k, v = (shape(1, s["tokens"], max(1, s["hidden"] // n), n, dtype=dtype).transpose(1, 2) for _ in range(3))
+    return neighborhood_attention.NeighborhoodAttentionFunction, (q, k, v, 7, 1, n**-0.5)
 
 
 def of_group_norm(s, dtype):
@@ -326,6 +341,40 @@ def again_sparsemax(v):
     return ((STEPS + 1) * v["programs"] * row, row) if v["LOOP"] else (0, 0)
 
 
+def reach(v):
+    return min(v["half"], (v["tokens"] - 1) // v["dilation"])
+
+
+def window(loops):
+    return lambda v: [2 * reach(v) + 1] * loops
+
+
+def neighbours(*names):
+    """The rows that the window of a program's tokens has besides: a step of the window reads the first level cache."""
+
+    def again(v):
+        more = min(2 * reach(v) * v["ROWS"], 2 * reach(v) * v["dilation"])
+        return v["programs"] * more * row(v, *names), (more + v["ROWS"]) * row(v, *names)
+
+    return again
+
+
+def trips_attn_res(v):
+    """The softmax's loop over rows, and where a row is wider than a block, a second one for each block of columns."""
+    return [blocks(v), v["depth"], v["depth"], blocks(v)] if v["LOOP"] else [v["depth"]]
+
+
+def trips_attn_res_backward(v):
+    turns = v["tokens"] / v["programs"]
+    return [*trips_attn_res(v), turns] if v["LOOP"] else [v["depth"], v["depth"], turns]
+
+
+def again_depth(v):
+    """All rows of v once more."""
+    own = v["depth"] * row(v, "v")
+    return v["tokens"] * own, own
+
+
 def trips_modulated(v):
     share = v["groups"] / v["programs"]  # of a program: several groups, or part of the rows of one
     return [*twice(v), v["each"] * min(1, share), max(1, share)]
@@ -378,6 +427,8 @@ KERNELS = {
     "modulated_rms_norm_bwd": Kernel(
         ("dx", "dscale", "dshift", "dscale_parts", "dshift_parts", "dw"), trips_modulated, again_modulated
     ),
+    "attn_res_fwd": Kernel(("y", "score", "rstd", "lse"), trips_attn_res, lambda v: again_depth(v) if v["LOOP"] else (0, 0)),
+    "attn_res_bwd": Kernel(("dv", "partial"), trips_attn_res_backward, again_depth),
     "poly_norm_fwd": Kernel(("y", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),
     "poly_norm_bwd": Kernel(
         ("dx", "partial"), lambda v: [blocks(v), blocks(v), v["rows"] / v["programs"]], again_rows("x", "dy")
@@ -385,6 +436,9 @@ KERNELS = {
     "softmax_fwd": Kernel(("y",), twice, walked("x")),
     "softmax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
     "causal_softmax_fwd": Kernel(("y",), twice, walked("x")),
+    "neighborhood_attention_fwd": Kernel(("y", "lse"), window(1), neighbours("k", "v")),
+    "neighborhood_attention_bwd_q": Kernel(("dq", "mean"), window(2), neighbours("k", "v")),
+    "neighborhood_attention_bwd_kv": Kernel(("dk", "dv"), window(1), neighbours("q", "dy")),
     "sparsemax_fwd": Kernel(("y",), trips_sparsemax, again_sparsemax),
     "sparsemax_bwd": Kernel(("dx",), twice, walked("dy", "y")),
     "group_norm_fwd": Kernel(("y", "mean", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),

@@ -182,6 +182,13 @@ def poly_norm(rows):
         yield (x, randn(3, dtype=x.dtype), randn(1, dtype=x.dtype)), {}
 
 
+def attn_res(rows):
+    for dtype, n in itertools.product(DTYPES, (96, 97, 4080, 4081, 8208, 8209)):
+        yield (randn(2, rows(n), n, dtype=dtype), *((torch.randn(n) / n**0.5).to(dtype).requires_grad_() for _ in "qw")), {}
+    for v in views(2, rows(65), 65):
+        yield (v, randn(65, dtype=torch.float32), randn(65, dtype=torch.float32)), {}
+
+
 def softmax(rows):
     for dtype, n in itertools.product(DTYPES, (48, 63, 1008, 1009, 4096, 4095, 4112, 4113)):
         yield (randn(rows(n), n, dtype=dtype),), {}
@@ -200,6 +207,15 @@ def multi_token_attention(rows):
             yield (randn(1, heads, n, n, dtype=dtype), *weights), {"padding": [1, 1], "groups": heads, "sparse": sparse}
     for x in views(2, 2, 33, 33):
         yield (x, randn(2, 2, 3, 3, dtype=x.dtype)), {}
+
+
+def neighborhood_attention(rows):
+    for dtype, n in itertools.product(DTYPES, (32, 31, 64, 63, 128, 127)):
+        tokens = rows(4 * n)
+        q, k, v = (randn(2, tokens, 2, n, dtype=dtype).transpose(1, 2) for _ in range(3))
+        yield (q, k, v, 5, 1 + n % 2), {}
+    for q in views(2, 2, rows(66), 34):
+        yield (q, *(randn(2, 2, rows(66), 34, dtype=q.dtype) for _ in range(2))), {}
 
 
 def group_norm(rows):
@@ -288,7 +304,7 @@ def vocab_parallel_cross_entropy(rows):
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 CALLS |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
-CALLS["modulated_rms_norm"] = modulated_rms_norm
+CALLS |= {f.__name__: f for f in (modulated_rms_norm, attn_res)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
-CALLS["multi_token_attention"] = multi_token_attention
+CALLS |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

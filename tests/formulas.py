@@ -163,6 +163,16 @@ def modulated_rms_norm(eps=2**-23, offset=0.0):
     return formula
 
 
+def attn_res(eps=1e-6):
+    """Kimi Team 2026 (arXiv 2603.15031)."""
+
+    def formula(v, query, weight):
+        keys = v / torch.sqrt(v.square().mean(-1, keepdim=True) + eps) * weight
+        return ((keys @ query).softmax(0)[..., None] * v).sum(0)
+
+    return formula
+
+
 def poly_norm(eps=1e-6):
     """Zhuo et al. 2024 (arXiv 2411.03884), as their code has it."""
 
@@ -195,6 +205,19 @@ def multi_token_attention(dtype, sparse=False, **convolution):
         probabilities = sparsemax(masked) if sparse else Rounded.apply(masked, dtype)
         y = functional.conv2d(Through.apply(probabilities, dtype), weight, bias, **convolution)
         return y.masked_fill(torch.ones(y.shape[-2:], dtype=torch.bool, device=y.device).triu(1), 0.0)
+
+    return formula
+
+
+def neighborhood_attention(kernel_size=7, dilation=1, scale=None):
+    """Attention with a mask: the window of Liger-Kernel, which is cut off at the ends."""
+
+    def formula(q, k, v):
+        token = torch.arange(q.shape[2], device=q.device)
+        away = (token[:, None] - token).abs()
+        near = (away <= kernel_size // 2 * dilation) & (away % dilation == 0)
+        scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+        return scores.masked_fill(~near, -torch.inf).softmax(-1) @ v
 
     return formula
 

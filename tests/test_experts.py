@@ -14,11 +14,13 @@ from transformers.models.mixtral import modeling_mixtral
 from transformers.models.muse_spark import modeling_muse_spark
 from transformers.models.nemotron_h import modeling_nemotron_h
 
+import liger_aot
 import liger_aot.transformers
 from liger_aot.transformers import experts
 
 from tiny import TOKENS
 from tiny import batch
+from tiny import recorder
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
 MODELS = {
@@ -163,6 +165,50 @@ def test_models_train_as_before(interpreted, name):
     interpreted.launched.clear()
     step(other, inputs)
     assert not interpreted.launched
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bound_models_compute_their_experts_so(interpreted, name):
+    """In the place of grouped_mm alone; afterwards transformers' own."""
+    model, inputs = model_of(name), batch()
+    assert model.config._experts_implementation == "grouped_mm"
+    want = step(model, inputs)
+    assert not interpreted.launched
+    liger_aot.bind(model, rope=False, rms_norm=False, linear_cross_entropy=False)
+    interpreted.launched.clear()
+    torch.testing.assert_close(step(model, inputs), want)
+    assert {"moe_permute_fwd", "swiglu_bwd", "moe_unpermute_bwd"} <= {*interpreted.launched}
+    model.set_experts_implementation("batched_mm")
+    interpreted.launched.clear()
+    step(model, inputs)
+    assert {*interpreted.launched} == {"swiglu_fwd", "swiglu_bwd"}
+    model.set_experts_implementation("grouped_mm")
+    liger_aot.unbind(model)
+    for got, expected in zip(step(model, inputs), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_bound_experts_that_torch_does_not_trace_are_transformers():
+    """In fp32, which its own way around grouped_mm takes."""
+    model = model_of("mixtral")
+    liger_aot.bind(model, compile="liger", rope=False, rms_norm=False, linear_cross_entropy=False)
+    layer, given = model.model.layers[0].mlp.experts, made("silu")[1]
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(layer, fullgraph=True, backend=recorder(graphs))
+    torch.testing.assert_close(compiled(*given), layer(*given))
+    assert "grouped_mm_fallback" in str(graphs[0].code)
+
+
+def test_bound_experts_with_a_norm_are_transformers(interpreted):
+    model, ids = model_of("mixtral"), batch()["input_ids"]
+    want = model(ids).logits
+    liger_aot.bind(model, rope=False, rms_norm=False, linear_cross_entropy=False)
+    layer = model.model.layers[0].mlp.experts
+    layer.has_post_expert_norm, layer.post_expert_norm = True, nn.Identity()
+    interpreted.launched.clear()
+    torch.testing.assert_close(model(ids).logits, want)
+    assert set(interpreted.launched) == {"swiglu_fwd"}
 
 
 def traced(name):

@@ -196,6 +196,17 @@ def test_multi_token_attention(options):
     same(partial(liger_aot.multi_token_attention, **options), formulas.multi_token_attention(x.dtype, **options), x, w, b)
 
 
+def test_neighborhood_attention():
+    heads = torch.randn(3, 2, 3, 9, 4).unbind()
+    same(liger_aot.neighborhood_attention, formulas.neighborhood_attention(), *heads)
+    same(partial(liger_aot.neighborhood_attention, dilation=2, scale=0.3), formulas.neighborhood_attention(7, 2, 0.3), *heads)
+
+
+def test_attn_res():
+    v, query, weight = torch.randn(4, 2, 6), torch.randn(6), torch.randn(6)
+    same(lambda *t: liger_aot.attn_res(*t, eps=1e-3), formulas.attn_res(1e-3), v, query, weight)
+
+
 def test_dyt_and_relu_squared():
     x, alpha, gamma, beta = torch.randn(2, 6), torch.randn(1), torch.randn(6), torch.randn(6)
     same(liger_aot.dyt, lambda x, a, g, b: torch.tanh(a * x) * g + b, x, alpha, gamma, beta)

@@ -42,6 +42,7 @@ MODULES = {
     "softmax": ["LigerSoftmax"],
     "sparsemax": ["LigerSparsemax"],
     "multi_token_attention": ["LigerMultiTokenAttention"],
+    "fused_neighborhood_attention": [f"LigerFusedNeighborhoodAttention{part}" for part in ("", "Layer", "Config")],
     "rope": ["liger_rotary_pos_emb", "liger_rotary_pos_emb_gpt_oss", "liger_rotary_pos_emb_vision"],
     "qwen2vl_mrope": ["liger_multimodal_rotary_pos_emb"],
     "llama4_rope": ["liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"],
@@ -78,9 +79,11 @@ FUNCTIONS = [
     "DyT",
     "ReLUSquared",
     "PolyNorm",
+    "AttnRes",
     "Softmax",
     "Sparsemax",
     "MultiTokenAttention",
+    "FusedNeighborhoodAttention",
     "Rope",
     "Qwen2VLMRope",
     "Llama4Rope",
@@ -169,6 +172,8 @@ BUILD = {
     "LigerSoftmax": (),
     "LigerSparsemax": (),
     "LigerMultiTokenAttention": (4, 6, 3),
+    "LigerFusedNeighborhoodAttention": (12, 3),
+    "LigerFusedNeighborhoodAttentionLayer": (12, 3),
     "LigerBlockSparseTop2MLP": (CONFIG,),
     "LigerExperts": (EXPERTS,),
     "LigerFalconH1SwiGLUMLP": (CONFIG,),
@@ -428,6 +433,42 @@ def test_multi_token_attention():
         L.liger_multi_token_attention(x, w, None, *options),
         formulas.multi_token_attention(x.dtype, padding=(1, 2), groups=2)(x, w),
     )
+
+
+def test_neighborhood_attention():
+    q, k, v = torch.randn(3, 2, 3, 9, 4).unbind()
+    want = formulas.neighborhood_attention(5, 2, 0.3)(q, k, v)
+    torch.testing.assert_close(L.liger_fused_neighborhood_attention(q, k, v, 5, 2, 0.3), want)
+    torch.testing.assert_close(liger_aot.ops.LigerFusedNeighborhoodAttentionFunction.apply(q, k, v, 5, 2, 0.3), want)
+    x, config = torch.randn(2, 9, 12), build("LigerFusedNeighborhoodAttentionConfig", 12, 3, 5, 2, False, 0.5, 1e-3, 0.3)
+    layer = build("LigerFusedNeighborhoodAttentionLayer", *config.to_dict().values()).eval()
+    inner = layer.attention
+    assert inner.q_proj.bias is None
+    assert inner.dropout.p == layer.dropout.p == 0.5
+    h = F.layer_norm(x, (12,), layer.layer_norm.weight, layer.layer_norm.bias, 1e-3)
+    heads = (p(h).view(2, 9, 3, 4).transpose(1, 2) for p in (inner.q_proj, inner.k_proj, inner.v_proj))
+    y = formulas.neighborhood_attention(5, 2, 0.3)(*heads).transpose(1, 2).reshape(2, 9, 12)
+    torch.testing.assert_close(layer(x), x + inner.out_proj(y))
+    assert not torch.equal(layer.train()(x), layer(x))
+    assert build("LigerFusedNeighborhoodAttention", 12, 3).scale == 0.5
+    with pytest.raises(NotImplementedError, match="attention_mask must be None: the window is the mask"):
+        layer(x, torch.ones(2, 9))
+    for bad, text in (
+        ((12, 5), "hidden_size must be divisible by num_heads 5, got 12"),
+        ((12, 3, 4), "kernel_size must be odd"),
+    ):
+        with pytest.raises(ValueError, match=f"LigerFusedNeighborhoodAttention: {text}"):
+            build("LigerFusedNeighborhoodAttention", *bad)
+    with pytest.raises(ValueError, match="LigerFusedNeighborhoodAttention: dilation must be at least 1, got 0"):
+        build("LigerFusedNeighborhoodAttention", 12, 3, 3, 0)
+
+
+def test_attn_res():
+    v, query, weight = torch.randn(4, 2, 3, 12), torch.randn(12), torch.randn(12)
+    want = formulas.attn_res(1e-2)(v, query, weight)
+    torch.testing.assert_close(L.liger_attn_res(v, query, weight, 1e-2), want)
+    torch.testing.assert_close(L.liger_attn_res(list(v), query, weight, 1e-2), want)
+    torch.testing.assert_close(liger_aot.ops.LigerAttnResFunction.apply(v, query, weight, 1e-2), want)
 
 
 def test_gates_by_position():

@@ -42,6 +42,14 @@ def test_mixed_dtypes(path, dtype, parameters):
     assert results["gradient 1"].dtype == results["gradient 2"].dtype == parameters
 
 
+@pytest.mark.parametrize("wide", [1, 2])
+def test_one_parameter_in_fp32(path, wide):
+    inputs = make((3, 100), torch.bfloat16, torch.bfloat16)
+    inputs = [t.float() if n == wide else t for n, t in enumerate(inputs)]
+    results = hold(*inputs)
+    assert [results[f"gradient {n}"].dtype for n in range(3)] == [t.dtype for t in inputs]
+
+
 def test_by_hand(path):
     """Of 1 and -1 every power has a root mean square of one; where eps is large, it is what divides."""
     x, weight, bias = torch.tensor([[1.0, -1.0, 1.0, -1.0]]), torch.tensor([1.0, 10.0, 100.0]), torch.tensor([1000.0])

@@ -29,6 +29,7 @@ PLACED = {
     "dyt": [[Shard(d), WHOLE, WHOLE, WHOLE] for d in (0, 1)],
     "modulated_rms_norm": [[Shard(0), Shard(0), Shard(0), WHOLE], [Shard(1), WHOLE, WHOLE, WHOLE]],
     "poly_norm": [[Shard(d), WHOLE, WHOLE] for d in (0, 1)],
+    "attn_res": [[Shard(d), WHOLE, WHOLE] for d in (1, 2)],
     "softmax": [[Shard(d)] for d in (0, 1)],
     "sparsemax": [[Shard(d)] for d in (0, 1)],
     "swiglu": [[Shard(d), Shard(d)] for d in (0, 1, 2)],
@@ -105,7 +106,8 @@ def test_parts_are_the_whole(found, n):
     torch.testing.assert_close(outputs, [o.detach() for o in want_outputs])
     torch.testing.assert_close(gradients, list(want_gradients))
     if n < len(CASES):  # what was sharded stays so
-        assert placements == (WHOLE if name == "cross_entropy" else placed[0], placed[0])
+        found = {"cross_entropy": WHOLE, "attn_res": Shard(placed[0].dim - 1)}  # whose rows have a dimension more in front
+        assert placements == (found.get(name, placed[0]), placed[0])
 
 
 def test_what_has_no_rule_is_refused_by_name(found):

@@ -70,6 +70,11 @@ def eager_multi_token_attention(scores, weight):
     return functional.conv2d(probabilities, weight, padding=1, groups=scores.shape[1]).tril()
 
 
+def eager_neighborhood_attention(q, k, v):
+    token = torch.arange(q.shape[2], device=q.device)
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=(token[:, None] - token).abs() <= 3)
+
+
 def eager_logprob(hidden, weight, target):
     logits = functional.linear(hidden, weight).float()
     return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
@@ -93,6 +98,11 @@ def eager_modulated_rms_norm(x, scale, shift, weight):
     return functional.rms_norm(x, weight.shape, weight, EPS) * (1 + scale[:, None]) + shift[:, None]
 
 
+def eager_attn_res(v, query, weight):
+    scores = (functional.rms_norm(v, weight.shape, weight, EPS) * query).sum(-1)
+    return torch.einsum("d...,d...n->...n", scores.softmax(0), v)
+
+
 # The same in torch's own parts, as transformers has it where torch has no function of that name.
 IN_TORCH = {
     "rms_norm": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
@@ -106,11 +116,13 @@ IN_TORCH = {
     "moe_permute": lambda x, order, position: x[order // position.shape[1]],
     "moe_unpermute": lambda x, weight, order, position: (x[position] * weight[..., None]).sum(1),
     "poly_norm": eager_poly_norm,
+    "attn_res": eager_attn_res,
     "modulated_rms_norm": eager_modulated_rms_norm,
     "relu_squared": lambda x: functional.relu(x).square(),
     "softmax": lambda x: functional.softmax(x, -1),
     "sparsemax": eager_sparsemax,
     "multi_token_attention": eager_multi_token_attention,
+    "neighborhood_attention": eager_neighborhood_attention,
     "dyt": lambda x, alpha, gamma, beta: torch.tanh(alpha * x) * gamma + beta,
     "group_norm": lambda x, w, b: functional.group_norm(x, GROUPS, w, b, 1e-5),
     "cross_entropy": functional.cross_entropy,
@@ -238,6 +250,14 @@ def modulated_rms_norm(tokens, hidden, liger):
     return Timed(list(inputs), found, (2 * size, 3 * size))
 
 
+def attn_res(tokens, hidden, liger):
+    """Of eight blocks of layers, each an eighth of the tokens, so that v has as many numbers as others' inputs."""
+    v = leaf(8, max(1, tokens // 8), hidden)
+    inputs = [v, leaf(hidden, scale=hidden**-0.5), leaf(hidden)]
+    size = v.nbytes
+    return Timed(inputs, calls("attn_res", liger and liger.liger_attn_res), (size + size // 8, 2 * size + size // 8))
+
+
 def poly_norm(tokens, hidden, liger):
     x = leaf(tokens, hidden)
     found = calls("poly_norm", liger and (lambda x, w, b: liger.liger_poly_norm(x, w, b, EPS)))
@@ -331,13 +351,21 @@ def vocab_parallel_cross_entropy(tokens, vocabulary, liger):
     return Timed([logits, target], found, (logits.nbytes, 2 * logits.nbytes))
 
 
-def multi_token_attention(tokens, heads, liger):
+def multi_token_attention(tokens, hidden, liger):
     """A convolution of 3 x 3 for each head; bytes are those of the scores, of what is kept of them, and of the result."""
+    heads = max(1, hidden // HEAD)
     scores, weight = leaf(1, heads, tokens, tokens), leaf(heads, 1, 3, 3)
     theirs = liger and (lambda x, w: liger.liger_multi_token_attention(x, w, padding=1, groups=heads))
     found = calls("multi_token_attention", theirs)
     found[OURS] = ours("multi_token_attention", padding=[1, 1], groups=heads)
     return Timed([scores, weight], found, (4 * scores.nbytes, 6 * scores.nbytes))
+
+
+def neighborhood_attention(tokens, hidden, liger):
+    """Liger's window, of 7 tokens."""
+    q, k, v = (leaf(1, tokens, max(1, hidden // HEAD), HEAD).transpose(1, 2).detach().requires_grad_() for _ in range(3))
+    found = calls("neighborhood_attention", liger and (lambda *qkv: liger.liger_fused_neighborhood_attention(*qkv)))
+    return Timed([q, k, v], found, (4 * q.nbytes, 7 * q.nbytes))
 
 
 BUILD = {name: norm(name) for name in ("rms_norm", "fused_add_rms_norm", "layer_norm")} | {"rope": rope}
@@ -349,6 +377,7 @@ BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {
     "moe_permute": moe_permute,
     "moe_unpermute": moe_unpermute,
     "poly_norm": poly_norm,
+    "attn_res": attn_res,
     "modulated_rms_norm": modulated_rms_norm,
 }
 BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax", "sparsemax")}
@@ -356,13 +385,13 @@ BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_e
 BUILD |= {"kl_div": divergence("kl_div", {"reduction": "batchmean", "log_target": True}), "jsd": divergence("jsd", {})}
 BUILD |= {"tvd": divergence("tvd", {"reduction": "batchmean"}, log=False), "linear_jsd": linear_jsd}
 BUILD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
-BUILD["multi_token_attention"] = multi_token_attention
+BUILD |= {"multi_token_attention": multi_token_attention, "neighborhood_attention": neighborhood_attention}
 
 TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the first cases
 HIDDEN = [1024, 2048, 4096, 8192, 16384, 32768]
 VOCABULARY = [32768, 65536, 128256, 262144]
-OTHERS = ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm", "gated_rms_norm", "poly_norm", "modulated_rms_norm"]
-OTHERS += ["packed_glu", "moe_permute", "moe_unpermute"]
+OTHERS = ["softmax", "sparsemax", "relu_squared", "dyt", "group_norm", "gated_rms_norm", "poly_norm"]
+OTHERS += ["modulated_rms_norm", "attn_res", "packed_glu", "moe_permute", "moe_unpermute"]
 # At the sizes of Llama-8B: hidden 4096, intermediate 14336, vocabulary 128256.
 FIRST = [
     ("linear_cross_entropy", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
@@ -377,7 +406,8 @@ FIRST = [
     ("linear_jsd", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
     *((name, {"tokens": 4096, "vocabulary": 128256}) for name in ("jsd", "kl_div", "tvd")),
     ("vocab_parallel_cross_entropy", {"tokens": 4096, "vocabulary": 32064}),
-    ("multi_token_attention", {"tokens": 4096, "heads": 32}),
+    ("multi_token_attention", {"tokens": 4096, "hidden": 4096}),
+    ("neighborhood_attention", {"tokens": 4096, "hidden": 4096}),
     *((name, {"tokens": 8192, "hidden": 4096}) for name in OTHERS),
 ]
 

@@ -11,6 +11,7 @@ import warnings
 import torch
 
 from liger_aot import _runtime
+from liger_aot.ops import attn_res as attention
 from liger_aot.ops import dyt as dyt_
 from liger_aot.ops import fused_add_rms_norm as fused
 from liger_aot.ops import gated_rms_norm as gated_rms
@@ -150,6 +151,10 @@ def poly_norm(x, weight, bias):
     return poly.poly_norm, formulas.poly_norm(), [x, weight, bias], {}
 
 
+def attn_res(v, query, weight):
+    return attention.attn_res, formulas.attn_res(), [v, query, weight], {}
+
+
 def softmax(x):
     return softmax_.softmax, formulas.softmax(x.dtype), [x], {}
 
@@ -166,6 +171,13 @@ def multi_token_attention(scores, weight, bias=None, **options):
     formula = formulas.multi_token_attention(scores.dtype, sparse, **convolution)
     # torch's convolutions sum in an order of their own, and at TF32 where a program allows it.
     return function, formula, [scores, weight, *([] if bias is None else [bias])], {"slack": 4.0}
+
+
+def neighborhood_attention(q, k, v, *window):
+    def function(q, k, v):
+        return public("neighborhood_attention")(q, k, v, *window)
+
+    return function, formulas.neighborhood_attention(*window), [q, k, v], {}
 
 
 def group_norm(x, num_groups, weight, bias):
@@ -295,9 +307,9 @@ def linear_jsd(x, w, y, v, labels, temperature, reduction):
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 HELD |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
-HELD["modulated_rms_norm"] = modulated_rms_norm
+HELD |= {f.__name__: f for f in (modulated_rms_norm, attn_res)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
-HELD["multi_token_attention"] = multi_token_attention
+HELD |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}
 HELD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
 

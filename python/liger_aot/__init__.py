@@ -9,6 +9,7 @@ from ._explain import preload
 from .bind import bind
 from .bind import unbind
 from .bind import verify
+from .functional import attn_res
 from .functional import cross_entropy
 from .functional import dyt
 from .functional import fused_add_rms_norm
@@ -26,6 +27,7 @@ from .functional import moe_experts
 from .functional import moe_permute
 from .functional import moe_unpermute
 from .functional import multi_token_attention
+from .functional import neighborhood_attention
 from .functional import packed_glu
 from .functional import poly_norm
 from .functional import relu_squared
@@ -40,6 +42,7 @@ from .functional import vocab_parallel_cross_entropy
 __all__ = [
     "__version__",
     "as_liger",
+    "attn_res",
     "bind",
     "cross_entropy",
     "dyt",
@@ -60,6 +63,7 @@ __all__ = [
     "moe_permute",
     "moe_unpermute",
     "multi_token_attention",
+    "neighborhood_attention",
     "nn",
     "packed_glu",
     "poly_norm",

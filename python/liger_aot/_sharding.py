@@ -12,9 +12,10 @@ import sys
 import torch
 from torch.compiler import is_dynamo_compiling
 
-# operator -> (its results, its arguments, which dimensions may be sharded: "rows", all but the last, "all", or "none"). Of the
-# letters, x is sharded as the first x, a, rope's angles, goes with it, so does g, what groups of rows have, as far as it has
-# their dimensions, w is whole, s is a sum of which each process has a part; a dot is no tensor.
+# operator -> (its results, its arguments, which dimensions may be sharded: "rows", all but the last, "all", "tokens", those of
+# rows but for v's first, or "none"). Of the letters, x is sharded as the first x, so is v, which has a dimension more in front,
+# a, rope's angles, goes with it, so does g, what groups of rows have, as far as it has their dimensions, w is whole, s is a sum
+# of which each process has a part; a dot is no tensor.
 RULES = {
     "rms_norm_fwd": ("xx", "xw", "rows"),
     "rms_norm_bwd": ("xs", "xxwx..x", "rows"),
@@ -25,6 +26,8 @@ RULES = {
     "modulated_rms_norm_bwd": ("xsgg", "xxgwx", "rows"),
     "layer_norm_fwd": ("xxx", "xww", "rows"),
     "layer_norm_bwd": ("xs", "xxwwxx", "rows"),
+    "attn_res_fwd": ("xvvx", "vw", "tokens"),
+    "attn_res_bwd": ("vs", "xvwvvx", "tokens"),
     "dyt_fwd": ("x", "xwww", "rows"),
     "dyt_bwd": ("xs", "xxww", "rows"),
     "poly_norm_fwd": ("xx", "xww", "rows"),
@@ -78,11 +81,13 @@ def shardings(results, arguments, dimensions, *args):
     tensors = [(role, arg) if hasattr(arg, "ndim") else None for role, arg in zip(roles, args, strict=True)]
     most = max(t.ndim for role, t in filter(None, tensors))
     of_groups = next((t for role, t in filter(None, tensors) if role == "g"), None)
-    count = {"rows": most - 1, "all": most, "none": 0}[dimensions]
+    count = {"rows": most - 1, "all": most, "tokens": most - 2, "none": 0}[dimensions]
 
     def place(role, tensor, dim):
         if role == "x" and (tensor is None or dim < tensor.ndim):  # a scalar upstream is everybody's
             return Shard(dim)
+        if role == "v":
+            return Shard(dim + 1)
         if role == "a" and dim != 1:  # of angles (b, s, r), (1, s, r) or (s, r), with axes in front, which are every head's
             if dim == 0:
                 return Replicate() if tensor.ndim == 2 or tensor.shape[-3] == 1 else Shard(tensor.ndim - 3)

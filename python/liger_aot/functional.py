@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import _reduction
 
+from .ops import attn_res as _attn_res
 from .ops import cross_entropy as _cross_entropy
 from .ops import dyt as _dyt
 from .ops import fused_add_rms_norm as _fused_add_rms_norm
@@ -26,6 +27,7 @@ from .ops import modulated_rms_norm as _modulated_rms_norm
 from .ops import moe_permute as _moe_permute
 from .ops import moe_unpermute as _moe_unpermute
 from .ops import multi_token_attention as _multi_token_attention
+from .ops import neighborhood_attention as _neighborhood_attention
 from .ops import packed_glu as _packed_glu
 from .ops import poly_norm as _poly_norm
 from .ops import relu_squared as _relu_squared
@@ -107,6 +109,15 @@ def gated_rms_norm(
     """
     options = {"groups": groups, "gate_first": gate_first, "activation": activation, "casting": casting}
     return _gated_rms_norm.gated_rms_norm(input, gate, weight, eps, **options)
+
+
+def attn_res(v: Tensor, query: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """A mixture of the rows v (depth, ..., n) over depth, by a softmax of query · rms_norm(v) · weight, as in Kimi's residuals.
+
+    >>> liger_aot.attn_res(torch.tensor([[1.0, 3.0], [3.0, 3.0]]), torch.zeros(2), torch.ones(2))
+    tensor([2., 3.])
+    """
+    return _attn_res.attn_res(v, query, weight, eps)
 
 
 def modulated_rms_norm(
@@ -324,6 +335,18 @@ def multi_token_attention(
     """
     pairs = ([n, n] if isinstance(n, int) else list(n) for n in (stride, padding, dilation))
     return _multi_token_attention.multi_token_attention(scores, weight, bias, *pairs, groups, sparse)
+
+
+def neighborhood_attention(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int = 7, dilation: int = 1, scale: float | None = None
+) -> Tensor:
+    """scaled_dot_product_attention of each token to those at most kernel_size // 2 steps of dilation away.
+
+    >>> x = torch.tensor([1.0, 2.0, 4.0]).view(1, 1, 3, 1)
+    >>> liger_aot.neighborhood_attention(torch.zeros_like(x), x, x, kernel_size=3).flatten()
+    tensor([1.5000, 2.3333, 3.0000])
+    """
+    return _neighborhood_attention.neighborhood_attention(query, key, value, kernel_size, dilation, scale)
 
 
 def cross_entropy(

@@ -16,6 +16,7 @@ from torch import nn
 from ..ops._check import FLOATS
 from ..ops._check import under_autocast
 from ..ops.layer_norm import layer_norm
+from ..ops.packed_glu import packed_glu
 from ..ops.rms_norm import rms_norm
 from ._find import HALVES
 from ._find import called
@@ -111,13 +112,24 @@ def glu_class(original, compile, kind, act, names, others):
 
 
 def experts_class(original, compile, kind, act, others):
+    from ..transformers.experts import experts_forward  # here, because it imports transformers
+    from ..transformers.experts import in_the_place_of
+
     _, name, operator = unit_of(kind, act)
 
     def compute(self, x):
-        return operator(*HALVES[kind](x)) if untouched(self, others) else original._apply_gate(self, x)
+        if not untouched(self, others):
+            return original._apply_gate(self, x)
+        return packed_glu(x, act) if kind == "gate_up" else operator(*HALVES[kind](x))
+
+    @functools.wraps(original.forward)
+    def forward(self, hidden_states, *args, **kwargs):
+        ours = in_the_place_of("grouped_mm", self) and not left(compile, hidden_states)
+        return (experts_forward if ours else original.forward)(self, hidden_states, *args, **kwargs)
 
     text = described(original, f"experts, {kind}, {act}, was={original.__name__}")
-    return f"{name}Experts", {"extra_repr": text, **computing(original, compile, compute, "_apply_gate")}
+    computed = computing(original, compile, compute, "_apply_gate")
+    return f"{name}Experts", {"extra_repr": text, "forward": forward, **computed}
 
 
 def rope_class(original, compile, functions):

@@ -139,15 +139,16 @@ def multi_token_attention(
 
 
 def check(scores, weight, bias):
+    name = NAME
     if scores.dtype not in FLOATS:
-        raise ValueError(f"{NAME}: scores must be float32, float16 or bfloat16, got {scores.dtype}")
+        raise ValueError(f"{name}: scores must be float32, float16 or bfloat16, got {scores.dtype}")
     if scores.dim() != 4 or scores.shape[-1] != scores.shape[-2]:
-        raise ValueError(f"{NAME}: scores must have shape (batch, C, L, L), got {tuple(scores.shape)}")
+        raise ValueError(f"{name}: scores must have shape (batch, C, L, L), got {tuple(scores.shape)}")
     if weight.dim() != 4:
-        raise ValueError(f"{NAME}: weight must have shape (C', C / groups, height, width), got {tuple(weight.shape)}")
+        raise ValueError(f"{name}: weight must have shape (C', C / groups, height, width), got {tuple(weight.shape)}")
     check_same(NAME, "weight", weight, weight.shape, scores)
     if bias is not None:
         check_same(NAME, "bias", bias, weight.shape[:1], scores)
-    for name, parameter in (("weight", weight), ("bias", bias)):
+    for which, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.dtype is not scores.dtype:
-            raise ValueError(f"{NAME}: {name} must be {scores.dtype} like scores, got {parameter.dtype}; cast it with .to()")
+            raise ValueError(f"{name}: {which} must be {scores.dtype} like scores, got {parameter.dtype}; cast it with .to()")

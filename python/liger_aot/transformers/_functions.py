@@ -86,6 +86,12 @@ class LigerDyTFunction:
     apply = staticmethod(L.liger_dyt)
 
 
+class LigerAttnResFunction:
+    @staticmethod
+    def apply(V_stacked, w_query, w_norm, eps):
+        return L.liger_attn_res(V_stacked, w_query, w_norm, eps)
+
+
 class LigerPolyNormFunction:
     apply = staticmethod(L.liger_poly_norm)
 
@@ -106,6 +112,12 @@ class LigerMultiTokenAttentionFunction:
     @staticmethod
     def apply(scores, weight, bias=None, stride=1, padding=0, dilation=1, groups=1, sparse=False):
         return L.liger_multi_token_attention(scores, weight, bias, stride, padding, dilation, groups, sparse)
+
+
+class LigerFusedNeighborhoodAttentionFunction:
+    @staticmethod
+    def apply(query, key, value, kernel_size=7, dilation=1, scale=None):
+        return L.liger_fused_neighborhood_attention(query, key, value, kernel_size, dilation, scale)
 
 
 class LigerGroupNormFunction:

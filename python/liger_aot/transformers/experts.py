@@ -4,6 +4,7 @@ register_experts_implementation()
 model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="liger")  # or model.set_experts_implementation
 """
 
+import torch
 from torch import nn
 from transformers import activations
 from transformers.integrations import moe
@@ -49,6 +50,18 @@ def experts_forward(self, hidden_states, top_k_index, top_k_weights):
         transposed=self.is_transposed,
     )
     return y.to(hidden_states.dtype)
+
+
+# What transformers' use_experts_implementation gives to experts whose forward it dispatches.
+DISPATCHED = {"has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel"}
+
+
+def in_the_place_of(implementation, experts):
+    """Whether transformers would have this implementation compute these experts, and experts_forward can here."""
+    if not vars(experts).keys() >= DISPATCHED or experts.config._experts_implementation != implementation:
+        return False
+    traced = torch.compiler.is_compiling() and experts.down_proj.dtype is not torch.bfloat16
+    return not traced and not experts.has_post_expert_norm
 
 
 def gate_of(experts):

@@ -11,11 +11,13 @@ from ._names import one_of
 
 __all__ = [
     "CrossEntropyOutput",
+    "liger_attn_res",
     "liger_cross_entropy",
     "liger_dyt",
     "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
     "liger_fused_linear_jsd",
+    "liger_fused_neighborhood_attention",
     "liger_geglu",
     "liger_group_norm",
     "liger_jsd",
@@ -95,6 +97,11 @@ def liger_dyt(x, alpha, gamma, beta):
     return F.dyt(x, alpha, gamma, beta)
 
 
+def liger_attn_res(V, w_query, w_norm, eps: float = 1e-6):
+    """V is (depth, ..., hidden), or a list of depth tensors, which are stacked."""
+    return F.attn_res(torch.stack(V) if isinstance(V, (list, tuple)) else V, w_query, w_norm, eps)
+
+
 def liger_poly_norm(X, W, B, eps=1e-6, in_place=True):
     one_of("liger_poly_norm", "in_place", in_place, (True, False))
     return F.poly_norm(X, W, B, eps)
@@ -119,6 +126,17 @@ def liger_multi_token_attention(
     sparse: bool = False,
 ):
     return F.multi_token_attention(scores, weight, bias, stride, padding, dilation, groups, sparse=sparse)
+
+
+def liger_fused_neighborhood_attention(
+    query,
+    key,
+    value,
+    kernel_size: int = 7,
+    dilation: int = 1,
+    scale: float | None = None,
+):
+    return F.neighborhood_attention(query, key, value, kernel_size, dilation, scale)
 
 
 def liger_group_norm(X, affine_scaling_weight, affine_shifting_bias, num_channels, num_groups, eps):
