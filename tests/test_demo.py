@@ -10,7 +10,7 @@ import pytest
 import liger_aot
 from liger_aot import _demo
 from liger_aot.__main__ import main
-from liger_aot.bind import _swap
+from liger_aot.ops.swiglu import SwiGLUFunction
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +47,10 @@ def test_fails_where_an_operator_is_wrong(fault, tmp_path, capsys, monkeypatch):
     def bind(model):
         """The fault comes after bind, which would have seen it."""
         report = liger_aot.bind(model)
-        monkeypatch.setitem(_swap.GATED, "silu", lambda gate, up: fault(swiglu(gate, up)))
+        monkeypatch.setattr(SwiGLUFunction, "apply", lambda *given: fault(apply(*given)))
         return report
 
-    swiglu = _swap.GATED["silu"]
+    apply = SwiGLUFunction.apply
     monkeypatch.setattr(_demo, "bind", bind)
     monkeypatch.setattr(_demo, "run_interpreted", lambda: {"missing": "want of Triton"})
     assert main(["demo", "--steps", "2", "--device", "cpu", "--out", str(tmp_path)]) == 1

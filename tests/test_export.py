@@ -63,7 +63,7 @@ def sizes(name, tensors):
         "gated_rms_norm": (2,),
         "modulated_rms_norm": (3,),
     }
-    weights |= {"dyt": (1, 2, 3), "poly_norm": (1, 2), "attn_res": (1, 2), "linear_jsd": (1, 3)}
+    weights |= {"dyt": (1, 2, 3), "poly_norm": (1, 2), "attn_res": (1, 2), "embedding": (0,), "linear_jsd": (1, 3)}
     weights = weights.get(name, (1,) if "linear" in name else ())
     rows = [range(max(t.dim() - 1, 1)) if n not in weights else () for n, t in enumerate(tensors)]
     if name == "multi_token_attention":  # whose matrices are square, and whose channels its weight says

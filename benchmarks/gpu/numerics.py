@@ -13,6 +13,7 @@ import torch
 from liger_aot import _runtime
 from liger_aot.ops import attn_res as attention
 from liger_aot.ops import dyt as dyt_
+from liger_aot.ops import embedding as embedding_
 from liger_aot.ops import fused_add_rms_norm as fused
 from liger_aot.ops import gated_rms_norm as gated_rms
 from liger_aot.ops import geglu as geglu_
@@ -153,6 +154,13 @@ def poly_norm(x, weight, bias):
 
 def attn_res(v, query, weight):
     return attention.attn_res, formulas.attn_res(), [v, query, weight], {}
+
+
+def embedding(weight, indices, padding_idx=None):
+    def formula(weight, indices):
+        return torch.nn.functional.embedding(indices, weight, padding_idx)
+
+    return functools.partial(embedding_.embedding, padding_idx=padding_idx), formula, [weight, fixed(indices)], {}
 
 
 def softmax(x):
@@ -307,7 +315,7 @@ def linear_jsd(x, w, y, v, labels, temperature, reduction):
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 HELD |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
-HELD |= {f.__name__: f for f in (modulated_rms_norm, attn_res)}
+HELD |= {f.__name__: f for f in (modulated_rms_norm, attn_res, embedding)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 HELD |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}

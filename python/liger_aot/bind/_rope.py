@@ -167,26 +167,29 @@ def rotated(turn, form, places, xs, angles, positions=None, dim=None, mixed=True
     places says of the numbers of dimensions of heads and angles which counts the heads, unless dim does.
     """
     prepare, options = ROTATIONS[form]
-    flat, dtype, place = xs[0].dim() == 3, xs[0].dtype, places.get((xs[0].dim(), angles[0].dim()))
-    dtypes = {dtype, torch.complex64, *([FP32] if mixed else [])}
-    if place is None or any(a.requires_grad or a.dtype not in dtypes for a in angles):
-        return None
+    x, cos = xs[0], angles[0]
+    dtype, flat, place = x.dtype, x.dim() == 3, places.get((x.dim(), cos.dim()))
+    for angle in angles:
+        known = angle.dtype in (dtype, torch.complex64) or (mixed and angle.dtype is FP32)
+        if place is None or angle.requires_grad or not known:
+            return None
     dim = (place if dim is None else dim) + flat
     if dim not in (1, 2):
         return None
-    angles, more = prepare(angles, positions)
-    heads, shape = [(x[None] if flat else x).transpose(1, dim) for x in xs], angles[0].shape
-    one_batch = len(shape) == 2 or shape[0] in (1, heads[0].shape[0])
-    if not one_batch or any(x.dtype is not dtype or x.shape[2] != shape[-2] for x in heads):
-        return None
-    pairs = [*heads, *[heads[0][:, :0]] * (len(xs) % 2)]  # of no other, no heads
-    turned = [
-        turn(*pair, *angles, *[None] * (2 - len(angles)), **options, **more)
-        for pair in zip(pairs[::2], pairs[1::2], strict=True)
-    ]
-    results = [y.transpose(1, dim) for pair in turned for y in pair]
-    results = tuple(y[0] if flat else y for y in results[: len(xs)])
-    return results if len(xs) > 1 else results[0]
+    (cos, *sin), more = prepare(angles, positions)
+    shape, heads = cos.shape, [x[None] for x in xs] if flat else xs
+    heads = [x.transpose(1, 2) for x in heads] if dim == 2 else heads
+    for x in heads:
+        if x.dtype is not dtype or x.shape[2] != shape[-2] or (len(shape) == 3 and shape[0] not in (1, x.shape[0])):
+            return None
+    results = []
+    for n in range(0, len(heads), 2):
+        q, k = heads[n], heads[n + 1] if n + 1 < len(heads) else heads[n][:, :0]  # of no other, no heads
+        results += turn(q, k, cos, *(sin or (None,)), **options, **more)
+    results = results[: len(xs)]
+    results = [y.transpose(1, 2) for y in results] if dim == 2 else results
+    results = [y[0] for y in results] if flat else results
+    return tuple(results) if len(xs) > 1 else results[0]
 
 
 def rotation(function, own, form, places, mixed):
@@ -198,10 +201,10 @@ def rotation(function, own, form, places, mixed):
     @functools.wraps(function)
     def rotate(*args, **kwargs):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        xs, angles = ([given.get(name) for name in part] for part in (heads, turns))
+        xs, angles = [given.get(name) for name in heads], [given.get(name) for name in turns]
         results = None
-        if all(isinstance(x, torch.Tensor) for x in (*xs, *angles)) and not own(xs[0]):
-            results = rotated(rope, form, places, xs, angles, *(given.get(name) for name in OPTIONAL), mixed)
+        if all(isinstance(x, torch.Tensor) for x in xs + angles) and not own(xs[0]):
+            results = rotated(rope, form, places, xs, angles, given.get("position_ids"), given.get("unsqueeze_dim"), mixed)
         return function(*args, **kwargs) if results is None else results
 
     return rotate
