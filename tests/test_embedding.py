@@ -49,7 +49,7 @@ def test_widths(path, n, dtype):
     check(embedding, formula(), torch.randn(9, n).to(dtype), fixed(torch.randint(9, (70,))))
 
 
-@pytest.mark.parametrize("padding_idx", [0, 3, -1, -9])
+@pytest.mark.parametrize("padding_idx", [0, 1, 3, -1, -9])
 def test_padding_gets_no_gradient(path, padding_idx):
     indices = torch.arange(9).repeat_interleave(torch.tensor([40, 1, 2, 70, 5, 3, 1, 1, 50]))
     weight = torch.randn(9, 40)
