@@ -186,7 +186,7 @@ def attn_res(rows):
     for dtype, n in itertools.product(DTYPES, (96, 97, 4080, 4081, 8208, 8209)):
         yield (randn(2, rows(n), n, dtype=dtype), *((torch.randn(n) / n**0.5).to(dtype).requires_grad_() for _ in "qw")), {}
     for v in views(2, rows(65), 65):
-        yield (v, randn(65, dtype=torch.float32), randn(65, dtype=torch.float32)), {}
+        yield (v, (torch.randn(65) / 8).requires_grad_(), randn(65, dtype=torch.float32)), {}
 
 
 def embedding(rows):
