@@ -532,6 +532,35 @@ def attn_res():
 
 
 @case
+def embedding():
+    classes, indices = 64, torch.randint(64, (ROWS,))
+
+    def forward(weight: Tensor, indices: Tensor) -> Tensor:
+        return weight.new_empty(ROWS, N)
+
+    def backward(dy: Tensor, indices: Tensor) -> Tensor:
+        indices.sort(stable=True)
+        dy.new_empty(N, dtype=FP32)
+        return dy.new_zeros(classes, N)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, weight, indices):
+                ctx.save_for_backward(indices)
+                return fwd(weight, indices)
+
+            @staticmethod
+            def backward(ctx, dy):
+                return bwd(dy, *ctx.saved_tensors), None
+
+        return Empty.apply
+
+    # Liger's functions, among which it looks for its own, have no embedding.
+    return Case([leaf(classes, N), indices], lambda op, w, i: op(w, i), None, forward, backward, function)
+
+
+@case
 def group_norm():
     samples, channels, groups, size = 2, 64, 32, N  # as many groups as benchmarks/gpu has
 

@@ -13,6 +13,7 @@ from liger_aot import _runtime
 from liger_aot.ops import attn_res
 from liger_aot.ops import cross_entropy
 from liger_aot.ops import dyt
+from liger_aot.ops import embedding
 from liger_aot.ops import fused_add_rms_norm
 from liger_aot.ops import gated_rms_norm
 from liger_aot.ops import geglu
@@ -147,6 +148,12 @@ def of_attn_res(s, dtype):
     """Of eight blocks of layers."""
     v, query = shape(8, *norm_sizes(s), dtype=dtype), shape(s["hidden"], dtype="float32")
     return attn_res.AttnResFunction, (v, query, 1e-6)
+
+
+def of_embedding(s, dtype):
+    """Which rows, no shape says: each at most once, as far as bytes go."""
+    weight, indices = shape(s["vocabulary"], s["hidden"], dtype=dtype), shape(s["tokens"], dtype=torch.int64)
+    return embedding.EmbeddingFunction, (weight, indices, -1)
 
 
 def of_poly_norm(s, dtype):
@@ -429,6 +436,9 @@ KERNELS = {
     ),
     "attn_res_fwd": Kernel(("y", "score", "rstd", "lse"), trips_attn_res, lambda v: again_depth(v) if v["LOOP"] else (0, 0)),
     "attn_res_bwd": Kernel(("dv", "partial"), trips_attn_res_backward, again_depth),
+    "embedding_fwd": Kernel(("y",), ahead=1),
+    "embedding_shares": Kernel(("share",), ahead=2),
+    "embedding_bwd": Kernel(("dweight",), lambda v: [v["CHUNK"], 0], ahead=2),
     "poly_norm_fwd": Kernel(("y", "rstd"), lambda v: [blocks(v)] * 2, walked("x")),
     "poly_norm_bwd": Kernel(
         ("dx", "partial"), lambda v: [blocks(v), blocks(v), v["rows"] / v["programs"]], again_rows("x", "dy")

@@ -186,7 +186,15 @@ def attn_res(rows):
     for dtype, n in itertools.product(DTYPES, (96, 97, 4080, 4081, 8208, 8209)):
         yield (randn(2, rows(n), n, dtype=dtype), *((torch.randn(n) / n**0.5).to(dtype).requires_grad_() for _ in "qw")), {}
     for v in views(2, rows(65), 65):
-        yield (v, randn(65, dtype=torch.float32), randn(65, dtype=torch.float32)), {}
+        yield (v, (torch.randn(65) / 8).requires_grad_(), randn(65, dtype=torch.float32)), {}
+
+
+def embedding(rows):
+    for dtype, n in itertools.product(DTYPES, (96, 97, 1040)):
+        yield (randn(50, n, dtype=dtype), torch.randint(50, (rows(n), 2))), {"padding_idx": 7}
+        yield (randn(50, n, dtype=dtype), torch.randint(2, (rows(n) + 70,))), {}
+    for weight in views(rows(65), 65):
+        yield (weight, torch.randint(len(weight), (3, rows(65)))), {}
 
 
 def softmax(rows):
@@ -304,7 +312,7 @@ def vocab_parallel_cross_entropy(rows):
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 CALLS |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
-CALLS |= {f.__name__: f for f in (modulated_rms_norm, attn_res)}
+CALLS |= {f.__name__: f for f in (modulated_rms_norm, attn_res, embedding)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 CALLS |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}

@@ -41,6 +41,7 @@ EXAMPLES = {
     "relu_squared": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "dyt": lambda t: (tensors((3, 4, 24), (1,), (24,), (24,), dtype=t), {}),
     "attn_res": lambda t: (tensors((3, 2, 4, 24), (24,), (24,), dtype=t), {}),
+    "embedding": lambda t: ([*tensors((10, 24), dtype=t), targets(3, 4, classes=10)], {"padding_idx": 1}),
     "poly_norm": lambda t: (tensors((3, 4, 24), (3,), (1,), dtype=t), {}),
     "softmax": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "sparsemax": lambda t: (tensors((3, 4, 24), dtype=t), {}),

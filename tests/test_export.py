@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def sizes(name, tensors):
         "gated_rms_norm": (2,),
         "modulated_rms_norm": (3,),
     }
-    weights |= {"dyt": (1, 2, 3), "poly_norm": (1, 2), "attn_res": (1, 2), "linear_jsd": (1, 3)}
+    weights |= {"dyt": (1, 2, 3), "poly_norm": (1, 2), "attn_res": (1, 2), "embedding": (0,), "linear_jsd": (1, 3)}
     weights = weights.get(name, (1,) if "linear" in name else ())
     rows = [range(max(t.dim() - 1, 1)) if n not in weights else () for n, t in enumerate(tensors)]
     if name == "multi_token_attention":  # whose matrices are square, and whose channels its weight says
@@ -153,6 +154,12 @@ def test_chunks_of_rows_unknown_are_refused_by_name(lower, name):
     steps = "takes as many steps as there are chunks of rows, got a dynamic number; export with a fixed one"
     assert str(error.value) == f"lower: {name}_fwd {steps}", "and nothing of torch's"
     assert error.value.__suppress_context__
+
+
+def test_load_knows_the_types_of_all_arguments():
+    schemas = [getattr(torch.ops.liger, name).default._schema for name in {*_op.PUBLIC, *_op.BODIES}]
+    types = {str(argument.real_type) for schema in schemas for argument in schema.arguments}
+    assert {re.sub(r"^Optional\[(.*)\]$", r"\1", type_) for type_ in types} <= export.FORMS.keys()
 
 
 # Operators of whole rows, of tensors of these shapes; and what a dynamic width W is refused with.

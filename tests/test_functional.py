@@ -207,6 +207,18 @@ def test_attn_res():
     same(lambda *t: liger_aot.attn_res(*t, eps=1e-3), formulas.attn_res(1e-3), v, query, weight)
 
 
+@pytest.mark.parametrize("padding_idx", [None, -3])
+def test_embedding(padding_idx):
+    indices, weight = torch.randint(9, (3, 20)), torch.randn(9, 6)
+    same(lambda w: liger_aot.embedding(indices, w, padding_idx), lambda w: F.embedding(indices, w, padding_idx), weight)
+    module, theirs = liger_aot.nn.Embedding(9, 6, padding_idx), torch.nn.Embedding(9, 6, padding_idx)
+    module.load_state_dict(theirs.state_dict())
+    assert torch.equal(module(indices), theirs(indices))
+    assert repr(module) == repr(theirs)
+    with pytest.raises(NotImplementedError, match="Embedding: sparse must be False, got True; torch"):
+        liger_aot.nn.Embedding(9, 6, sparse=True)
+
+
 def test_dyt_and_relu_squared():
     x, alpha, gamma, beta = torch.randn(2, 6), torch.randn(1), torch.randn(6), torch.randn(6)
     same(liger_aot.dyt, lambda x, a, g, b: torch.tanh(a * x) * g + b, x, alpha, gamma, beta)

@@ -110,6 +110,7 @@ def test_views_and_offsets(path):
     check(function, formula, base[:, 1:, 3:60], scale[:, None], shift[:, None], torch.randn(57))
     check(function, formula, base[..., :57].transpose(0, 1), base[..., 8:65].transpose(0, 1), base[..., 9:66].transpose(0, 1))
     check(function, formula, base[:1, :, 5:62].expand(2, 4, 57), scale[:1], shift[1:])
+    check(function, formula, base[0, :, 9:66], scale[0], shift[1], torch.randn(57))
     check(function, formula, base[..., ::2], torch.randn(39, 2).t()[:1], torch.randn(2, 39)[1:])
 
 

@@ -96,7 +96,7 @@ def test_is_an_operator():
     y, probabilities = multi_token_attention_fwd(*inputs, *pairs, 1, False)
     for needs in ([True] * 3, [True, False, False], [False, True, True]):
         torch.library.opcheck(
-            multi_token_attention_bwd, (torch.randn_like(y), probabilities, inputs[1], *pairs, 1, False, needs)
+            multi_token_attention_bwd, (torch.randn_like(y), probabilities, inputs[1], *pairs, 1, False, *needs)
         )
     torch.library.opcheck(causal_softmax_fwd, (inputs[0],))
 

@@ -38,6 +38,8 @@ MODULES = {
     "group_norm": ["LigerGroupNorm"],
     "dyt": ["LigerDyT"],
     "relu_squared": ["LigerReLUSquared"],
+    "experimental.embedding": ["LigerEmbedding"],
+    "experimental": ["LigerEmbedding"],
     "poly_norm": ["LigerPolyNorm"],
     "softmax": ["LigerSoftmax"],
     "sparsemax": ["LigerSparsemax"],
@@ -79,6 +81,7 @@ FUNCTIONS = [
     "DyT",
     "ReLUSquared",
     "PolyNorm",
+    "Embedding",
     "AttnRes",
     "Softmax",
     "Sparsemax",
@@ -169,6 +172,7 @@ BUILD = {
     "LigerDyT": (12,),
     "LigerReLUSquared": (),
     "LigerPolyNorm": (),
+    "LigerEmbedding": (9, 12, 2),
     "LigerSoftmax": (),
     "LigerSparsemax": (),
     "LigerMultiTokenAttention": (4, 6, 3),
@@ -469,6 +473,20 @@ def test_attn_res():
     torch.testing.assert_close(L.liger_attn_res(v, query, weight, 1e-2), want)
     torch.testing.assert_close(L.liger_attn_res(list(v), query, weight, 1e-2), want)
     torch.testing.assert_close(liger_aot.ops.LigerAttnResFunction.apply(v, query, weight, 1e-2), want)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_embedding(padding_idx):
+    indices, module = torch.randint(9, (3, 20)), build("LigerEmbedding", 9, 12, padding_idx)
+    assert padding_idx is None or not module.weight[2].any()
+    torch.nn.init.normal_(module.weight)
+    want = F.embedding(indices, module.weight)
+    torch.testing.assert_close(liger_aot.ops.LigerEmbeddingFunction.apply(module.weight, indices), want)
+    if padding_idx is not None:
+        want = want * (indices != 2)[..., None]
+    got, dy = module(indices), torch.randn(3, 20, 12)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(y, module.weight, dy) for y in (got, want)))
 
 
 def test_gates_by_position():

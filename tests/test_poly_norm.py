@@ -99,7 +99,7 @@ def test_bias_of_any_shape(path):
 def test_views_and_offsets(path):
     base, weight, bias = torch.randn(2, 5, 77), torch.randn(6)[::2], torch.randn(2)[1:]
     for x in (
-        base[:, 1:, 3:60],
+        base[0, :, 3:60],
         base[..., ::2],
         base[..., :6].transpose(0, 2),
         base[:1, :, 5:70].expand(2, 5, 65),

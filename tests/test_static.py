@@ -153,6 +153,7 @@ def test_the_model_knows_the_loops_of_every_kernel(arch):
             "each": 5,
             "depth": 5,
             "tokens": 5,
+            "k": 5,
         }
         trips = launches.KERNELS[kernel].trips(sizes | v.constants)
         assert len(codes[v.cubin].loops) == len(trips), v.cubin

@@ -115,6 +115,7 @@ IN_TORCH = {
     "packed_glu": lambda x: functional.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
     "moe_permute": lambda x, order, position: x[order // position.shape[1]],
     "moe_unpermute": lambda x, weight, order, position: (x[position] * weight[..., None]).sum(1),
+    "embedding": lambda weight, indices: functional.embedding(indices, weight),
     "poly_norm": eager_poly_norm,
     "attn_res": eager_attn_res,
     "modulated_rms_norm": eager_modulated_rms_norm,
@@ -258,6 +259,13 @@ def attn_res(tokens, hidden, liger):
     return Timed(inputs, calls("attn_res", liger and liger.liger_attn_res), (size + size // 8, 2 * size + size // 8))
 
 
+def embedding(tokens, hidden, vocabulary, liger):
+    weight, indices = leaf(vocabulary, hidden), torch.randint(vocabulary, (tokens,))
+    theirs = liger and (lambda w, i: imported("liger_kernel.ops", "LigerEmbeddingFunction").apply(w, i))
+    rows = tokens * hidden * weight.element_size()
+    return Timed([weight, indices], calls("embedding", theirs), (2 * rows, rows + weight.nbytes))
+
+
 def poly_norm(tokens, hidden, liger):
     x = leaf(tokens, hidden)
     found = calls("poly_norm", liger and (lambda x, w, b: liger.liger_poly_norm(x, w, b, EPS)))
@@ -377,6 +385,7 @@ BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {
     "moe_permute": moe_permute,
     "moe_unpermute": moe_unpermute,
     "poly_norm": poly_norm,
+    "embedding": embedding,
     "attn_res": attn_res,
     "modulated_rms_norm": modulated_rms_norm,
 }
@@ -409,6 +418,7 @@ FIRST = [
     ("multi_token_attention", {"tokens": 4096, "hidden": 4096}),
     ("neighborhood_attention", {"tokens": 4096, "hidden": 4096}),
     *((name, {"tokens": 8192, "hidden": 4096}) for name in OTHERS),
+    ("embedding", {"tokens": 8192, "hidden": 4096, "vocabulary": 128256}),
 ]
 
 

@@ -13,6 +13,7 @@ import torch
 from liger_aot import _runtime
 from liger_aot.ops import attn_res as attention
 from liger_aot.ops import dyt as dyt_
+from liger_aot.ops import embedding as embedding_
 from liger_aot.ops import fused_add_rms_norm as fused
 from liger_aot.ops import gated_rms_norm as gated_rms
 from liger_aot.ops import geglu as geglu_
@@ -37,6 +38,7 @@ from harness import check
 from harness import fixed
 
 HELD_IN_A_DRY_RUN = 5  # one call in so many; the others are only launched
+MANY_NUMBERS = 10**5
 # Programs of the norms' backward walk over several groups of rows each, and a column_sum over several blocks of them.
 PROGRAMS = 132 * 4
 ROWS_OF_A_PROGRAM = {128: 16, 1024: 2, 2048: 2}
@@ -148,11 +150,21 @@ def dyt(x, alpha, gamma, beta):
 
 
 def poly_norm(x, weight, bias):
-    return poly.poly_norm, formulas.poly_norm(), [x, weight, bias], {}
+    # The gradients of weight and bias are sums of all numbers: of many, they carry the rounding of what is summed on the way.
+    how = {"carries": x.numel() ** 0.5} if x.numel() > MANY_NUMBERS else {}
+    return poly.poly_norm, formulas.poly_norm(), [x, weight, bias], how
 
 
 def attn_res(v, query, weight):
-    return attention.attn_res, formulas.attn_res(), [v, query, weight], {}
+    # A share exp(score - lse) carries the rounding of both, a softmax that of the score alone.
+    return attention.attn_res, formulas.attn_res(), [v, query, weight], {"slack": 3.0}
+
+
+def embedding(weight, indices, padding_idx=None):
+    def formula(weight, indices):
+        return torch.nn.functional.embedding(indices, weight, padding_idx)
+
+    return functools.partial(embedding_.embedding, padding_idx=padding_idx), formula, [weight, fixed(indices)], {}
 
 
 def softmax(x):
@@ -307,7 +319,7 @@ def linear_jsd(x, w, y, v, labels, temperature, reduction):
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 HELD |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
-HELD |= {f.__name__: f for f in (modulated_rms_norm, attn_res)}
+HELD |= {f.__name__: f for f in (modulated_rms_norm, attn_res, embedding)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 HELD |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}

@@ -12,6 +12,7 @@ from .bind import verify
 from .functional import attn_res
 from .functional import cross_entropy
 from .functional import dyt
+from .functional import embedding
 from .functional import fused_add_rms_norm
 from .functional import gated_rms_norm
 from .functional import geglu
@@ -46,6 +47,7 @@ __all__ = [
     "bind",
     "cross_entropy",
     "dyt",
+    "embedding",
     "explain",
     "functional",
     "fused_add_rms_norm",

@@ -32,6 +32,8 @@ RULES = {
     "dyt_bwd": ("xs", "xxww", "rows"),
     "poly_norm_fwd": ("xx", "xww", "rows"),
     "poly_norm_bwd": ("xs", "xxwx", "rows"),
+    "embedding_fwd": ("x", "wx", "rows"),
+    "embedding_bwd": ("s", "xx", "rows"),
     "softmax_fwd": ("x", "x", "rows"),
     "softmax_bwd": ("x", "xx", "rows"),
     "sparsemax_fwd": ("x", "x", "rows"),

@@ -13,6 +13,7 @@ from torch.nn import _reduction
 from .ops import attn_res as _attn_res
 from .ops import cross_entropy as _cross_entropy
 from .ops import dyt as _dyt
+from .ops import embedding as _embedding
 from .ops import fused_add_rms_norm as _fused_add_rms_norm
 from .ops import gated_rms_norm as _gated_rms_norm
 from .ops import geglu as _geglu
@@ -287,6 +288,16 @@ def group_norm(
     tensor([[-1.0000,  1.0000, -1.0000,  1.0000]])
     """
     return _group_norm.group_norm(input, num_groups, weight, bias, eps)
+
+
+def embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+    """torch.nn.functional.embedding, whose gradient is summed in fp32, in one order.
+
+    >>> liger_aot.embedding(torch.tensor([1, 1]), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    tensor([[3., 4.],
+            [3., 4.]])
+    """
+    return _embedding.embedding(weight, input, padding_idx)
 
 
 def poly_norm(input: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:

@@ -117,6 +117,21 @@ class DyT(torch.nn.Module):
         return f"{self.hidden_size}, init_alpha={self.init_alpha}, bias={self.beta is not None}"
 
 
+class Embedding(torch.nn.Embedding):
+    """torch.nn.Embedding; max_norm, scale_grad_by_freq and sparse are refused."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name, value in (("max_norm", None), ("scale_grad_by_freq", False), ("sparse", False)):
+            if getattr(self, name) != value:
+                raise NotImplementedError(
+                    f"Embedding: {name} must be {value}, got {getattr(self, name)}; torch.nn.Embedding takes others"
+                )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(input, self.weight, self.padding_idx)
+
+
 class PolyNorm(torch.nn.Module):
     """liger_aot.poly_norm over the last dimension; its weights start as a third each, its bias as one."""
 

@@ -72,7 +72,7 @@ def multi_token_attention_fwd(
     return convolved(probabilities, weight, bias, stride, padding, dilation, groups), probabilities
 
 
-def fake_bwd(dy, probabilities, weight, stride, padding, dilation, groups, sparse, needs):
+def fake_bwd(dy, probabilities, weight, stride, padding, dilation, groups, sparse, *needs):
     needed = zip((probabilities, weight, weight[:, 0, 0, 0]), needs, strict=True)
     return tuple(torch.empty_like(t if need else t.new_empty(0), memory_format=torch.contiguous_format) for t, need in needed)
 
@@ -87,12 +87,15 @@ def multi_token_attention_bwd(
     dilation: list[int],
     groups: int,
     sparse: bool,
-    needs: list[bool],
+    need_dscores: bool,
+    need_dweight: bool,
+    need_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of scores, weight and bias, of which some are needed."""
+    needs = [need_dscores, need_dweight, need_dbias]
     options = weight.shape[:1], stride, padding, dilation, False, [0, 0], groups, needs
     dprobabilities, *gradients = torch.ops.aten.convolution_backward(dy.tril(), probabilities, weight, *options)
-    if needs[0]:  # by the operators without a mask: where the mask is, the probabilities are 0, and the gradient with them
+    if need_dscores:  # by the operators without a mask: where the mask is, the probabilities are 0, and the gradient with them
         dprobabilities = (sparsemax_bwd if sparse else softmax_bwd)(dprobabilities, probabilities)
     found = zip((dprobabilities, *gradients), needs, strict=True)
     return tuple(g.contiguous() if need else weight.new_empty(0) for g, need in found)
@@ -110,7 +113,7 @@ class MultiTokenAttentionFunction(Function):
     def backward(ctx, dy):
         Function.once(NAME)
         needs, constants = ctx.needs_input_grad[:3], ctx.needs_input_grad[3:]
-        found = multi_token_attention_bwd(dy, *ctx.saved_tensors, *ctx.options, list(needs))
+        found = multi_token_attention_bwd(dy, *ctx.saved_tensors, *ctx.options, *needs)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), *(None for _ in constants)
 
 

@@ -3,6 +3,7 @@
 import torch
 
 from ..functional import CrossEntropyOutput
+from ..functional import embedding
 from ..functional import moe_experts
 from ..functional import packed_glu
 from ..functional import swiglu
@@ -90,6 +91,12 @@ class LigerAttnResFunction:
     @staticmethod
     def apply(V_stacked, w_query, w_norm, eps):
         return L.liger_attn_res(V_stacked, w_query, w_norm, eps)
+
+
+class LigerEmbeddingFunction:
+    @staticmethod
+    def apply(embeddings: torch.Tensor, indices: torch.Tensor):
+        return embedding(indices, embeddings)
 
 
 class LigerPolyNormFunction:

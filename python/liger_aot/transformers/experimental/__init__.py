@@ -1,0 +1,5 @@
+"""Liger's experimental modules."""
+
+from .embedding import LigerEmbedding
+
+__all__ = ["LigerEmbedding"]
