@@ -244,6 +244,16 @@ def test_what_the_operator_does_not_take_is_the_models_own(name, change):
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def test_angles_on_another_device_are_the_models_own_business():
+    """DeepSeek-V2's function moves them to the heads' device, which says of a meta tensor that it cannot."""
+    rotary = function("deepseek_v2.apply_rotary_emb")
+    module, _ = bound(rotary)
+    given = inputs(rotary, BATCHED, (2, 5, 8))[0]
+    given["freqs_cis"] = given["freqs_cis"].to("meta")
+    with pytest.raises(NotImplementedError, match="meta"):
+        module(**given)
+
+
 def test_heads_after_tokens_where_the_caller_says_so():
     rotary = function("llama")
     module, _ = bound(rotary)

@@ -51,7 +51,7 @@ def test_nothing_in_nothing_out(path, shape):
     assert x.grad.shape == shape
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])  # of each kernel
 def test_is_an_operator(activation):
     x = torch.randn(3, 4, 24)
     check_operator(packed_glu, (packed_glu_fwd, (x, activation)), x, activation=activation)

@@ -171,7 +171,7 @@ def rotated(turn, form, places, xs, angles, positions=None, dim=None, mixed=True
     dtype, flat, place = x.dtype, x.dim() == 3, places.get((x.dim(), cos.dim()))
     for angle in angles:
         known = angle.dtype in (dtype, torch.complex64) or (mixed and angle.dtype is FP32)
-        if place is None or angle.requires_grad or not known:
+        if place is None or angle.requires_grad or angle.device != x.device or not known:
             return None
     dim = (place if dim is None else dim) + flat
     if dim not in (1, 2):

@@ -9,10 +9,10 @@ import logging
 import sys
 from contextlib import ExitStack
 
+from ..functional import packed_glu
 from ..transformers._functions import LigerVocabParallelCEFunction
 from .rms_norm import LigerMegatronRMSNorm
 from .swiglu import Deferred
-from .swiglu import side_by_side
 
 logger = logging.getLogger(__name__)
 MARKER = "__liger_patched__"  # liger-kernel's, so that neither of the two replaces what the other has replaced
@@ -71,7 +71,7 @@ def swiglu_function(original):
             if reason := deferred.reason(None, fp8_input_store, cpu_offload_input):
                 deferred.log(reason)
                 return original.apply(input, fp8_input_store, cpu_offload_input)
-            return side_by_side(input)
+            return packed_glu(input)
 
     return LigerSwiGLUFunction
 

@@ -5,14 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..functional import swiglu
+from ..functional import packed_glu
 
 logger = logging.getLogger(__name__)
-
-
-def side_by_side(x):
-    """silu of the first half of the columns, times the second; both are read where they lie."""
-    return swiglu(*x.chunk(2, -1))
 
 
 class Deferred:
@@ -64,4 +59,4 @@ class LigerMegatronSwiGLU(torch.nn.Module):
                 "LigerMegatronSwiGLU: input must have shape (tokens, 2·n) or (sequence, batch, 2·n), gate and up side by side, "
                 f"got {tuple(input.shape)}"
             )
-        return side_by_side(input)
+        return packed_glu(input)

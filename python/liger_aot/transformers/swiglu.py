@@ -5,6 +5,7 @@ from torch.nn import Linear
 from torch.nn import Parameter
 
 from ..functional import moe_experts
+from ..functional import packed_glu
 from ..functional import swiglu
 
 
@@ -95,7 +96,7 @@ class LigerPhi3SwiGLUMLP(torch.nn.Module):
         self.down_proj = Linear(self.intermediate_size, self.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(swiglu(*self.gate_up_proj(x).chunk(2, dim=-1)))
+        return self.down_proj(packed_glu(self.gate_up_proj(x)))
 
 
 class LigerBlockSparseTop2MLP(torch.nn.Module):
