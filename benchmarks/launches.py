@@ -256,7 +256,7 @@ OPERATORS = {name.removeprefix("of_"): function for name, function in list(globa
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """Of `v`, a launch's arguments, constants and number of programs."""
+    """Of `v`, a launch's arguments, constants, number of programs, and whether its variant is the aligned one."""
 
     writes: tuple  # the parameters it writes; it reads the others
     trips: Callable = lambda v: []  # how often each loop of the machine code runs, in the order of their ends
@@ -329,6 +329,11 @@ def gathered(v):
     """A token's row for each of its experts but one."""
     row = v["n"] * v["x"].element_size()
     return (v["k"] - 1) * v["size"] // v["k"] * v["x"].element_size(), row
+
+
+def fours(v):
+    """ptxas unrolls the loop of the aligned variants."""
+    return [v["k"] // 4, v["k"] % 4] if v["aligned"] else [v["k"]]
 
 
 def gathered_back(v):
@@ -424,7 +429,7 @@ KERNELS = {
     "geglu_fwd": Kernel(("y",)),
     "geglu_bwd": Kernel(("dgate", "dup")),
     "moe_permute_fwd": Kernel(("y",), again=gathered, ahead=1),
-    "moe_unpermute_fwd": Kernel(("y",), lambda v: [v["k"]], ahead=1),
+    "moe_unpermute_fwd": Kernel(("y",), fours, ahead=1),
     "moe_unpermute_bwd": Kernel(("dx", "dweight"), lambda v: [blocks(v)], gathered_back, ahead=1),
     "relu_squared_fwd": Kernel(("y",)),
     "relu_squared_bwd": Kernel(("dx",)),
@@ -509,10 +514,10 @@ def launch_of(kernel, grid, values, constants, parameters):
     tensors = {name: t for name, t in named.items() if isinstance(t, torch.Tensor)}
     written = [tensors[name] for name in known.writes]
     read = [t for t in tensors.values() if all(t is not w for w in written)]
-    v = named | constants | {"programs": programs}
     divisible = [n for n, (_, type_) in zip(values, parameters, strict=True) if type_.endswith(":16")]
     offsets = [t.storage_offset() * t.element_size() for t in tensors.values()]
     aligned = all(value % 16 == 0 for value in [*divisible, *offsets])
+    v = named | constants | {"programs": programs, "aligned": aligned}
     again, between = known.again(v)
     return Launch(
         kernel,

@@ -154,8 +154,9 @@ def test_the_model_knows_the_loops_of_every_kernel(arch):
             "depth": 5,
             "tokens": 5,
             "k": 5,
+            "dilation": 1,
         }
-        trips = launches.KERNELS[kernel].trips(sizes | v.constants)
+        trips = launches.KERNELS[kernel].trips(sizes | v.constants | {"aligned": v.aligned})
         assert len(codes[v.cubin].loops) == len(trips), v.cubin
         assert codes[v.cubin].classes
 

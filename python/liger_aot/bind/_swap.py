@@ -97,15 +97,22 @@ def untouched(module, others):
     return all(not hooked(children[n]) and not getattr(children[n], "p", 0) for n, t in others)
 
 
+def unit(kind, act):
+    """The operator, of what the first layers give."""
+    if kind == "gate_up":
+        return lambda h: packed_glu(h, act)
+    operator, split = unit_of(kind, act)[2], HALVES.get(kind, lambda *outputs: outputs)
+    return lambda *outputs: operator(*split(*outputs))
+
+
 def glu_class(original, compile, kind, act, names, others):
     *first, down = names
-    _, name, operator = unit_of(kind, act)
-    split = HALVES.get(kind, lambda *outputs: outputs)
+    name, activate = unit_of(kind, act)[1], unit(kind, act)
 
     def compute(self, x):
         if not untouched(self, others):
             return original.forward(self, x)
-        return getattr(self, down)(operator(*split(*(getattr(self, layer)(x) for layer in first))))
+        return getattr(self, down)(activate(*(getattr(self, layer)(x) for layer in first)))
 
     text = described(original, f"{kind}, {act}, was={original.__name__}")
     return f"{name}MLP", {"extra_repr": text, **computing(original, compile, compute)}
@@ -115,12 +122,12 @@ def experts_class(original, compile, kind, act, others):
     from ..transformers.experts import experts_forward  # here, because it imports transformers
     from ..transformers.experts import in_the_place_of
 
-    _, name, operator = unit_of(kind, act)
+    name, activate = unit_of(kind, act)[1], unit(kind, act)
 
     def compute(self, x):
         if not untouched(self, others):
             return original._apply_gate(self, x)
-        return packed_glu(x, act) if kind == "gate_up" else operator(*HALVES[kind](x))
+        return activate(x)
 
     @functools.wraps(original.forward)
     def forward(self, hidden_states, *args, **kwargs):
