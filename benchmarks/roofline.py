@@ -231,7 +231,7 @@ OF_CLASSES = "vocab_parallel_cross_entropy", "kl_div", "jsd", "tvd"
 
 
 def sizes_of(operator):
-    if operator.startswith("linear_"):
+    if operator.startswith("linear_") or operator == "embedding":
         axes = {"tokens": TOKENS, "vocabulary": VOCABULARY, "hidden": HIDDEN[:4]}
         sizes = [LLAMA | {axis: value} for axis, values in axes.items() for value in values]
     elif operator in OF_CLASSES or operator.startswith("cross_entropy"):

@@ -417,7 +417,7 @@ FIRST = [
     ("vocab_parallel_cross_entropy", {"tokens": 4096, "vocabulary": 32064}),
     ("multi_token_attention", {"tokens": 4096, "hidden": 4096}),
     ("neighborhood_attention", {"tokens": 4096, "hidden": 4096}),
-    *((name, {"tokens": 8192, "hidden": 4096}) for name in OTHERS),
+    *((name, {"tokens": 8192, "hidden": 14336 if "glu" in name else 4096}) for name in OTHERS),
     ("embedding", {"tokens": 8192, "hidden": 4096, "vocabulary": 128256}),
 ]
 
