@@ -4,6 +4,7 @@ import errno
 import functools
 import io
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -277,6 +278,25 @@ def test_what_save_writes_down_is_what_load_takes(tmp_path):
         ValueError, match=r"save: program must be a torch\.export\.ExportedProgram, got Linear; export it first"
     ):
         export.save(torch.nn.Linear(2, 2), path)
+
+
+def test_the_version_that_saved_a_program_is_named(tmp_path):
+    path = saved(tmp_path / "program.pt2", lambda known: known.update(gone="liger::gone(Tensor x) -> Tensor"))
+    with pytest.raises(RuntimeError, match=rf"that it was made with, liger-aot {re.escape(liger_aot.__version__)}$"):
+        export.load(path)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(before := tmp_path / "before.pt2", "w") as copy:
+        for name in archive.namelist():
+            if not name.endswith(f"/extra/{export.VERSION}"):
+                copy.writestr(name, archive.read(name))
+    with pytest.raises(RuntimeError, match=r"liger::gone.*\nRemedy: .* that it was made with$"):
+        export.load(before)
+
+
+def test_a_program_goes_through_memory():
+    """As save leaves the buffer: at its end."""
+    buffer, (module, tensors) = io.BytesIO(), example("softmax")
+    export.save(torch.export.export(module, tensors), buffer)
+    assert torch.equal(export.load(buffer).module()(*tensors)[0], module(*tensors)[0])
 
 
 @pytest.mark.parametrize("place", ["weights/weight_0", "model.json"])

@@ -239,6 +239,7 @@ CHOICES = [
     ((10, 3), ("100", "100f", "103f"), "103f"),
     ((10, 3), ("100", "100f"), "100f"),
     ((7, 5), SHIPPED, {"80": "runs on 8.x", "90": "runs on 9.x", "100f": "runs on 10.x", "120f": "runs on 12.x"}),
+    ((7, 0), SHIPPED, {"80": "runs on 8.x"}),
     ((11, 0), SHIPPED, {"100f": "runs on 10.x"}),
     ((10, 3), ("100a",), {"100a": "runs on 10.0 alone"}),
     ((10, 0), ("103f",), {"103f": "needs 10.3 or a newer minor version"}),
@@ -258,8 +259,13 @@ def test_which_pack_serves_which_device(monkeypatch, capability, built, expected
         _runtime.select_pack(capability)
     text = str(error.value)
     assert f"no kernels for compute capability {capability[0]}.{capability[1]}. Packs:" in text
-    assert f"make pack ARCH={capability[0]}{capability[1]} (or a wheel with LIGER_AOT_ARCHS), and name its folder" in text
-    assert "LIGER_AOT_PACKS" in text
+    if capability < (7, 5):
+        assert "\nRemedy: none: kernels can be built for 7.5 and newer; unbind" in text
+        assert "make pack" not in text
+    else:
+        assert "\nRemedy: install the wheel for another CUDA, where that has them (docs/wheels.md), or build a pack" in text
+        assert f"make pack ARCH={capability[0]}{capability[1]} (or a wheel with LIGER_AOT_ARCHS), and name its folder" in text
+        assert "LIGER_AOT_PACKS" in text
     assert all(f"\n  sm_{arch}: {why}" in text for arch, why in expected.items())
     assert built or "Packs: none" in text
 
@@ -280,8 +286,8 @@ def test_minor_versions_share_a_pack():
 
 def test_a_driver_that_is_too_old_is_refused(packs):
     copy_pack(packs, lambda manifest, entries: manifest.update(min_driver=12090))
-    text = "the NVIDIA driver serves CUDA 12.8, the sm_90 kernels need 12.9 or newer; update the driver"
-    with stubbed(version=12080), pytest.raises(RuntimeError, match=re.escape(text) + "$"):
+    text = "serves CUDA 12.8, the sm_90 kernels need 12.9 or newer; update the driver, or install the wheel for an older CUDA"
+    with stubbed(version=12080), pytest.raises(RuntimeError, match=re.escape(text)):
         sum_up()
     with stubbed(version=12090) as stub:
         sum_up()
@@ -349,6 +355,42 @@ def test_a_pack_of_something_else_is_refused(packs, change, text):
     assert not stub.called("cuLibraryLoadData")
     assert re.search(text, _verify.problems(path)[0])
     assert main(["verify"]) == main(["info"]) == 1
+
+
+MANIFESTS = {
+    "a list": (lambda known: [known], r"a JSON object is needed, got a list"),
+    "no JSON": (lambda known: None, r"Expecting value: .*"),
+    "no driver": (
+        lambda known: {k: v for k, v in known.items() if k != "min_driver"},
+        "min_driver: missing, or of another type",
+    ),
+    "numbers": (lambda known: known | {"arch": 90, "ptxas": 12}, "arch, ptxas: missing, or of another type"),
+}
+
+
+@pytest.mark.parametrize("fault", MANIFESTS)
+def test_a_manifest_that_is_none_is_refused(packs, capsys, fault):
+    """Whose bytes are as they were written: no checksum says so."""
+    change, why = MANIFESTS[fault]
+    path = copy_pack(packs)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    wrong = change(json.loads(entries["manifest.json"]))
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (entries | {"manifest.json": json.dumps(wrong) if wrong else ""}).items():
+            archive.writestr(name, data)
+    text = rf"{re.escape(str(path))} is damaged: manifest\.json cannot be read \({why}\); install liger-aot again"
+    with stubbed() as stub, pytest.raises(RuntimeError, match=text):
+        sum_up()
+    assert not stub.called("cuLibraryLoadData")
+    for line in ("info", "info --json", "verify", "verify --json"):
+        assert main(line.split()) == 1
+        assert re.search(text, capsys.readouterr().out)
+
+
+def test_what_is_read_of_a_manifest_is_what_the_build_writes():
+    manifest = json.loads(_runtime.open_pack(_runtime.pack_paths()["90"]).read("manifest.json"))
+    assert {*_runtime.MANIFEST, "schema", "contract"} == manifest.keys() >= {*_info.MANIFEST}
 
 
 DAMAGES = {

@@ -92,6 +92,11 @@ def test_other_architectures(monkeypatch):
             flavour.architectures("ptxas 12.9.86")
 
 
+def test_the_oldest_architecture_is_what_a_flavour_assembles_for():
+    known = {int(arch.rstrip("af")) for f in flavour.FLAVOURS.values() for arch in f.knows.split()}
+    assert divmod(min(known), 10) == _runtime.OLDEST
+
+
 def test_no_such_flavour(monkeypatch):
     monkeypatch.setenv("LIGER_AOT_CUDA", "12.8")
     with pytest.raises(SystemExit, match=r"LIGER_AOT_CUDA must be one of 12\.6, 12\.9, 13\.0, or unset .*, got '12\.8'"):
@@ -243,8 +248,13 @@ def test_workflows_hold_together():
             assert "permissions" not in about or name == "publish.yml"
             if "uses" in about:
                 assert (ROOT / about["uses"]).is_file()
+                called = WORKFLOWS[pathlib.PurePath(about["uses"]).name]
+                assert "workflow_call" in called[True]
     publish = WORKFLOWS["publish.yml"]
     assert publish[True] == {"push": {"tags": ["v*"]}}, "YAML reads `on` as true"
+    assert publish["jobs"]["ci"]["uses"].endswith("/ci.yml")
+    assert publish["jobs"]["pypi"]["needs"] == ["ci", "wheels"], "nothing is published that lint and tests refuse"
+    assert (publish["jobs"]["release"]["needs"], publish["jobs"]["pages"]["needs"]) == ("pypi", "release")
     assert publish["jobs"]["pypi"]["permissions"] == {"id-token": "write"}, "trusted publishing, without a token"
     uploaded = {step["with"]["name"] for _, step in STEPS if "upload-artifact@" in step.get("uses", "")}
     assert uploaded == {"docs", "wheel-${{ matrix.cuda || 'plain' }}", "sdist"}

@@ -32,6 +32,18 @@ THREADS_PER_WARP = 32
 WALKED, MOST = ("rows", "n", "width_at"), 2**31 - 2**15  # what kernels walk over, in int32, by steps that must not pass its end
 BUFFER_POINTER, BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
 EXACT, FAMILY, SAME_MAJOR = range(3)
+OLDEST = 7, 5  # for which any flavour's ptxas assembles
+# What is read of a pack's manifest, besides the schema and the contract.
+MANIFEST = {
+    "arch": str,
+    "version": str,
+    "triton": str,
+    "ptxas": str,
+    "min_driver": int,
+    "variants": int,
+    "kernels": list,
+    "sha256": str,
+}
 # What reading a zip raises when bytes of it are missing or changed, its headers' flags and methods among them.
 DAMAGE = zipfile.BadZipFile, zlib.error, struct.error, KeyError, ValueError, EOFError, OSError, RuntimeError
 
@@ -45,13 +57,15 @@ class Pack:
             self.archive = zipfile.ZipFile(path)
         except DAMAGE as error:
             raise self.damaged("its directory", error) from error
-        self.manifest = manifest = json.loads(self.read("manifest.json"))
+        self.manifest = manifest = self.parsed("manifest.json")
         if manifest.get("schema") != _build.SCHEMA or manifest.get("contract") != _build.CONTRACT:
             raise RuntimeError(
                 f"liger_aot: {path} was built for liger-aot {manifest.get('version')} (contract "
                 f"{str(manifest.get('contract'))[:12]}), this is {_build.VERSION} (contract {_build.CONTRACT[:12]}); "
                 "install liger-aot again, or build the pack anew from the sources of this version"
             )
+        if wrong := [name for name, type_ in MANIFEST.items() if not isinstance(manifest.get(name), type_)]:
+            raise self.damaged("manifest.json", f"{', '.join(wrong)}: missing, or of another type")
         self.arch = manifest["arch"]
         if path.stem != f"sm_{self.arch}":
             raise RuntimeError(f"liger_aot: {path} holds kernels for sm_{self.arch}; name it sm_{self.arch}.zip")
@@ -72,6 +86,17 @@ class Pack:
             except DAMAGE as error:
                 raise self.damaged(name, error) from error
 
+    def parsed(self, name):
+        """An entry that is a JSON object."""
+        text = self.read(name)
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise self.damaged(name, error) from error
+        if not isinstance(found, dict):
+            raise self.damaged(name, f"a JSON object is needed, got a {type(found).__name__}")
+        return found
+
     def entry(self, kernel):
         """What was built of one kernel; no other kernel's entry is read."""
         if kernel not in self.entries:
@@ -79,7 +104,7 @@ class Pack:
                 raise NotImplementedError(
                     f"{kernel}: not in {self.path.name}, which holds {', '.join(self.manifest['kernels'])}"
                 )
-            self.entries[kernel] = json.loads(self.read(f"{kernel}.json"))
+            self.entries[kernel] = self.parsed(f"{kernel}.json")
         return self.entries[kernel]
 
     def parameters(self, kernel):
@@ -130,7 +155,8 @@ class Device:
         if driver.version < self.pack.manifest["min_driver"]:
             raise RuntimeError(
                 f"liger_aot: the NVIDIA driver serves CUDA {version_text(driver.version)}, the sm_{self.pack.arch} kernels "
-                f"need {version_text(self.pack.manifest['min_driver'])} or newer; update the driver"
+                f"need {version_text(self.pack.manifest['min_driver'])} or newer; update the driver, or "
+                "install the wheel for an older CUDA, where there is one with kernels for this device (docs/wheels.md)"
             )
         self.plans = {}
 
@@ -261,10 +287,15 @@ def select_pack(capability):
     fitting = sorted((rank, arch) for arch, rank in ranks.items() if not isinstance(rank, str))
     if not fitting:
         trace = "".join(f"\n  sm_{arch}: {why}" for arch, why in ranks.items()) or " none"
+        remedy = (
+            "install the wheel for another CUDA, where that has them (docs/wheels.md), or build a pack from the sources, "
+            f"make pack ARCH={capability[0]}{capability[1]} (or a wheel with LIGER_AOT_ARCHS), and name its folder in "
+            "LIGER_AOT_PACKS"
+        )
+        if capability < OLDEST:
+            remedy = "none: kernels can be built for 7.5 and newer; unbind the model, or use torch's own functions"
         raise NotImplementedError(
-            f"liger_aot: no kernels for compute capability {capability[0]}.{capability[1]}. Packs:{trace}\n"
-            f"Remedy: build one from the sources, make pack ARCH={capability[0]}{capability[1]} (or a wheel with "
-            "LIGER_AOT_ARCHS), and name its folder in LIGER_AOT_PACKS"
+            f"liger_aot: no kernels for compute capability {capability[0]}.{capability[1]}. Packs:{trace}\nRemedy: {remedy}"
         )
     return open_pack(paths[fitting[0][1]])
 

@@ -14,6 +14,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import pathlib
 import re
 import sys
@@ -39,6 +40,7 @@ WHOLE_ROWS = "attn_res", "fused_add_rms_norm", "gated_rms_norm", "layer_norm", "
 TILED = {f"{op}_{way}": 2 if op == "rope" else 0 for op in WHOLE_ROWS for way in ("fwd", "bwd")}
 MODELS, PACKAGES = "*/models/*.json", "*/data/aotinductor/*/*.json"  # where .pt2 files have their graphs
 SCHEMAS = "liger_aot.json"  # beside them, in files that save wrote: the schemas of their operators
+VERSION = "liger_aot.txt"  # and our version
 # As what torch serializes an argument of a type. A float may be given as a whole number.
 FORMS = {
     "Tensor": {"as_tensor"},
@@ -239,7 +241,7 @@ def body_of(name):
 
 
 def save(program: ExportedProgram, path):
-    """torch.export.save(program, path), with the schemas of the program's operators.
+    """torch.export.save(program, path), with the schemas of the program's operators and our version.
 
     torch writes down the arguments that a call gives, and no defaults: without this a load cannot see that one has changed.
     """
@@ -247,7 +249,7 @@ def save(program: ExportedProgram, path):
         raise ValueError(f"save: program must be a torch.export.ExportedProgram, got {type(program).__name__}; export it first")
     used = {node.target for node in nodes(program) if str(node.target).startswith("liger.")}
     schemas = {overload._schema.name.partition("::")[2]: str(overload._schema) for overload in used}
-    torch.export.save(program, path, extra_files={SCHEMAS: json.dumps(schemas, sort_keys=True)})
+    torch.export.save(program, path, extra_files={SCHEMAS: json.dumps(schemas, sort_keys=True), VERSION: _build.VERSION})
 
 
 def load(path):
@@ -265,6 +267,7 @@ def load(path):
             damaged = archive.testzip() if models or packages else None
             written = [n for n in names if n.match(f"*/extra/{SCHEMAS}")]
             contents, schemas = ([json.loads(archive.read(str(n))) for n in some] for some in ([*models, *packages], written))
+            versions = [archive.read(str(n)).decode() for n in names if n.match(f"*/extra/{VERSION}")]
     except OSError:
         raise
     except DAMAGE:
@@ -278,7 +281,10 @@ def load(path):
         raise RuntimeError(
             f"load: {path} was made with another version of liger-aot:\n  " + "\n  ".join(sorted(unlike)) + "\n"
             f"Remedy: export the program again with this version, {_build.VERSION}, or install the one that it was made with"
+            + "".join(f", liger-aot {version}" for version in versions)
         )
+    if not isinstance(path, str | os.PathLike):
+        path.seek(0)  # from where a save or the look into the archive left it, torch would read on
     return torch.export.load(path) if models else torch._inductor.aoti_load_package(path)
 
 
