@@ -219,7 +219,7 @@ def test_a_backward_that_takes_a_tile_is_refused_by_name(lower):
 
     sizes = {1: width}, {1: width}, {0: width}, None
     program = torch.export.export(Backward(), (x, x, scale, rstd), dynamic_shapes=sizes)
-    with pytest.raises(NotImplementedError, match="lower: modulated_rms_norm_bwd takes a tile .* dynamic last dimension"):
+    with pytest.raises(NotImplementedError, match=r"lower: modulated_rms_norm_bwd takes a tile .* dynamic last dimension"):
         lower(program)
 
 
