@@ -177,6 +177,7 @@ WIDTHS = {
     "relu_squared": (("3W",), False),
     "dyt": (("3W", "1", "W", "W"), False),
     "poly_norm": (("3W", "3", "1"), False),
+    "modulated_rms_norm": (("3W", "W", "W", "W"), False),
     "attn_res": (("23W", "W", "W"), True),
     "kl_div": (("3W", "3W"), False),
     "jsd": (("3W", "3W"), False),
@@ -206,6 +207,20 @@ def test_dynamic_widths_are_served_or_refused_by_name(lower, name):
     with _jit.interpreted():
         for got, want in zip(lowered.module()(*wider), Call(name, wider, {})(*wider), strict=True):
             assert torch.equal(got, want)
+
+
+def test_a_backward_that_takes_a_tile_is_refused_by_name(lower):
+    x, scale, rstd = torch.randn(3, 64), torch.randn(64), torch.rand(3)
+    width = torch.export.Dim("width", min=8, max=4500)
+
+    class Backward(torch.nn.Module):
+        def forward(self, dy, x, scale, rstd):
+            return torch.ops.liger.modulated_rms_norm_bwd(dy, x, scale, None, rstd, 0.0, False, False, True, True)
+
+    sizes = {1: width}, {1: width}, {0: width}, None
+    program = torch.export.export(Backward(), (x, x, scale, rstd), dynamic_shapes=sizes)
+    with pytest.raises(NotImplementedError, match=r"lower: modulated_rms_norm_bwd takes a tile .* dynamic last dimension"):
+        lower(program)
 
 
 def test_columns_that_rope_does_not_turn_may_be_any_number(lower):

@@ -38,6 +38,7 @@ CHUNKED = {f"linear_{loss}_{way}" for loss in ("cross_entropy", "jsd", "logprob"
 WHOLE_ROWS = "attn_res", "fused_add_rms_norm", "gated_rms_norm", "layer_norm", "rms_norm", "rope", "softmax"
 # Whose kernels hold a row in one tile, which is chosen by its width, and the argument of which that is the last dimension.
 TILED = {f"{op}_{way}": 2 if op == "rope" else 0 for op in WHOLE_ROWS for way in ("fwd", "bwd")}
+TILED["modulated_rms_norm_bwd"] = 0  # its forward takes one tile for all widths
 MODELS, PACKAGES = "*/models/*.json", "*/data/aotinductor/*/*.json"  # where .pt2 files have their graphs
 SCHEMAS = "liger_aot.json"  # beside them, in files that save wrote: the schemas of their operators
 VERSION = "liger_aot.txt"  # and our version
