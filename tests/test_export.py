@@ -1,5 +1,6 @@
 """Programs for other machines: Inductor's own compiler, AOTInductor's packages, and graphs that hold our Triton kernels."""
 
+import collections
 import inspect
 import json
 import os
@@ -12,6 +13,7 @@ import textwrap
 
 import pytest
 import torch
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 from triton.runtime.jit import JITFunction
@@ -128,19 +130,47 @@ def test_lowered_graphs_keep_dynamic_sizes(lower, name):
 
 
 WITHOUT_KERNELS = "linear_cross_entropy_scale"  # one multiplication, which is torch's
+PAGE = (pathlib.Path(__file__).parents[1] / "docs/export.md").read_text()
+LOWERED = {row.split("`")[1]: row for row in re.findall(r"^\| `\w+` \|.*\|$", PAGE, re.M)}
+INSIDE = {
+    "softmax_jsd_fwd",
+    "softmax_jsd_bwd",
+    "logprob_fwd",
+    "logprob_bwd",
+    "causal_softmax_fwd",
+}  # of other operators' bodies
+MOVES = {*export.ALLOCATIONS, "copy", "slice_scatter"}
+
+
+def made_of(program):
+    """(kernels, functions of torch) that a lowered program calls; its allocations, copies and views aside."""
+    kernels = {kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__ for node in kernels_of(program)}
+    targets = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return kernels, {t.overloadpacket.__name__ for t in targets if not t.is_view} - MOVES
+
+
+def test_the_page_lists_what_every_operator_lowers_to():
+    assert LOWERED.keys() == _op.BODIES.keys() - INSIDE
+    assert all(any(f"`{name}`" in row for row in LOWERED.values()) for name in INSIDE)
 
 
 @OPERATORS
 def test_what_an_operator_is_made_of_lowers_too(lower, name):
     """Each of the operators of a training step by itself, as programs that hold gradients do."""
+    found = collections.defaultdict(lambda: (set(), set()))
     for overload, module, tensors in bodies_of(name):
         lowered = lower(torch.export.export(module, tensors))
         assert not liger_nodes(lowered)
         assert bool(kernels_of(lowered)) == (overload.name() != f"liger::{WITHOUT_KERNELS}")
+        for known, more in zip(found[overload.name().removeprefix("liger::")], made_of(lowered), strict=True):
+            known |= more
         with _jit.interpreted():
             got, want = lowered.module()(*tensors), module(*tensors)
         for g, w in zip(*([r] if isinstance(r, torch.Tensor) else r for r in (got, want)), strict=True):
             assert torch.equal(g, w)
+    for operator, parts in found.items():
+        cells = [", ".join(f"`{part}`" for part in sorted(part)) for part in parts]
+        assert LOWERED[operator] == f"| `{operator}` | {cells[0]} | {cells[1]} |"
 
 
 @pytest.mark.parametrize("name", [n for n in EXAMPLES if n.startswith("linear")])

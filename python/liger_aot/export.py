@@ -145,6 +145,7 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
     """program with Triton kernels in the place of its torch.ops.liger nodes, for AOTInductor.
 
     An operator of one launch becomes it; a linear loss, for each chunk of rows, matmuls and the kernels of its logits' loss.
+    docs/export.md lists all.
     multiprocessors is how many the device has for which it is compiled: backward kernels start as many programs as fit there,
     and run anywhere. A program is lowered where it lies, and the linear losses take other chunks and matmuls on a CPU: move one
     that was exported there first, with torch.export.passes.move_to_device_pass. Where the number of rows is dynamic, the
