@@ -118,6 +118,9 @@ def test_an_activation_that_somebody_replaced_is_called(path):
     assert experts.gate_of(module) == module._apply_gate
     del module.act_fn.forward
     assert experts.gate_of(module) == "silu"
+    hook = module.act_fn.register_forward_hook(lambda *_: None)
+    assert experts.gate_of(module) == module._apply_gate
+    hook.remove()
     module._apply_gate = lambda x: x[:, :24]
     assert experts.gate_of(module) is module._apply_gate
 

@@ -232,6 +232,7 @@ BAD = [
     (2, lambda t: t.to("meta"), "moe_experts: down_proj must be torch.float32 on cpu like hidden, got torch.float32 on meta"),
     (3, lambda t: t[1:], "moe_experts: top_k_index must have shape (3, 'K'), got (2, 2)"),
     (3, lambda t: t.float(), "moe_experts: top_k_index must be of integers, got torch.float32"),
+    (3, lambda t: t.to("meta"), "moe_experts: top_k_index must be on cpu like hidden, got meta; move it with .to()"),
     (4, lambda t: t[:, 1:], "moe_experts: top_k_weights must have shape (3, 'K'), got (3, 1) of (3, 2)"),
     (5, lambda t: t[1:], "moe_experts: gate_up_bias must have shape (4, 48), got (3, 48)"),
     (6, lambda t: t.half(), "moe_experts: down_bias must be torch.float32 on cpu like hidden, got torch.float16 on cpu"),
@@ -245,6 +246,18 @@ def test_rejects(place, bad, text):
     given[place] = bad(given[place])
     with pytest.raises(ValueError, match=re.escape(text)):
         experts()(*given)
+
+
+def test_an_activation_of_another_width():
+    given = torch.randn(3, 8), torch.randn(2, 24, 8), torch.randn(2, 8, 16), torch.tensor([[0], [1], [1]]), torch.rand(3, 1)
+    with pytest.raises(ValueError, match=re.escape("must give rows of down_proj's width, (3, 16), got (3, 24) of (3, 24)")):
+        moe_experts(*given, activation=torch.relu)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32], ids=str)
+def test_any_integers_name_experts(dtype):
+    order, position, offsets = moe_route(torch.tensor([[100, 3]], dtype=dtype), 300)
+    assert (order.tolist(), position.tolist(), offsets[[3, 99, 100]].tolist()) == ([1, 0], [[1, 0]], [1, 1, 2])
 
 
 @pytest.mark.parametrize(("h", "f", "name"), [(12, 8, "H"), (8, 12, "F")])

@@ -40,6 +40,14 @@ def test_of_no_slot_nothing(path):
     torch.testing.assert_close(weight.grad, torch.stack([x[0].sum(), *torch.zeros(2), x[1].sum(), *torch.zeros(2)]).view(3, 2))
 
 
+def test_of_no_slot_no_gradient_of_what_is_infinite(path):
+    order, position, _ = moe_route(torch.tensor([[0, -1]]), 1)
+    x, weight = torch.ones(2, 8, requires_grad=True), torch.ones(1, 2, requires_grad=True)
+    moe_unpermute(x, weight, order, position).backward(torch.full((1, 8), torch.inf))
+    assert x.grad.tolist() == [[torch.inf] * 8, [0.0] * 8]
+    assert weight.grad.tolist() == [[torch.inf, 0.0]]
+
+
 def test_a_third_dtype_of_weights(path):
     order, position = routing(5, 2)
     x, weight = torch.randn(10, 12).half(), torch.rand(5, 2).bfloat16().requires_grad_()

@@ -101,11 +101,23 @@ def test_is_an_operator():
     torch.library.opcheck(causal_softmax_fwd, (inputs[0],))
 
 
+def test_autocast(path):
+    """A module's parameters of fp32 meet scores of 16 bits."""
+    scores, weight, bias = make(9, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = multi_token_attention(scores.bfloat16(), weight, bias)
+    assert torch.equal(got, multi_token_attention(scores.bfloat16(), weight.bfloat16(), bias.bfloat16()))
+
+
 BAD = [
     (lambda x, w, b: (x.long(), w), "scores must be float32, float16 or bfloat16, got torch.int64"),
     (lambda x, w, b: (x[0], w), "scores must have shape (batch, C, L, L), got (4, 9, 9)"),
     (lambda x, w, b: (x[..., 1:], w), "scores must have shape (batch, C, L, L), got (2, 4, 9, 8)"),
     (lambda x, w, b: (x, w[0]), "weight must have shape (C', C / groups, height, width), got (4, 3, 3)"),
+    (
+        lambda x, w, b: (x, w[:, :2]),
+        "weight must have shape (C', C / groups, height, width) with C' divisible by groups, got (6, 2, 3, 3) and 1 groups for",
+    ),
     (lambda x, w, b: (x, w.bfloat16()), "weight must be torch.float32 like scores, got torch.bfloat16; cast it with .to()"),
     (lambda x, w, b: (x, w, b[1:]), "bias must have shape (6,), got (5,)"),
     (lambda x, w, b: (x, w, b.half()), "bias must be torch.float32 like scores, got torch.float16; cast it with .to()"),

@@ -10,11 +10,13 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import liger_aot
 from liger_aot import _op
 
 from examples import EXAMPLES
 from examples import call
 from examples import leaves
+from stub import stubbed
 
 OPERATORS = pytest.mark.parametrize("name", EXAMPLES)
 SCHEMAS = pathlib.Path(__file__).parent / "schemas.txt"
@@ -67,7 +69,7 @@ def test_checkpointing_changes_nothing(path, name, reentrant):
 @OPERATORS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(path, name, dtype):
-    """Autocast changes the inputs of the linear operators alone, which multiply matrices; losses are fp32 then, as torch's."""
+    """Autocast changes the inputs of those alone that multiply matrices or convolve; losses are fp32 then, as torch's."""
     arguments, options = EXAMPLES[name](dtype)
     arguments = leaves(arguments)
     plain = call(name, arguments, options)
@@ -75,11 +77,13 @@ def test_autocast(path, name, dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = call(name, arguments, options)
         got = gradients(under, arguments)
+    cast = name.startswith("linear") or name == "multi_token_attention"
     for o, p in zip(under, plain, strict=True):
-        assert o.dtype == (torch.float32 if has_loss_dtype or "logprob" in name else p.dtype)
-        if not name.startswith("linear"):
+        own = torch.bfloat16 if cast else p.dtype
+        assert o.dtype == (torch.float32 if has_loss_dtype or "logprob" in name else own)
+        if not cast:
             torch.testing.assert_close(o, p.to(o.dtype), rtol=1e-2 if o.dtype != p.dtype else 0, atol=0)
-    if name.startswith("linear") and dtype == torch.float32:
+    if cast and dtype == torch.float32:
         halves = [a.bfloat16() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
         options |= {"loss_dtype": torch.float32} if has_loss_dtype else {}
         for o, h in zip(under, call(name, halves, options), strict=True):
@@ -248,3 +252,22 @@ def test_meta_tensors_have_shapes_alone(name):
     expected = call(name, arguments, options)
     got = call(name, [a.to("meta") if torch.is_tensor(a) else a for a in arguments], options)
     assert [(g.shape, g.dtype, g.device.type) for g in got] == [(e.shape, e.dtype, "meta") for e in expected]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["packed_glu", "softmax", "rms_norm"])
+def test_tracing_after_kernels_have_been_launched(name, dynamic):
+    """What a launch has prepared must leave alone what an operator makes of fake tensors: copies, views, sums."""
+    form = {
+        "packed_glu": lambda x, w: liger_aot.packed_glu(x),
+        "softmax": lambda x, w: liger_aot.softmax(x, 0),
+        "rms_norm": lambda x, w: liger_aot.rms_norm(x, (64,), w),
+    }[name]
+    x, w = torch.randn(6, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    torch._dynamo.reset()
+    with stubbed():
+        form(x, w).sum().backward()
+        compiled = torch.compile(form, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        y = compiled(x, w)
+        y.sum().backward()
+    assert y.shape == form(x, w).shape

@@ -26,7 +26,7 @@ def moe_route(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     (tensor([1, 0, 2, 3]), tensor([[ 1,  0],
             [ 2, -1]]), tensor([1, 3, 3], dtype=torch.int32))
     """
-    index = top_k_index.reshape(-1)
+    index = top_k_index.reshape(-1).long()
     expert, order = index.masked_fill(index < 0, num_experts).sort(stable=True)
     ends = torch.arange(num_experts, dtype=expert.dtype, device=expert.device)
     offsets = torch.searchsorted(expert, ends, right=True, out_int32=True)
@@ -75,9 +75,21 @@ def moe_experts(
     x = moe_permute(hidden, order, position)
     if x.shape[0]:  # torch documents no grouped product of no rows
         x = grouped_linear(x, gate_up, gate_up_bias, offsets)
-        x = activation(x) if callable(activation) else packed_glu(x, activation)
+        x = activated(x, activation, down.shape[1])
         x = grouped_linear(x, down, down_bias, offsets)
     return moe_unpermute(x, weights, order, position).view(shape).to(dtype)
+
+
+def activated(x, activation, width):
+    if not callable(activation):
+        return packed_glu(x, activation)
+    y = activation(x)
+    if y.shape != (x.shape[0], width):
+        raise ValueError(
+            f"moe_experts: activation must give rows of down_proj's width, {(x.shape[0], width)}, got {tuple(y.shape)} of "
+            f"{tuple(x.shape)}"
+        )
+    return y
 
 
 def grouped_linear(x, weight, bias, offsets):
@@ -111,6 +123,8 @@ def check(hidden, gate_up, down, index, weights, gate_up_bias, down_bias, any_wi
             raise ValueError(
                 f"moe_experts: {name} must have shape {(*hidden.shape[:-1], 'K')}, got {tuple(t.shape)} of {tuple(index.shape)}"
             )
+        if t.device != hidden.device:
+            raise ValueError(f"moe_experts: {name} must be on {hidden.device} like hidden, got {t.device}; move it with .to()")
     if index.is_floating_point() or index.dtype is torch.bool:
         raise ValueError(f"moe_experts: top_k_index must be of integers, got {index.dtype}")
     biases = ("gate_up_bias", gate_up_bias, gate_up), ("down_bias", down_bias, down)

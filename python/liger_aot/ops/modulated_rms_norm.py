@@ -120,7 +120,9 @@ def modulated_rms_norm_bwd(
         dy.contiguous(), x, weights, scale, rstd, dx, *wholes, *shares, partial, stride, scale_stride, groups, each, n,
         offset, has_weight, cast, need_dw, need_dscale, need_dshift, whole, **how,
     )  # fmt: skip
-    if not whole:
+    if not whole and parts == 1:  # the groups are many, their numbers perhaps more than a kernel's int32
+        dscale, dshift = (share.view(d.shape).to(d.dtype) for share, d in zip(shares, (dscale, dshift), strict=True))
+    elif not whole:
         for share, gradient in zip(shares, (dscale, dshift), strict=True):
             if gradient.numel():
                 column_sum(share, parts, gradient)

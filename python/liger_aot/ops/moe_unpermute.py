@@ -26,7 +26,8 @@ def forward_reference(x, weight, order, position):
 
 
 def backward_reference(dy, x, weight, order, position):
-    there, dys = position >= 0, wide(dy)[:, None]
+    there = position >= 0
+    dys = torch.where(there[..., None], wide(dy)[:, None], 0)
     dweight = (dys * wide(rows_at(x, position))).sum(-1).to(weight.dtype)
     dx = (torch.where(there, wide(weight), 0)[..., None] * dys).to(x.dtype)
     return dx.flatten(0, 1)[order], dweight

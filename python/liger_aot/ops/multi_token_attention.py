@@ -17,6 +17,7 @@ from ._check import FLOATS
 from ._check import check_same
 from ._check import rows_of
 from ._check import wide
+from ._linear import autocast
 from .softmax import softmax_bwd
 from .sparsemax import sparsemax_bwd
 from .sparsemax import sparsemax_fwd
@@ -132,16 +133,18 @@ def multi_token_attention(
 
     weight (C', C / groups, height, width), bias (C') and the others are conv2d's; where the result is not L x L, its row i
     keeps its first i + 1 columns all the same. All are of one dtype, fp32, fp16 or bf16, which the result has; probabilities
-    are computed in fp32 and rounded to it once. Raises ValueError on other shapes, dtypes and devices.
+    are computed in fp32 and rounded to it once. Under autocast all are cast to its dtype, as conv2d's are. Raises ValueError
+    on other shapes, dtypes and devices.
     """
-    check(scores, weight, bias)
+    scores, weight, bias = autocast(scores, weight, bias)
+    check(scores, weight, bias, groups)
     options = stride or [1, 1], padding or [0, 0], dilation or [1, 1], groups, sparse
     if needs_grad(NAME, scores, weight, bias):
         return MultiTokenAttentionFunction.apply(scores, weight, bias, *options)
     return multi_token_attention_fwd(scores, weight, bias, *options)[0]
 
 
-def check(scores, weight, bias):
+def check(scores, weight, bias, groups):
     name = NAME
     if scores.dtype not in FLOATS:
         raise ValueError(f"{name}: scores must be float32, float16 or bfloat16, got {scores.dtype}")
@@ -149,6 +152,11 @@ def check(scores, weight, bias):
         raise ValueError(f"{name}: scores must have shape (batch, C, L, L), got {tuple(scores.shape)}")
     if weight.dim() != 4:
         raise ValueError(f"{name}: weight must have shape (C', C / groups, height, width), got {tuple(weight.shape)}")
+    if groups < 1 or weight.shape[0] % groups or weight.shape[1] * groups != scores.shape[1]:
+        raise ValueError(
+            f"{name}: weight must have shape (C', C / groups, height, width) with C' divisible by groups, got "
+            f"{tuple(weight.shape)} and {groups} groups for scores of shape {tuple(scores.shape)}"
+        )
     check_same(NAME, "weight", weight, weight.shape, scores)
     if bias is not None:
         check_same(NAME, "bias", bias, weight.shape[:1], scores)

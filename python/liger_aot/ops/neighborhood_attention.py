@@ -125,7 +125,7 @@ def neighborhood_attention(
     A window is the tokens at most kernel_size // 2 away, or as many steps of `dilation`; at the ends of the sequence it is
     cut off, not moved. kernel_size is odd, d at most 128, scale 1 / sqrt(d) where it is None. query, key and value have one
     shape and dtype, fp32, fp16 or bf16, and any strides of batch, heads and tokens; arithmetic is in fp32, rounded once.
-    Neither scores nor probabilities are ever stored. Raises ValueError where any of that is not so.
+    On CUDA neither scores nor probabilities are ever stored. Raises ValueError where any of that is not so.
     """
     check(query, key, value, kernel_size, dilation)
     options = kernel_size, dilation, query.shape[-1] ** -0.5 if scale is None else scale

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import activations
 from transformers.integrations import moe
 
+from ..bind._swap import hooked
 from ..functional import moe_experts
 
 # What packed_glu computes, by the class of a module's activation.
@@ -70,5 +71,7 @@ def gate_of(experts):
         return experts.act_fn
     if type(experts)._apply_gate.__module__ == moe.__name__ and "_apply_gate" not in vars(experts):  # transformers' own
         act = experts.act_fn
-        return experts._apply_gate if "forward" in vars(act) else ACTIVATIONS.get(type(act), experts._apply_gate)
+        fused = ACTIVATIONS.get(type(act))
+        if fused and not ("forward" in vars(act) or hooked(act)):
+            return fused
     return experts._apply_gate
