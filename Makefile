@@ -71,13 +71,15 @@ wheel: $(PIP)
 	ls -l dist
 
 # The flavour's wheel in dist/, in an environment of its own beside torch alone, under the Python that PYTHON names.
+STEP = 'import sys, torch, liger_aot; x = torch.ones(2, 8, requires_grad=True); liger_aot.rms_norm(x, (8,)).sum().backward(); \
+	assert x.grad is not None and "triton" not in sys.modules'
 SUFFIXED = $(wildcard dist/liger_aot-*+cu$(subst .,,$(CUDA))*.whl)
 smoke:
 	rm -rf build/smoke
 	$(PYTHON) -m venv build/smoke
 	build/smoke/bin/pip install --quiet $(TORCH)
 	build/smoke/bin/pip install --quiet $(if $(CUDA),$(SUFFIXED),$(filter-out $(SUFFIXED),$(wildcard dist/liger_aot-*.whl)))
-	cd build/smoke && bin/python -m liger_aot verify && bin/python -m liger_aot info --arch 9.0
+	cd build/smoke && bin/python -m liger_aot verify && bin/python -m liger_aot info --arch 9.0 && bin/python -c $(STEP)
 
 sdist: $(PIP)
 	$(PIP) install --quiet "build>=1.2"

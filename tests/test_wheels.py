@@ -4,6 +4,7 @@ The slow ones build wheels of two kernel files, through the same steps as all of
 """
 
 import base64
+import concurrent.futures
 import hashlib
 import importlib
 import importlib.metadata
@@ -11,6 +12,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import zipfile
 import pytest
 import torch
 import yaml
+from test_runtime import in_a_process
 
 from liger_aot import _info
 from liger_aot import _runtime
@@ -229,6 +232,13 @@ def test_workflows_call_the_makefile():
         assert done.returncode == 0, done.stderr
 
 
+def test_what_smoke_runs_after_verify_and_info():
+    done = subprocess.run(["make", "--dry-run", "smoke"], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = shlex.split(done.stdout.splitlines()[-1])[-1]
+    assert in_a_process(code).returncode == 0
+    assert in_a_process(f"import triton; {code}").stderr.endswith("AssertionError\n")
+
+
 def test_workflows_build_every_flavour():
     jobs = WORKFLOWS["wheels.yml"]["jobs"]
     assert [job["strategy"]["matrix"]["cuda"] for job in (jobs["wheel"], jobs["smoke"])] == [["", *flavour.FLAVOURS]] * 2
@@ -420,23 +430,41 @@ from liger_aot.__main__ import main
 x = torch.ones(2, 8, requires_grad=True)
 torch.ops.liger.rms_norm(x).sum().backward()
 status = main(["info"]) + main(["verify"])
+from stub import stubbed
+with stubbed() as stub:
+    liger_aot.preload()
+    torch.ops.liger.rms_norm(x).sum().backward()
+print("launched:", *(launch.kernel for launch in stub.launches))
 print("written:", written, "status:", status)
 """
 
 
 def test_nothing_is_written():
     """So that a read-only or shared file system serves, and processes that start at once are not in each other's way."""
-    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True)
-    assert done.stdout.endswith("written: [] status: 0\n"), done.stdout + done.stderr
+    done = in_a_process(QUIET)
+    assert done.stdout.endswith("launched: rms_norm_fwd rms_norm_bwd\nwritten: [] status: 0\n"), done.stdout + done.stderr
+
+
+ONE_OF_EIGHT = """
+import torch, liger_aot
+from liger_aot.__main__ import main
+from stub import stubbed
+main(["verify", "--json"])
+with stubbed() as stub:
+    liger_aot.preload()
+    torch.ops.liger.rms_norm(torch.ones(2, 8))
+print("", *(launch.kernel for launch in stub.launches), "", sep="\\n")
+"""
 
 
 @pytest.mark.slow
 def test_eight_processes_at_once():
-    command = [sys.executable, "-m", "liger_aot", "verify", "--json"]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)]
-    ended = [(*process.communicate(), process.returncode) for process in started]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        ended = [(done.stdout, done.stderr, done.returncode) for done in pool.map(in_a_process, [ONE_OF_EIGHT] * 8)]
     assert ended == [ended[0]] * 8
-    assert json.loads(ended[0][0]) == {f"sm_{arch}": [] for arch in _runtime.pack_paths()}
+    verified, launched, _ = ended[0][0].split("\n\n")
+    assert json.loads(verified) == {f"sm_{arch}": [] for arch in _runtime.pack_paths()}
+    assert launched == "rms_norm_fwd"
 
 
 # --- wheels that are built
