@@ -254,6 +254,10 @@ OPERATORS = {name.removeprefix("of_"): function for name, function in list(globa
 # --- the kernels: what cannot be read off the arguments of a launch
 
 
+def never(v):
+    return 0, 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Kernel:
     """Of `v`, a launch's arguments, constants, number of programs, and whether its variant is the aligned one."""
@@ -261,7 +265,7 @@ class Kernel:
     writes: tuple  # the parameters it writes; it reads the others
     trips: Callable = lambda v: []  # how often each loop of the machine code runs, in the order of their ends
     # (bytes moved once more, from the L2 as far as it holds them; of what a program touches in between)
-    again: Callable = lambda v: (0, 0)
+    again: Callable = never
     branches: int = 1  # of which a program takes one
     ahead: int = 0  # loads that must be back before the others start
 

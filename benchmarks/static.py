@@ -27,14 +27,20 @@ def ratios(pack):
     """{(kernel, LOOP, dtype of its first tensor): bytes moved / the least, each tensor once}, of nominal calls."""
     found = {}
     for operator in launches.OPERATORS:
-        for hidden, head in ((1024, 128), (16384, 512)):  # half of a head of 512 columns takes a loop
+        # What takes a loop: half of a head of 512 columns, a row of 4096 scores.
+        for tokens, hidden, head in ((1024, 1024, 128), (4096, 16384, 512)):
             for dtype in launches.DTYPES:
-                sizes = {"tokens": 4096, "hidden": hidden, "vocabulary": 32768, "head": head}
+                sizes = {"tokens": tokens, "hidden": hidden, "vocabulary": 32768, "head": head}
                 for made in launches.trace(operator, sizes, dtype, pack, 132).values():
                     for x in made.launches:
                         if x.programs:
                             found[x.name, loops(pack.table(x.name)[x.key]), x.key[1]] = 1 + x.again / (x.read + x.written)
     return found
+
+
+def ratio(moved, kernel, variant):
+    """Of `moved`, which ratios gives; 1 for a kernel that moves nothing again, and that no nominal call launches so."""
+    return 1.0 if launches.KERNELS[kernel].again is launches.never else moved[kernel, loops(variant), variant.dtypes[0]]
 
 
 def loops(variant):
@@ -102,7 +108,7 @@ def report(archs, kernels=None):
         moved = ratios(pack)
         every = [(kernel, v) for kernel in kernels or pack.manifest["kernels"] for v in pack.table(kernel).values()]
         codes = sass.disassemble(pack, every)
-        rows += [row(pack, k, v, codes[v.cubin], moved[k, loops(v), v.dtypes[0]]) for k, v in every]
+        rows += [row(pack, k, v, codes[v.cubin], ratio(moved, k, v)) for k, v in every]
     return sorted(rows, key=lambda r: (-r["weight"], r["occupancy"], r["kernel"], r["variant"], r["arch"]))
 
 

@@ -164,6 +164,11 @@ def test_the_model_knows_the_loops_of_every_kernel(arch):
 # --- the static report
 
 
+def test_the_report_knows_what_every_variant_moves(pack):
+    moved = static.ratios(pack)
+    assert all(static.ratio(moved, kernel, v) >= 1 for kernel in launches.KERNELS for v in pack.table(kernel).values())
+
+
 def test_report_puts_the_suspicious_first(capsys):
     rows = static.report([ARCH], ["rms_norm_bwd", "swiglu_fwd"])
     assert len(rows) == 84 + 6
