@@ -380,7 +380,7 @@ def neighborhood_attention():
 
 # Of which torch's convolution is the most: there is no telling what of it is host cost.
 CASES["multi_token_attention"] = lambda: Case(
-    [leaf(1, 2, 16, 16), leaf(2, 2, 3, 3)],
+    [leaf(1, 1, 16, 16), leaf(1, 1, 3, 3)],
     lambda op, scores, weight: op(scores, weight),
     lambda liger, scores, weight: liger.liger_multi_token_attention(scores, weight),
 )

@@ -16,7 +16,7 @@ CLASSES = {
     "local memory": "LDL STL",
     "constants": "LDC LDCU ULDC",
     "float": "FADD FMUL FFMA FADD2 FMUL2 FFMA2 HADD2 HMUL2 HFMA2 FHADD FHFMA UFADD UFMUL UFFMA",
-    "float, compare": "FSETP FSEL FMNMX FMNMX3 FCHK HMNMX2 HSETP2 UFSETP UFSEL UFMNMX",
+    "float, compare": "FSET FSETP FSEL FMNMX FMNMX3 FCHK HMNMX2 HSETP2 UFSETP UFSEL UFMNMX",
     "MUFU": "MUFU",
     "MMA": "HMMA IMMA QMMA OMMA HGMMA QGMMA IGMMA WARPGROUP UTCHMMA UTCQMMA UTCIMMA",
     "convert": "F2FP F2F F2I I2F I2FP UF2FP UF2I UI2F UI2FP",
@@ -31,7 +31,7 @@ CLASS_OF = {opcode: name for name, opcodes in CLASSES.items() for opcode in opco
 # Comparisons and logic, which have 64 lanes of a multiprocessor where multiply-adds have 128 (CUDA C++ Programming Guide,
 # "Throughput of Native Arithmetic Instructions"). IMAD and moves are multiply-adds to the hardware.
 HALF_RATE = {
-    *("FSETP", "FSEL", "FMNMX", "FMNMX3", "FCHK", "ISETP", "LOP3", "SHF", "SEL", "PRMT", "IADD3", "IADD", "LEA"),
+    *("FSET", "FSETP", "FSEL", "FMNMX", "FMNMX3", "FCHK", "ISETP", "LOP3", "SHF", "SEL", "PRMT", "IADD3", "IADD", "LEA"),
     *("IMNMX", "VIMNMX", "VIMNMX3", "VIADD", "PLOP3", "P2R"),
 }
 LINE = re.compile(r"/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)((?:\.\w+)*)\s*([^;]*);")

@@ -233,7 +233,8 @@ def test_workflows_call_the_makefile():
 
 
 def test_what_smoke_runs_after_verify_and_info():
-    done = subprocess.run(["make", "--dry-run", "smoke"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "--no-print-directory", "--dry-run", "smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     code = shlex.split(done.stdout.splitlines()[-1])[-1]
     assert in_a_process(code).returncode == 0
     assert in_a_process(f"import triton; {code}").stderr.endswith("AssertionError\n")

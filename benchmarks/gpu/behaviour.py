@@ -313,7 +313,8 @@ def beyond_31_bits(machine, name):
             both = torch.randn(2, n).bfloat16().unbind()
             whole, last = ([t, *both] for t in (x, x[-3:]))
         elif name == "poly_norm":
-            whole, last = ([t, torch.randn(3), torch.randn(1)] for t in (x, x[-3:]))
+            parameters = torch.randn(3), torch.randn(1)
+            whole, last = ([t, *parameters] for t in (x, x[-3:]))
         elif name == "gated_rms_norm":
             whole, last = ([t, t, torch.ones(n)] for t in (x, x[-3:]))
         else:
