@@ -400,7 +400,7 @@ def from_a_cpu(machine, name):
 
 def package(machine, subject):
     """A package of AOTInductor of it, beside this library."""
-    if machine.dry and not shutil.which("g++"):
+    if not shutil.which("g++"):
         return "no C++ compiler"
     program, inputs, want = carried_program(machine, subject)
     with tempfile.TemporaryDirectory() as folder:
@@ -441,8 +441,8 @@ def lowered(machine, subject):
     multiprocessors = machine.launcher().at(0).multiprocessors
     program = export.lower(move_to_device_pass(program, machine.device), multiprocessors=multiprocessors)
     launches = sum("triton_kernel_wrapper" in str(node.target) for node in program.graph.nodes)
-    if machine.dry:
-        return f"{launches} launches, which only a GPU compiles"
+    if machine.dry or not shutil.which("g++"):
+        return f"{launches} launches, which only a GPU and a C++ compiler make a package of"
     with tempfile.TemporaryDirectory() as folder:
         path = compile_into(folder, program)
         same_results(machine, without_library(path, inputs), want)
