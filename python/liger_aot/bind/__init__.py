@@ -114,7 +114,7 @@ def base_path(model):
 
 
 def layers(model, wanted, compile, device):
-    """(module, class to swap in or None, attributes, Row) of each norm, gated unit, experts and attention."""
+    """(module, class to swap in or None, what more it gets, Row) of each norm, gated unit, experts and attention."""
     known = {}
     for path, module in model.named_modules():
         looks = recognise(module)
@@ -127,7 +127,8 @@ def layers(model, wanted, compile, device):
             continue
         if cls and (why := unfit_weights(model, module, DTENSOR)):  # which row by row operators take
             found = found._replace(args=None, why=why)
-        yield entry(path, module, found, cls)
+        row = row_of(path, module, found)
+        yield module, cls if row.status == "bound" else None, {}, row
 
 
 def tried(module, looks, wanted, compile, device):
@@ -142,8 +143,8 @@ def tried(module, looks, wanted, compile, device):
     return (found._replace(args=None, why=why), None) if why else (found, cls)
 
 
-def entry(path, module, found, cls, of=None):
-    """The plan of one module, a part of another: bound unless something of their own stands against it."""
+def row_of(path, module, found, of=None):
+    """The row of one module, a part of another: bound unless something of their own stands against it."""
     status, why = "bound", found.why
     parts = (module.get_submodule(name) for name, _ in found.parts)  # in whose place the operator computes
     if found.args is None:
@@ -152,8 +153,7 @@ def entry(path, module, found, cls, of=None):
         status, why = "shadowed", f"this {type(own[0]).__name__} has a forward of its own"
     elif any(p.is_floating_point() and p.dtype not in FLOATS for p in module.parameters()):
         status, why = "left", "kernels take float32, float16 and bfloat16"
-    row = Row(path, type(module).__name__, found.operator, status, found.formula, why)
-    return module, cls if status == "bound" else None, {}, row
+    return Row(path, type(module).__name__, found.operator, status, found.formula, why)
 
 
 def shadowed(module):
@@ -175,16 +175,16 @@ def losses(model, keep_logits, operator, counts, device):
             continue
         if operator and head not in heads:
             why = unfit_head(model, head) or try_loss(operator, swaps.linears_of(head)[0], device)
-            plan = entry(paths.get(head, ""), head, Found(operator, "lazy logits", why, None if why else ()), None, module)
-            heads[head] = plan[3].status == "bound"
-            yield plan
+            row = row_of(paths.get(head, ""), head, Found(operator, "lazy logits", why, None if why else ()), module)
+            heads[head] = row.status == "bound"
+            yield head, None, {}, row
             for linear in swaps.linears_of(head) if heads[head] else ():
-                attributes = {"liger_lazy": set(), "liger_real": operator == "cross_entropy", "liger_counts": counts}
-                yield linear, swaps.subclass(type(linear), swaps.head_class, ()), attributes, None
+                loss = {"liger_lazy": set(), "liger_real": operator == "cross_entropy", "liger_counts": counts}
+                yield linear, swaps.subclass(type(linear), swaps.head_class, ()), loss, None
         if not shadowed(module):  # for its skip_logits, if for nothing else
             fused = heads.get(head, False)
-            attributes = {"liger_counts": counts} if fused else {}
-            yield module, swaps.subclass(kind, swaps.model_class, (keep_logits, fused)), attributes, None
+            loss = {"liger_counts": counts} if fused else {}
+            yield module, swaps.subclass(kind, swaps.model_class, (keep_logits, fused)), loss, None
 
 
 def unfit_head(model, head):
