@@ -267,7 +267,12 @@ def model_class(original, keep_logits, fused):
 
 def without_lazy(out, drop):
     """A model's output with None, or the computed logits, where it has lazy ones."""
-    return tree_map_only(LazyLogits, lambda lazy: None if drop else lazy.compute("keep_logits"), out)
+
+    def plain(lazy):
+        return None if drop else lazy.compute("keep_logits")
+
+    # Caches, which torch may take apart and make anew, are left alone.
+    return tree_map_only(LazyLogits, plain, out, is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))
 
 
 MADE = {}
