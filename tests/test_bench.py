@@ -8,6 +8,7 @@ import pytest
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 import cases
 import host
+
 from stub import stubbed
 
 
