@@ -20,7 +20,7 @@ from harness import check as harness_check
 from harness import fixed
 from harness import run
 
-WORLD = 4
+WORLD = 2
 CLASSES = 100
 apply = liger_aot.ops.LigerFusedLinearScaledCrossEntropyFunction.apply
 SELECTED = torch.tensor([3, 97, 3, 0])
@@ -68,10 +68,10 @@ def test_matches_formula(path, selected, entropy, dtype):
 def test_ignored_rows_may_hold_anything(path):
     x, w, target = make()
     x[1] = torch.nan
-    leaves = x.requires_grad_(), w.requires_grad_()
-    outputs = apply(*leaves, target, return_entropy=True, selected_token_ids=SELECTED)
-    for gradient in torch.autograd.grad([o.sum() for o in outputs], leaves):
-        assert gradient.isfinite().all()
+    outputs = apply(x.requires_grad_(), w, target, return_entropy=True, selected_token_ids=SELECTED)
+    (dx,) = torch.autograd.grad([o.sum() for o in outputs], x)
+    assert torch.equal(dx[1], torch.zeros(24))
+    assert all(o.isfinite().all() for o in (dx, *outputs))
 
 
 def test_autocast_does_not_round_logits():
@@ -127,9 +127,9 @@ def work(rank, store, folder, kernels):
         made = [run(call(o), [x, w.chunk(WORLD)[rank], fixed(t)]) for x, w, t, o in cases()]
     x, w, target, options = cases()[0]
     leaves = x.requires_grad_(), w.chunk(WORLD)[rank].clone().requires_grad_()
-    compiled = torch.compile(call(options), fullgraph=True, backend="aot_eager")
+    compiled = [] if kernels else [torch.compile(call(options), fullgraph=True, backend="aot_eager")]
     by = [(*(o.detach() for o in out), *torch.autograd.grad([o.sum() for o in out], leaves))
-          for out in (f(*leaves, target) for f in (compiled, call(options)))]  # fmt: skip
+          for out in (f(*leaves, target) for f in (*compiled, call(options)))]  # fmt: skip
     refused = []
     for bad, given in ((target + CLASSES, {}), (target, {"temperature": 0.0}), (target[1:], {})):
         try:
@@ -182,6 +182,7 @@ def test_is_that_of_all_classes(made, case):
     )
 
 
+@pytest.mark.parametrize("made", ["cpu"], indirect=True)
 def test_compiles_whole(made):
     for _, (compiled, eager), _ in made:
         for got, want in zip(compiled, eager, strict=True):

@@ -57,7 +57,6 @@ def place_of(tp_group):
 
 def selected_logps(x, weight, ids, lse, valid, temperature):
     """(..., K): log softmax of the classes ids, from logits of these alone, in fp32."""
-    x = torch.where(valid[..., None], x, 0.0)  # a row that is ignored may hold anything
     x, rows = autocast(x, embedding(ids, weight))
     with torch.autocast(x.device.type, enabled=False):
         z = x.float() @ rows.float().t() / temperature

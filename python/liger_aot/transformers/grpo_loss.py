@@ -8,11 +8,11 @@ from ..chunked_loss import grpo_loss as policy
 from ..chunked_loss._base import check_positive
 from ..ops._check import FLOATS
 from ..ops._loss import check_classes
-from ..ops.cross_entropy import cross_entropy_bwd
-from ..ops.cross_entropy import cross_entropy_fwd
 from ._names import one_of
 
 IGNORED = -100
+# Not the functions of ops, which Dynamo cannot trace before their first call.
+cross_entropy_fwd, cross_entropy_bwd = (getattr(torch.ops.liger, f"cross_entropy_{way}").default for way in ("fwd", "bwd"))
 
 
 class TokenLogprobFunction(Function):
@@ -96,9 +96,7 @@ class GrpoLossFunction:
             raise ValueError(f"{op}: ref_logp must be given where beta is not 0, got None with beta {beta}")
         if (phi_seq is None) == (loss_type == "vespo") or (phi_seq is not None and phi_seq.numel() != batch):
             got = None if phi_seq is None else tuple(phi_seq.shape)
-            raise ValueError(
-                f"{op}: phi_seq must be ({batch},) with loss_type 'vespo', else None, got {got} with {loss_type!r}"
-            )
+            raise ValueError(f"{op}: phi_seq must be ({batch},) for loss_type 'vespo', else None, got {got} for {loss_type!r}")
         if max_completion_length is None:
             max_completion_length = length
 
