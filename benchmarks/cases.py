@@ -118,7 +118,7 @@ def fused_add_rms_norm():
 @case
 def gated_rms_norm():
     def forward(x: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty(ROWS, dtype=FP32)
+        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty((ROWS, 1), dtype=FP32)
 
     def backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dx, dgate = (torch.empty_like(x, memory_format=CONTIGUOUS) for _ in range(2))
@@ -462,7 +462,7 @@ def modulated_rms_norm():
     batch = 4
 
     def forward(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty(ROWS, dtype=FP32)
+        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty((batch, ROWS // batch), dtype=FP32)
 
     def backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dx = torch.empty_like(x, memory_format=CONTIGUOUS)
@@ -499,7 +499,7 @@ def modulated_rms_norm():
 def attn_res():
     depth, tokens = 4, ROWS // 4
 
-    def forward(v: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(v: Tensor, query: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         numbers = [v.new_empty(size, dtype=FP32) for size in ((depth, tokens), (depth, tokens), tokens)]
         return v.new_empty(tokens, N), *numbers
 
