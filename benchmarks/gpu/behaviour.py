@@ -457,7 +457,7 @@ def autocast(machine, name):
     with machine.launching(machine.launcher()):
         with torch.autocast(machine.autocast, torch.bfloat16):
             got = [o.float() for o in call(name, arguments, options)]
-        cast = [a.detach().bfloat16() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+        cast = [a.detach().bfloat16() if torch.is_tensor(a) and a.requires_grad else a for a in arguments]
         machine.same(got, [o.float() for o in call(name, cast, options)], exact=False)
 
 

@@ -1,7 +1,8 @@
 """Cross entropy and distance from a teacher:  loss = -log p[target],  distance = Σ |p - q| / 2.
 
-p is softmax(input), q softmax(teacher): the hard and the soft part of a distillation, as Liger-Kernel has them in one, each for
-every row. What backward needs of a row beside the logits are three numbers; neither softmax is ever in memory.
+p is softmax(input), q softmax(teacher): torch.nn.functional.cross_entropy with reduction "none", and half the l1_loss of two
+softmaxes, the hard and the soft part of a distillation, in one as Liger-Kernel (arXiv 2410.10989) has them. What backward needs
+of a row beside the logits are three numbers; neither softmax is ever in memory.
 """
 
 import math
