@@ -6,9 +6,9 @@ from ._as_liger import as_liger
 from ._build import VERSION as __version__  # noqa: N811
 from ._explain import explain
 from ._explain import preload
+from ._verify_model import verify
 from .bind import bind
 from .bind import unbind
-from .bind import verify
 from .functional import attn_res
 from .functional import cross_entropy
 from .functional import cross_entropy_tvd
