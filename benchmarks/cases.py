@@ -695,6 +695,58 @@ def linear_jsd():
 
 
 @case
+def linear_kl_div():
+    return Case(
+        [leaf(ROWS, 16), leaf(N, 16), torch.randn(ROWS, N).softmax(-1)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: liger.liger_fused_linear_kl_div(*inputs),
+    )
+
+
+@case
+def cross_entropy_tvd():
+    def forward(logits: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        loss, distance = logits.new_empty(ROWS, dtype=FP32), logits.new_empty(ROWS, dtype=FP32)
+        lse, teacher_lse = logits.new_empty(ROWS, dtype=FP32), logits.new_empty(ROWS, dtype=FP32)
+        return loss, distance, lse, teacher_lse, logits.new_empty(ROWS, dtype=FP32)
+
+    def backward(
+        dloss: Tensor,
+        ddistance: Tensor,
+        logits: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        lse: Tensor,
+        teacher_lse: Tensor,
+        share: Tensor,
+    ) -> Tensor:
+        return torch.empty_like(logits, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, logits, teacher, target, ignore_index):
+                loss, distance, *rows = fwd(logits, teacher, target)
+                ctx.save_for_backward(logits, teacher, target, *rows)
+                return loss, distance
+
+            @staticmethod
+            def backward(ctx, dloss, ddistance):
+                return bwd(dloss, ddistance, *ctx.saved_tensors), None, None, None
+
+        return lambda logits, teacher, target: Empty.apply(logits, teacher, target, -100)
+
+    return Case(
+        [leaf(ROWS, 128), torch.randn(ROWS, 128), torch.randint(128, (ROWS,))],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: importlib.import_module("liger_kernel.ops").LigerFusedCETVDFunction.apply(*inputs),
+        forward,
+        backward,
+        function,
+    )
+
+
+@case
 def vocab_parallel_cross_entropy():
     return Case(
         [leaf(ROWS, 128), torch.randint(128, (ROWS,))],

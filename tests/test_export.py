@@ -148,6 +148,8 @@ LOWERED = {row.split("`")[1]: row for row in re.findall(r"^\| `\w+` \|.*\|$", PA
 INSIDE = {
     "softmax_jsd_fwd",
     "softmax_jsd_bwd",
+    "softmax_kl_div_fwd",
+    "softmax_kl_div_bwd",
     "logprob_fwd",
     "logprob_bwd",
     "causal_softmax_fwd",

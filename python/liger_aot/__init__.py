@@ -11,6 +11,7 @@ from .bind import bind
 from .bind import unbind
 from .functional import attn_res
 from .functional import cross_entropy
+from .functional import cross_entropy_tvd
 from .functional import dyt
 from .functional import embedding
 from .functional import fused_add_rms_norm
@@ -22,6 +23,7 @@ from .functional import kl_div
 from .functional import layer_norm
 from .functional import linear_cross_entropy
 from .functional import linear_jsd
+from .functional import linear_kl_div
 from .functional import linear_logprob
 from .functional import modulated_rms_norm
 from .functional import moe_experts
@@ -46,6 +48,7 @@ __all__ = [
     "attn_res",
     "bind",
     "cross_entropy",
+    "cross_entropy_tvd",
     "dyt",
     "embedding",
     "explain",
@@ -59,6 +62,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_jsd",
+    "linear_kl_div",
     "linear_logprob",
     "modulated_rms_norm",
     "moe_experts",
