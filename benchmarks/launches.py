@@ -430,8 +430,13 @@ def again_dy(v):
     return (v["programs"] - v["programs"] // v["hc"]) * row(v, "dy"), row(v, "dy")
 
 
+def each_four(v):
+    """ptxas unrolls the loop of the aligned variants."""
+    return [v["hc"] // 4, v["hc"] % 4] if v["aligned"] else [v["hc"]]
+
+
 def trips_heads_backward(v):
-    tokens = mhc_coeffs.TILE // v["P"] ** 2
+    tokens = mhc_coeffs.TILE // v["HC"] ** 2
     return [v["tmax"] - 1, v["tmax"] - 1, cdiv(v["rows"], tokens) / v["programs"]]
 
 
@@ -492,7 +497,7 @@ KERNELS = {
     "mhc_heads_fwd": Kernel(("pre", "post", "res"), lambda v: [v["tmax"] - 1]),
     "mhc_heads_bwd": Kernel(("ddots", "dscale", "history", "partial"), trips_heads_backward),
     "mhc_coeffs_dx": Kernel(("dx",), lambda v: [v["heads"]], again_phi),
-    "mhc_pre_fwd": Kernel(("y",), lambda v: [v["hc"]]),
+    "mhc_pre_fwd": Kernel(("y",), each_four),
     "mhc_pre_bwd": Kernel(("dx", "dh"), lambda v: [blocks(v)], again_dy),
     "mhc_post_res_fwd": Kernel(("y",), lambda v: [v["hc"]]),
     "mhc_post_res_bwd": Kernel(

@@ -1,6 +1,7 @@
-"""Hyper-connections, arithmetic in fp32: a token has hc streams of n numbers, and coefficients of its own that mix them.
+"""Hyper-connections, arithmetic in fp32: a token has streams of n numbers, and coefficients of its own that mix them.
 
-Any number of streams that P holds; a tile's lanes beyond it are masked.
+In the kernels of coefficients the number of streams is built in, as HC. In the others it is any that P holds; a tile's lanes
+beyond it are masked.
 """
 
 import triton
@@ -9,49 +10,47 @@ import triton.language as tl
 from _aot import variants
 from _math import sigmoid
 
-P = [4, 16]
+HC, P = [2, 4, 8, 16], [4, 16]
 # Of a layer's output: the dtype of the streams, or else fp32.
 MIXED = {"T": ["fp32", "bf16", "fp16"], "F": ["fp32", "bf16", "fp16"], "where": lambda T, F: F in (T, "fp32")}
 
 
 @triton.jit
-def places(rows, group, P: tl.constexpr):
-    """The tokens of a group, their (tokens, P, P) tile's rows and columns, and which tokens there are."""
-    TOKENS: tl.constexpr = 256 // (P * P)
+def places(rows, group, HC: tl.constexpr):
+    """The tokens of a group, which of them there are, and their places in (tokens, HC) and (tokens, HC, HC)."""
+    TOKENS: tl.constexpr = 256 // (HC * HC)
     token = (group * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
-    lane = tl.arange(0, P)
-    return token, lane, lane[None, :, None], lane[None, None, :], token < rows
+    lane = tl.arange(0, HC)
+    return token, token < rows, lane[None, :], lane[None, :, None] * HC + lane[None, None, :]
 
 
 @triton.jit
-def row_softmax(logits, col, hc):
-    logits = tl.where(col < hc, logits, float("-inf"))
+def row_softmax(logits):
     powers = tl.exp(logits - tl.max(logits, axis=2)[:, :, None])
     return powers / tl.sum(powers, axis=2)[:, :, None]
 
 
 @triton.jit
-def row_sums(matrix, row, hc, eps):
-    return tl.where(row < hc, tl.sum(matrix, axis=2)[:, :, None] + eps, 1.0)
+def row_sums(matrix, eps):
+    return tl.sum(matrix, axis=2)[:, :, None] + eps
 
 
 @triton.jit
-def column_sums(matrix, col, hc, eps):
-    return tl.where(col < hc, tl.sum(matrix, axis=1)[:, None, :] + eps, 1.0)
+def column_sums(matrix, eps):
+    return tl.sum(matrix, axis=1)[:, None, :] + eps
 
 
 @triton.jit
-def gate(dots, own, rstd, alpha, b, held):
+def gate(dots, own, rstd, alpha, b):
     """The sigmoids of one head; dots and b point at its numbers."""
-    z = tl.load(dots, mask=own, other=0.0) * rstd * alpha + tl.load(b, mask=held, other=0.0)[None, :]
-    return sigmoid(z)
+    return sigmoid(tl.load(dots, mask=own, other=0.0) * rstd * alpha + tl.load(b))
 
 
 @triton.jit
 def gate_bwd(upstream, dots, ddots, own, rstd, alpha, b, scale):
     """(dz, dz · mix) of scale times the sigmoids of one head."""
     mix = tl.load(dots, mask=own, other=0.0) * rstd
-    s = sigmoid(mix * alpha + b[None, :])
+    s = sigmoid(mix * alpha + tl.load(b))
     dz = tl.load(upstream, mask=own, other=0.0) * scale * s * (1.0 - s)
     tl.store(ddots, dz * alpha * rstd, mask=own)
     return dz, dz * mix
@@ -68,14 +67,13 @@ def gate_bwd(upstream, dots, ddots, own, rstd, alpha, b, scale):
     post="*fp32",
     res="*fp32",
     rows="i32",
-    hc="i32",
     width="fp32",
     tmax="i32",
     rms_eps="fp32",
     pre_eps="fp32",
     sinkhorn_eps="fp32",
     post_mult="fp32",
-    P=P,
+    HC=HC,
     num_warps=1,
     scalar=("loads", "stores"),
 )
@@ -91,36 +89,31 @@ def mhc_heads_fwd(
     post,
     res,
     rows,
-    hc,
     width,
     tmax,
     rms_eps,
     pre_eps,
     sinkhorn_eps,
     post_mult,
-    P: tl.constexpr,
+    HC: tl.constexpr,
 ):
-    token, lane, row, col, real = places(rows, tl.program_id(0), P)
+    token, real, lane, square = places(rows, tl.program_id(0), HC)
     size = tl.load(norm + token, mask=real, other=1.0)
     rstd = tl.rsqrt(size * size / width + rms_eps)
-    at, square = token * (hc * (hc + 2)), row * hc + col
-    held, own = lane < hc, real[:, None] & (lane < hc)[None, :]
-    own_dots, head = dots + at[:, None] + lane[None, :], token[:, None] * hc + lane[None, :]
-    gates = gate(own_dots, own, rstd[:, None], tl.load(alpha_pre), b + lane, held)
+    at, own, keep = token * (HC * (HC + 2)), real[:, None], real[:, None, None]
+    first, head = dots + at[:, None] + lane, token[:, None] * HC + lane
+    gates = gate(first, own, rstd[:, None], tl.load(alpha_pre), b + lane)
     tl.store(pre + head, gates + pre_eps, mask=own)
-    gates = gate(own_dots + hc, own, rstd[:, None], tl.load(alpha_post), b + hc + lane, held)
+    gates = gate(first + HC, own, rstd[:, None], tl.load(alpha_post), b + HC + lane)
     tl.store(post + head, gates * post_mult, mask=own)
 
-    inside = (row < hc) & (col < hc)
-    keep = real[:, None, None] & inside
-    logits = tl.load(dots + at[:, None, None] + 2 * hc + square, mask=keep, other=0.0) * rstd[:, None, None]
-    logits = logits * tl.load(alpha_res) + tl.load(b + 2 * hc + square, mask=inside, other=0.0)
-    matrix = tl.where(inside, row_softmax(logits, col, hc) + sinkhorn_eps, 0.0)
-    matrix /= column_sums(matrix, col, hc, sinkhorn_eps)
+    logits = tl.load(dots + at[:, None, None] + 2 * HC + square, mask=keep, other=0.0) * rstd[:, None, None]
+    matrix = row_softmax(logits * tl.load(alpha_res) + tl.load(b + 2 * HC + square)) + sinkhorn_eps
+    matrix /= column_sums(matrix, sinkhorn_eps)
     for _ in range(1, tmax):
-        matrix /= row_sums(matrix, row, hc, sinkhorn_eps)
-        matrix /= column_sums(matrix, col, hc, sinkhorn_eps)
-    tl.store(res + token[:, None, None] * (hc * hc) + square, matrix, mask=keep)
+        matrix /= row_sums(matrix, sinkhorn_eps)
+        matrix /= column_sums(matrix, sinkhorn_eps)
+    tl.store(res + token[:, None, None] * (HC * HC) + square, matrix, mask=keep)
 
 
 @variants(
@@ -138,13 +131,12 @@ def mhc_heads_fwd(
     history="*fp32",
     partial="*fp32",
     rows="i32",
-    hc="i32",
     width="fp32",
     tmax="i32",
     rms_eps="fp32",
     sinkhorn_eps="fp32",
     post_mult="fp32",
-    P=P,
+    HC=HC,
     num_warps=1,
     scalar=("loads", "stores"),
 )
@@ -164,84 +156,75 @@ def mhc_heads_bwd(
     history,
     partial,
     rows,
-    hc,
     width,
     tmax,
     rms_eps,
     sinkhorn_eps,
     post_mult,
-    P: tl.constexpr,
+    HC: tl.constexpr,
 ):
     # Program p owns the groups of tokens p, p + N, p + 2N, ...; partial[p] is its share of the gradients of b and the alphas.
     # history[p] holds the matrices between the iterations, of one group at a time.
     program, programs = tl.program_id(0), tl.num_programs(0)
-    TOKENS: tl.constexpr = 256 // (P * P)
+    TOKENS: tl.constexpr = 256 // (HC * HC)
     pres, posts, ress = tl.load(alpha_pre), tl.load(alpha_post), tl.load(alpha_res)
-    lane = tl.arange(0, P)
-    held, inside = lane < hc, (lane < hc)[:, None] & (lane < hc)[None, :]
-    flat = (tl.arange(0, TOKENS)[:, None, None] * P + lane[None, :, None]) * P + lane[None, None, :]
-    past = history + program.to(tl.int64) * (tmax - 1) * 256 + flat
-    b_pre, b_post = tl.load(b + lane, mask=held, other=0.0), tl.load(b + hc + lane, mask=held, other=0.0)
-    b_res = tl.load(b + 2 * hc + lane[:, None] * hc + lane[None, :], mask=inside, other=0.0)
-    db_pre, dalpha_pre = tl.full((P,), 0.0, tl.float32), tl.full((P,), 0.0, tl.float32)
-    db_post, dalpha_post = tl.full((P,), 0.0, tl.float32), tl.full((P,), 0.0, tl.float32)
-    db_res, dalpha_res = tl.full((P, P), 0.0, tl.float32), tl.full((P, P), 0.0, tl.float32)
+    db_pre, dalpha_pre = tl.full((HC,), 0.0, tl.float32), tl.full((HC,), 0.0, tl.float32)
+    db_post, dalpha_post = tl.full((HC,), 0.0, tl.float32), tl.full((HC,), 0.0, tl.float32)
+    db_res, dalpha_res = tl.full((HC, HC), 0.0, tl.float32), tl.full((HC, HC), 0.0, tl.float32)
 
     for group in range(program, (rows + TOKENS - 1) // TOKENS, programs):
-        token, _, row, col, real = places(rows, group, P)
+        token, real, lane, square = places(rows, group, HC)
         size = tl.load(norm + token, mask=real, other=1.0)
         rstd = tl.rsqrt(size * size / width + rms_eps)
-        at, square = token * (hc * (hc + 2)), row * hc + col
-        own, keep = real[:, None] & held[None, :], real[:, None, None] & inside[None, :, :]
-        head = token[:, None] * hc + lane[None, :]
+        at, own, keep = token * (HC * (HC + 2)), real[:, None], real[:, None, None]
+        first, dfirst, head = dots + at[:, None] + lane, ddots + at[:, None] + lane, token[:, None] * HC + lane
 
-        first_dots, first_ddots = dots + at[:, None] + lane[None, :], ddots + at[:, None] + lane[None, :]
-        dz, slope = gate_bwd(dpre + head, first_dots, first_ddots, own, rstd[:, None], pres, b_pre, 1.0)
+        dz, slope = gate_bwd(dpre + head, first, dfirst, own, rstd[:, None], pres, b + lane, 1.0)
         db_pre += tl.sum(dz, axis=0)
         dalpha_pre += tl.sum(slope, axis=0)
         along = tl.sum(slope, axis=1) * pres
-        dz, slope = gate_bwd(dpost + head, first_dots + hc, first_ddots + hc, own, rstd[:, None], posts, b_post, post_mult)
+        dz, slope = gate_bwd(dpost + head, first + HC, dfirst + HC, own, rstd[:, None], posts, b + HC + lane, post_mult)
         db_post += tl.sum(dz, axis=0)
         dalpha_post += tl.sum(slope, axis=0)
         along += tl.sum(slope, axis=1) * posts
 
-        mix = tl.load(dots + at[:, None, None] + 2 * hc + square, mask=keep, other=0.0) * rstd[:, None, None]
-        p = row_softmax(mix * ress + b_res[None, :, :], col, hc)
-        first = tl.where(inside[None, :, :], p + sinkhorn_eps, 0.0)
-        first_sums = column_sums(first, col, hc, sinkhorn_eps)
-        first /= first_sums
-        matrix = first
+        mix = tl.load(dots + at[:, None, None] + 2 * HC + square, mask=keep, other=0.0) * rstd[:, None, None]
+        p = row_softmax(mix * ress + tl.load(b + 2 * HC + square))
+        start_sums = column_sums(p + sinkhorn_eps, sinkhorn_eps)
+        start = (p + sinkhorn_eps) / start_sums
+        past = history + program.to(tl.int64) * (tmax - 1) * 256 + tl.arange(0, TOKENS)[:, None, None] * (HC * HC) + square
+        matrix = start
         for t in range(tmax - 1):
             tl.store(past + t * 256, matrix)
-            matrix /= row_sums(matrix, row, hc, sinkhorn_eps)
-            matrix /= column_sums(matrix, col, hc, sinkhorn_eps)
+            matrix /= row_sums(matrix, sinkhorn_eps)
+            matrix /= column_sums(matrix, sinkhorn_eps)
         tl.debug_barrier()  # a thread reads what others wrote
-        d = tl.load(dres + token[:, None, None] * (hc * hc) + square, mask=keep, other=0.0)
+        d = tl.load(dres + token[:, None, None] * (HC * HC) + square, mask=keep, other=0.0)
         for t in range(tmax - 1):
             matrix = tl.load(past + (tmax - 2 - t) * 256)
-            sums = row_sums(matrix, row, hc, sinkhorn_eps)
+            sums = row_sums(matrix, sinkhorn_eps)
             by_row = matrix / sums
-            columns = column_sums(by_row, col, hc, sinkhorn_eps)
+            columns = column_sums(by_row, sinkhorn_eps)
             d = (d - tl.sum(d * (by_row / columns), axis=1)[:, None, :]) / columns
-            # Lanes beyond the streams, which are subtracted from and divided as well, must not grow.
-            d = tl.where(inside[None, :, :], (d - tl.sum(d * by_row, axis=2)[:, :, None]) / sums, 0.0)
+            d = (d - tl.sum(d * by_row, axis=2)[:, :, None]) / sums
         tl.debug_barrier()  # before the next group's matrices
-        d = (d - tl.sum(d * first, axis=1)[:, None, :]) / first_sums
+        d = (d - tl.sum(d * start, axis=1)[:, None, :]) / start_sums
         dz = p * (d - tl.sum(d * p, axis=2)[:, :, None])
-        tl.store(ddots + at[:, None, None] + 2 * hc + square, dz * ress * rstd[:, None, None], mask=keep)
+        tl.store(ddots + at[:, None, None] + 2 * HC + square, dz * ress * rstd[:, None, None], mask=keep)
         db_res += tl.sum(dz, axis=0)
         dalpha_res += tl.sum(dz * mix, axis=0)
         along += tl.sum(tl.sum(dz * mix, axis=2), axis=1) * ress
         tl.store(dscale + token, -along * rstd * rstd / width, mask=real)
 
-    count = hc * (hc + 2)
-    share = partial + program.to(tl.int64) * (count + 3)
-    tl.store(share + lane, db_pre, mask=held)
-    tl.store(share + hc + lane, db_post, mask=held)
-    tl.store(share + 2 * hc + lane[:, None] * hc + lane[None, :], db_res, mask=inside)
-    tl.store(share + count, tl.sum(dalpha_pre, axis=0))
-    tl.store(share + count + 1, tl.sum(dalpha_post, axis=0))
-    tl.store(share + count + 2, tl.sum(tl.sum(dalpha_res, axis=1), axis=0))
+    lane = tl.arange(0, HC)
+    share = partial + program.to(tl.int64) * (HC * (HC + 2) + 3)
+    tl.store(share + lane, db_pre)
+    tl.store(share + HC + lane, db_post)
+    tl.store(share + 2 * HC + lane[:, None] * HC + lane[None, :], db_res)
+    share += HC * (HC + 2)
+    tl.store(share, tl.sum(dalpha_pre, axis=0))
+    tl.store(share + 1, tl.sum(dalpha_post, axis=0))
+    tl.store(share + 2, tl.sum(tl.sum(dalpha_res, axis=1), axis=0))
 
 
 @variants(

@@ -190,8 +190,8 @@ def attn_res(rows):
 
 
 def mhc_coeffs(rows):
-    """Of a small tile and a large one; scalars side by side in memory are not aligned, but for the first."""
-    for dtype, (hc, n), apart in itertools.product(DTYPES, ((4, 24), (5, 16), (3, 7), (9, 7)), (False, True)):
+    """Scalars side by side in memory are not aligned, but for the first."""
+    for dtype, (hc, n), apart in itertools.product(DTYPES, ((2, 24), (4, 24), (8, 7), (16, 7), (4, 9)), (False, True)):
         width, heads = hc * n, hc * (hc + 2)
         alphas = [randn(dtype=torch.float32) for _ in range(3)] if apart else torch.rand(3).unbind()
         phi = (torch.randn(width, heads) / width**0.5).to(dtype if apart else torch.float32).requires_grad_()

@@ -16,9 +16,10 @@ from harness import run
 mhc_coeffs = torch.ops.liger.mhc_coeffs.default
 mhc_pre = torch.ops.liger.mhc_pre.default
 mhc_post_res = torch.ops.liger.mhc_post_res.default
-# One stream of one token, tokens that fill no tile, lanes left over in a small tile and in a large one, and full ones.
-SHAPES = [(1, 1), (3, 2, 37), (2, 5, 16), (16, 3)]
-TILES = [(2, 9, 4, 6)]  # more tokens than a tile holds
+# Each number of streams that there are kernels for; one token, tokens that fill no tile, and more than a tile holds.
+SHAPES = [(1, 2, 1), (3, 2, 37), (2, 9, 4, 6), (5, 8, 5), (16, 3)]
+# One stream of one token, lanes left over in a small tile and in a large one, and full ones.
+ANY = [(1, 1), (3, 2, 37), (2, 5, 16), (16, 3)]
 WIDE = [(3, 1024), (2, 4, 2100)]  # blocks of columns, whole and ragged
 FEW = {"tmax": 3, "rms_eps": 1e-2, "pre_eps": 0.1, "sinkhorn_eps": 1e-3, "post_mult": 1.5}
 
@@ -48,7 +49,7 @@ def streams(shape, dtype, layer=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + TILES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_coefficients_match_their_formula(path, shape, dtype):
     check(of_few, formulas.mhc_coeffs(**FEW), *coeffs(shape, dtype), slack=slack(dtype))
 
@@ -87,7 +88,7 @@ def test_wide_streams(path):
 
 def test_more_tokens_than_programs(interpreted):
     interpreted.count = 1
-    check(of_few, formulas.mhc_coeffs(**FEW), *coeffs((10, 5, 3), torch.float32), slack=slack(torch.float32))
+    check(of_few, formulas.mhc_coeffs(**FEW), *coeffs((10, 16, 1), torch.float32), slack=slack(torch.float32))
     assert "mhc_heads_bwd" in interpreted.launched
 
 
@@ -107,14 +108,14 @@ def test_by_hand(path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
+@pytest.mark.parametrize("shape", ANY + WIDE, ids=str)
 def test_a_layers_input_matches_its_formula(path, shape, dtype):
     x, _, h_pre, _ = streams(shape, dtype)
     check(mhc_pre, formulas.mhc_pre, x, h_pre)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=str)
+@pytest.mark.parametrize("shape", ANY + WIDE, ids=str)
 def test_streams_after_a_layer_match_their_formula(path, shape, dtype):
     check(mhc_post_res, formulas.mhc_post_res, *streams(shape, dtype))
 
@@ -159,8 +160,7 @@ def test_views_and_offsets(path):
     x, f_out, h_post, h_res = streams((2, 3, 2, 7), torch.float32)
     _, phi, *rest = coeffs((2, 7), torch.float32)
     wider = torch.randn(2, 3, 2, 10)
-    turned = torch.randn(7, 2, 3, 2).permute(3, 2, 1, 0)
-    for view in (x.transpose(0, 1), wider[..., 3:], x[:, :1].expand(2, 3, 2, 7), turned):
+    for view in (x.transpose(0, 1), wider[..., 3:], x[:, :1].expand(2, 3, 2, 7)):
         lead = (t.transpose(0, 1) if len(view) == 3 else t for t in (f_out, h_post, h_res))
         for function, inputs in (
             (mhc_pre, (view, torch.randn(*view.shape[:-2], 4)[..., ::2])),
@@ -170,7 +170,7 @@ def test_views_and_offsets(path):
             torch.testing.assert_close(run(function, inputs), run(function, [t.contiguous() for t in inputs]))
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 5, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 2, 8)], ids=str)
 def test_nothing_in_nothing_out(path, shape):
     inputs = [t.requires_grad_() for t in coeffs(shape, torch.float32)]
     results = of_few(*inputs)
@@ -205,6 +205,7 @@ BAD = [
     (C, 0, lambda x: x[0, 0], f"{STREAMS} (8,)"),
     (C, 0, lambda x: x[:, :0], f"{STREAMS} (3, 0, 8)"),
     (C, 0, lambda x: x.repeat(1, 5, 1), f"{STREAMS} (3, 20, 8)"),
+    (C, 0, lambda x: x[:, :3], "x must have 2, 4, 8 or 16 streams, got 3"),
     (C, 1, lambda phi: phi[:, 1:], "phi must have shape (32, 24), got (32, 23)"),
     (C, 1, lambda phi: phi.double(), "phi must be float32, float16 or bfloat16, got torch.float64"),
     (C, 2, lambda b: b[None], "b must have shape (24,), got (1, 24)"),

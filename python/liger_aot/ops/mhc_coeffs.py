@@ -15,17 +15,16 @@ from .._op import needs_grad
 from .._op import op
 from .._op import public
 from .._runtime import cdiv
-from .._runtime import fit
 from .._runtime import kernels
 from .._runtime import programs
 from ._check import check_same
 from ._check import wide
 from ._linear import accumulate
 from ._linear import logits_of
-from ._mhc import STREAMS
 from ._mhc import check_streams
 from ._norm import column_sum
 
+STREAMS = 2, 4, 8, 16
 TILE = 256  # numbers of matrices of a program's tokens
 RESIDENT = 8  # a backward's programs on one multiprocessor, of one warp each
 DX_TOKENS, DX_BLOCK = 8, 1024
@@ -134,10 +133,9 @@ def mhc_coeffs_fwd(
     norm = torch.linalg.vector_norm(xs, dim=-1, dtype=torch.float32)
     xs, phi = factors(xs, phi)
     dots = logits_of(xs, phi.t(), None)
-    P = fit(hc, STREAMS)
-    kernels.mhc_heads_fwd[(cdiv(rows, TILE // P**2),)](
+    kernels.mhc_heads_fwd[(cdiv(rows, TILE // hc**2),)](
         dots, norm, b.contiguous(), alpha_pre, alpha_post, alpha_res, pre, post, res,
-        rows, hc, width, tmax, rms_eps, pre_eps, sinkhorn_eps, post_mult, P=P,
+        rows, width, tmax, rms_eps, pre_eps, sinkhorn_eps, post_mult, HC=hc,
     )  # fmt: skip
     return pre, post, res, dots.view(*x.shape[:-2], heads), norm.view(x.shape[:-2])
 
@@ -176,14 +174,13 @@ def mhc_coeffs_bwd(
     xs = x.reshape(rows, width)
     dx, dphi, parameters = fake_bwd(dpre, dpost, dres, x, phi, need_x, need_phi)
     ddots, dscale = torch.empty_like(dots, memory_format=torch.contiguous_format).view(-1, heads), torch.empty_like(norm)
-    P = fit(hc, STREAMS)
-    count = programs(x, cdiv(rows, TILE // P**2), RESIDENT)
+    count = programs(x, cdiv(rows, TILE // hc**2), RESIDENT)
     history = x.new_empty(count * (tmax - 1) * TILE, dtype=torch.float32)
     partial = x.new_empty(count * (heads + 3), dtype=torch.float32)
     kernels.mhc_heads_bwd[(count,)](
         dpre.contiguous(), dpost.contiguous(), dres.contiguous(), dots, norm, b.contiguous(),
         alpha_pre, alpha_post, alpha_res, ddots, dscale, history, partial,
-        rows, hc, width, tmax, rms_eps, sinkhorn_eps, post_mult, P=P,
+        rows, width, tmax, rms_eps, sinkhorn_eps, post_mult, HC=hc,
     )  # fmt: skip
     if need_x:
         grid = (cdiv(rows, DX_TOKENS) * cdiv(width, DX_BLOCK),)
@@ -207,11 +204,11 @@ class MHCCoeffsFunction(Function):
     @staticmethod
     def backward(ctx, dpre, dpost, dres):
         Function.once("mhc_coeffs")
-        phi, (need_x, need_phi) = ctx.saved_tensors[1], ctx.needs_input_grad[:2]
-        dx, dphi, parameters = mhc_coeffs_bwd(dpre, dpost, dres, *ctx.saved_tensors, *ctx.options, need_x, need_phi)
+        saved, (need_x, need_phi) = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        dx, dphi, parameters = mhc_coeffs_bwd(dpre, dpost, dres, *saved, *ctx.options, need_x, need_phi)
         return (
             dx if need_x else None,
-            dphi.t().to(phi.dtype) if need_phi else None,
+            dphi.t().to(saved[1].dtype) if need_phi else None,
             parameters[:-3],
             *parameters[-3:].unbind(),
             *(None,) * 5,
@@ -238,9 +235,11 @@ def mhc_coeffs(
     phi is (hc·n, hc² + 2·hc), its columns, and b's numbers, those of pre, post and res, row by row; the alphas are scalars. x
     and phi of one dtype are multiplied as they are, of two in fp32. tmax counts the times that columns are divided. Gradients
     have their tensors' dtypes, sums in one order; that of phi takes those of the products in what was multiplied. Raises
-    ValueError on dtypes other than fp32, fp16 and bf16, on streams that are not 1 to 16, wrong shapes or devices, and tmax < 1.
+    ValueError on dtypes other than fp32, fp16 and bf16, streams that are not 2, 4, 8 or 16, wrong shapes or devices, tmax < 1.
     """
     hc, n = check_streams("mhc_coeffs", x)
+    if hc not in STREAMS:
+        raise ValueError(f"mhc_coeffs: x must have 2, 4, 8 or 16 streams, got {hc}")
     heads = hc * (hc + 2)
     check_same("mhc_coeffs", "phi", phi, (hc * n, heads), x)
     check_same("mhc_coeffs", "b", b, (heads,), x)

@@ -18,7 +18,7 @@ from .._runtime import kernels
 from ._check import check_same
 from ._check import wide
 from ._mhc import BLOCK
-from ._mhc import STREAMS
+from ._mhc import LANES
 from ._mhc import check_streams
 
 
@@ -37,7 +37,7 @@ def mhc_post_res_fwd(x: Tensor, f_out: Tensor, h_post: Tensor, h_res: Tensor) ->
     *rest, hc, n = x.shape
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     inputs = (t.contiguous() for t in (x, f_out, h_post, h_res))
-    kernels.mhc_post_res_fwd[(math.prod(rest) * cdiv(n, BLOCK),)](*inputs, y, hc, n, P=fit(hc, STREAMS), BLOCK=BLOCK)
+    kernels.mhc_post_res_fwd[(math.prod(rest) * cdiv(n, BLOCK),)](*inputs, y, hc, n, P=fit(hc, LANES), BLOCK=BLOCK)
     return y
 
 
@@ -48,7 +48,7 @@ def mhc_post_res_bwd(
     *rest, hc, n = x.shape
     inputs = [t.contiguous() for t in (x, f_out, h_post, h_res)]
     gradients = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
-    kernels.mhc_post_res_bwd[(math.prod(rest),)](dy.contiguous(), *inputs, *gradients, hc, n, P=fit(hc, STREAMS), BLOCK=BLOCK)
+    kernels.mhc_post_res_bwd[(math.prod(rest),)](dy.contiguous(), *inputs, *gradients, hc, n, P=fit(hc, LANES), BLOCK=BLOCK)
     return tuple(gradients)
 
 

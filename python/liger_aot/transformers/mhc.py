@@ -9,7 +9,7 @@ from .functional import liger_mhc_forward
 class LigerMHC(nn.Module):
     """A layer between hc streams of width c, (..., hc, c) in and out; its input gets the dtype of its first parameter.
 
-    Parameters and what they start as are Liger's; hc may be 1 to 16.
+    Parameters and what they start as are Liger's; hc may be 2, 4, 8 or 16.
     """
 
     def __init__(
