@@ -5,7 +5,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip
 RUN := $(VENV)/bin/python
 # What the quicker `demo`, `test` and `mutate` do with; `wheel` and `bench` build what is shipped, or LIGER_AOT_ARCHS.
-TEST_ARCHS := 80,90
+TEST_ARCHS := 90
 # The flavour of `wheel` and `pack`: 12.6, 12.9 or 13.0; none for the wheel without a suffix. tools/flavour.py has the pins.
 CUDA ?=
 
@@ -39,7 +39,7 @@ define install
 endef
 
 demo: $(VENV)/demo
-	$(call install,90)
+	$(call install,$(TEST_ARCHS))
 	cd build/wheel && ../../$(RUN) -m liger_aot demo --out ../../out
 
 lint: $(PIP)
@@ -49,7 +49,7 @@ lint: $(PIP)
 
 test: $(VENV)/ready lint
 	$(call install,$(TEST_ARCHS))
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What `test` leaves out: it builds wheels of every flavour, and installs them in environments of their own.
 slow: $(VENV)/ready

@@ -118,7 +118,7 @@ def fused_add_rms_norm():
 @case
 def gated_rms_norm():
     def forward(x: Tensor, gate: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty(ROWS, dtype=FP32)
+        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty((ROWS, 1), dtype=FP32)
 
     def backward(dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dx, dgate = (torch.empty_like(x, memory_format=CONTIGUOUS) for _ in range(2))
@@ -468,7 +468,7 @@ def modulated_rms_norm():
     batch = 4
 
     def forward(x: Tensor, scale: Tensor, shift: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty(ROWS, dtype=FP32)
+        return torch.empty_like(x, memory_format=CONTIGUOUS), x.new_empty((batch, ROWS // batch), dtype=FP32)
 
     def backward(dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dx = torch.empty_like(x, memory_format=CONTIGUOUS)
@@ -505,7 +505,7 @@ def modulated_rms_norm():
 def attn_res():
     depth, tokens = 4, ROWS // 4
 
-    def forward(v: Tensor, query: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(v: Tensor, query: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         numbers = [v.new_empty(size, dtype=FP32) for size in ((depth, tokens), (depth, tokens), tokens)]
         return v.new_empty(tokens, N), *numbers
 
@@ -747,6 +747,58 @@ def linear_jsd():
         [leaf(ROWS, 16), leaf(N, 16), torch.randn(ROWS, 8), torch.randn(N, 8)],
         lambda op, *heads: op(*heads),
         lambda liger, *heads: liger.liger_fused_linear_jsd(*heads),
+    )
+
+
+@case
+def linear_kl_div():
+    return Case(
+        [leaf(ROWS, 16), leaf(N, 16), torch.randn(ROWS, N).softmax(-1)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: liger.liger_fused_linear_kl_div(*inputs),
+    )
+
+
+@case
+def cross_entropy_tvd():
+    def forward(logits: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        loss, distance = logits.new_empty(ROWS, dtype=FP32), logits.new_empty(ROWS, dtype=FP32)
+        lse, teacher_lse = logits.new_empty(ROWS, dtype=FP32), logits.new_empty(ROWS, dtype=FP32)
+        return loss, distance, lse, teacher_lse, logits.new_empty(ROWS, dtype=FP32)
+
+    def backward(
+        dloss: Tensor,
+        ddistance: Tensor,
+        logits: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        lse: Tensor,
+        teacher_lse: Tensor,
+        share: Tensor,
+    ) -> Tensor:
+        return torch.empty_like(logits, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, logits, teacher, target, ignore_index):
+                loss, distance, *rows = fwd(logits, teacher, target)
+                ctx.save_for_backward(logits, teacher, target, *rows)
+                return loss, distance
+
+            @staticmethod
+            def backward(ctx, dloss, ddistance):
+                return bwd(dloss, ddistance, *ctx.saved_tensors), None, None, None
+
+        return lambda logits, teacher, target: Empty.apply(logits, teacher, target, -100)
+
+    return Case(
+        [leaf(ROWS, 128), torch.randn(ROWS, 128), torch.randint(128, (ROWS,))],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: importlib.import_module("liger_kernel.ops").LigerFusedCETVDFunction.apply(*inputs),
+        forward,
+        backward,
+        function,
     )
 
 

@@ -12,6 +12,7 @@ from liger_aot import _op
 from liger_aot import _runtime
 from liger_aot.ops import attn_res
 from liger_aot.ops import cross_entropy
+from liger_aot.ops import cross_entropy_tvd
 from liger_aot.ops import dyt
 from liger_aot.ops import embedding
 from liger_aot.ops import fused_add_rms_norm
@@ -23,6 +24,7 @@ from liger_aot.ops import kl_div
 from liger_aot.ops import layer_norm
 from liger_aot.ops import linear_cross_entropy
 from liger_aot.ops import linear_jsd
+from liger_aot.ops import linear_kl_div
 from liger_aot.ops import linear_logprob
 from liger_aot.ops import mhc_coeffs
 from liger_aot.ops import mhc_post_res
@@ -274,6 +276,17 @@ def of_linear_jsd(s, dtype):
     teacher = (shape(*t.shape, dtype=dtype) for t in (hidden, weight))
     arguments = hidden, weight, bias, *teacher, bias, None, (-100, 0.5, 1.0), (0, 1), DTYPES[dtype]
     return linear_jsd.LinearJSDFunction, arguments
+
+
+def of_linear_kl_div(s, dtype):
+    hidden, weight, _, bias = linear(s, dtype)
+    target = shape(s["tokens"], s["vocabulary"], dtype=dtype)
+    return linear_kl_div.LinearKLDivFunction, (hidden, weight, bias, target, None, (-100, 0.0, 1.0), (0, 1), DTYPES[dtype])
+
+
+def of_cross_entropy_tvd(s, dtype):
+    logits, teacher, _, index = pair(s, dtype)
+    return cross_entropy_tvd.CrossEntropyTVDFunction, (logits, teacher, shape(s["tokens"], dtype=torch.int64), index)
 
 
 OPERATORS = {name.removeprefix("of_"): function for name, function in list(globals().items()) if name.startswith("of_")}
@@ -537,6 +550,12 @@ KERNELS = {
         ("loss", "student_lse", "teacher_lse", "student_share", "teacher_share"), lambda v: [blocks(v)] * 2, rows_again, ahead=1
     ),
     "softmax_jsd_bwd": Kernel(("dlogits",), ahead=1),
+    "softmax_kl_div_fwd": Kernel(("loss", "lse", "mass"), lambda v: [blocks(v)], ahead=1),
+    "softmax_kl_div_bwd": Kernel(("dlogits",), ahead=1),
+    "cross_entropy_tvd_fwd": Kernel(
+        ("loss", "distance", "student_lse", "teacher_lse", "share"), lambda v: [blocks(v)] * 2, rows_again, ahead=1
+    ),
+    "cross_entropy_tvd_bwd": Kernel(("dstudent",), ahead=1),
     "logprob_fwd": Kernel(("logp", "entropy", "lse"), lambda v: [blocks(v)], ahead=1),
     "logprob_bwd": Kernel(("dlogits",), ahead=1),
 }

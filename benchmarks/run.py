@@ -29,7 +29,7 @@ VARIANTS, WHEEL_MB, BUILD_SECONDS, CORES, ARCHITECTURES = 1500, 50.0, 1200.0, 2,
 SAME_RUN = 10.0  # seconds: ninja counts from its start, which its log does not hold
 PACKAGES = "torch", "triton", "liger-kernel", "matplotlib"
 CAPTION = f"""forward: without gradients, ours through torch.ops; both: forward and backward, called from Python as Liger is.
-Host cost is the calling thread's CPU time on CPU tensors, median of interleaved rounds. No kernel runs. What is stubbed out:
+Host cost is the calling thread's CPU time on CPU tensors, the least of interleaved rounds. No kernel runs. What is stubbed out:
   ours:   the driver, by Python functions that take 0.1 us a launch; all else is what runs on a GPU machine
   Liger:  Triton's driver and the C function that launches, by such functions; Triton's JIT dispatch and Liger's functions are
           theirs, their kernels compiled beforehand. CPU tensors need no torch.cuda.device(), which Liger enters for each launch

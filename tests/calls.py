@@ -330,6 +330,24 @@ def linear_jsd(rows):
             yield (*heads, labels), {"temperature": 0.7, "reduction": reduction}
 
 
+def linear_kl_div(rows):
+    for dtype, t, n, reduction in itertools.product(DTYPES, DTYPES, (1008, 4113), ("batchmean", "none")):
+        count = rows(n)
+        head = [(torch.randn(size, 16) / scale).to(dtype).requires_grad_() for size, scale in ((count, 1), (n, 4))]
+        target = torch.randn(count, n).softmax(-1).to(t)
+        for labels in (None, torch.ones(count + 1, dtype=torch.int64)[n % 2 :][:count]):
+            yield (*head, target, labels), {"temperature": 0.7, "reduction": reduction}
+
+
+def cross_entropy_tvd(rows):
+    for dtype, n in itertools.product(DTYPES, (1008, 4113)):
+        count = rows(n)
+        target = torch.randint(n, (count + 1,))[n % 2 :][:count]
+        yield (randn(count, n, dtype=dtype), randn(count, n, dtype=dtype, grad=False), target), {}
+    for x in views(rows(65), 65):
+        yield (x, randn(*x.shape, dtype=x.dtype, grad=False), torch.randint(65, x.shape[:1])), {}
+
+
 def vocab_parallel_cross_entropy(rows):
     for dtype, n, softcap, reduction in itertools.product(DTYPES, (1008, 4113), (None, 30.0), ("mean", "none")):
         count = rows(n)
@@ -345,4 +363,4 @@ CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_n
 CALLS |= {f.__name__: f for f in (modulated_rms_norm, attn_res, mhc_coeffs, mhc_pre, mhc_post_res, embedding)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 CALLS |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
-CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, vocab_parallel_cross_entropy)}
+CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, linear_kl_div, cross_entropy_tvd, vocab_parallel_cross_entropy)}

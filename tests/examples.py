@@ -67,6 +67,14 @@ EXAMPLES = {
         [*tensors((6, 16), (50, 16), (6, 8), (50, 8), dtype=t), targets(6, classes=50)],
         {"temperature": 0.7, "ignore_index": 7},
     ),
+    "linear_kl_div": lambda t: (
+        [*tensors((6, 16), (50, 16), dtype=t), probabilities((6, 50), dtype=t), targets(6, classes=50)],
+        {"temperature": 0.7, "ignore_index": 7},
+    ),
+    "cross_entropy_tvd": lambda t: (
+        [*tensors((6, 50), dtype=t), *constant((6, 50), dtype=t), targets(6, classes=50)],
+        {"ignore_index": 7},
+    ),
     "linear_logprob": lambda t: ([*tensors((6, 16), (50, 16), dtype=t), targets(6, classes=50)], {"temperature": 0.7}),
 }
 
@@ -77,6 +85,10 @@ class Constant(torch.Tensor):
 
 def constant(*shapes, dtype):
     return [t.as_subclass(Constant) for t in tensors(*shapes, dtype=dtype)]
+
+
+def probabilities(shape, dtype):
+    return tensors(shape, dtype=dtype)[0].softmax(-1).as_subclass(Constant)
 
 
 def leaves(arguments):

@@ -92,6 +92,30 @@ def linear_jsd(beta=0.5, temperature=1.0, reduction="batchmean", ignore_index=-1
     return formula
 
 
+def linear_kl_div(temperature=1.0, reduction="batchmean", ignore_index=-100, eps=0.0):
+    """Of logits that exist whole."""
+
+    def formula(x, w, target, b=None, labels=None):
+        logs = functional.linear(x, w, b).div(temperature).log_softmax(-1)
+        losses = torch.where(target == 0, 0.0, target * (target.clamp(min=eps).log() - logs))
+        return (
+            reduced(losses, labels, "none", ignore_index).sum(-1)
+            if reduction == "none"
+            else reduced(losses, labels, reduction, ignore_index)
+        )
+
+    return formula
+
+
+def cross_entropy_tvd(ignore_index=-100):
+    def formula(x, teacher, target):
+        loss = functional.cross_entropy(x, target, ignore_index=ignore_index, reduction="none")
+        distance = (x.softmax(-1) - teacher.softmax(-1)).abs().sum(-1) / 2
+        return loss, torch.where(target != ignore_index, distance, 0.0)
+
+    return formula
+
+
 def packed_glu(activation="silu"):
     approximate = {"gelu": "none", "gelu_tanh": "tanh"}
 

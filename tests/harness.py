@@ -5,8 +5,8 @@ dtype: the least error that a kernel that computes in float32 can make. That is 
 few points beside them: at one point alone, on one CPU, a few roundings may all be lucky.
 """
 
-import functools
 import io
+import itertools
 
 import torch
 from torch import Tensor
@@ -24,11 +24,13 @@ def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0, se
     rounding the results carry, where that is more than their own: a difference of two, of which few may be exact by luck.
     `seen` is a list that gets (error, allowed) of all that was held.
     """
-    points = [inputs, *beside(inputs)]
+    points, found = itertools.chain([inputs], beside(inputs)), []
 
-    @functools.cache
     def truth(n):
-        return [run(reference, points[n], dtype) for dtype in (torch.float64, torch.float32)]
+        while len(found) <= n:
+            point = next(points)
+            found.append([run(reference, point, dtype) for dtype in (torch.float64, torch.float32)])
+        return found[n]
 
     exact = truth(0)[0]
     for name, got in (results := run(function, inputs)).items():
@@ -38,7 +40,7 @@ def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0, se
         unit = torch.finfo(through or got.dtype).eps * exact[name].abs().max().item() if got.numel() else 0.0
         for measure in worst, average:
             error, allowed = measure(got, exact[name]), max(unit, slack * carries * torch.finfo(torch.float32).eps)
-            for n in range(len(points)):
+            for n in range(1 + BESIDE):
                 float64, float32 = truth(n)
                 rounded = float32[name].to(through or got.dtype).to(got.dtype)
                 allowed = max(allowed, slack * measure(rounded, float64[name]))

@@ -27,6 +27,7 @@ from liger_aot import _op
 from liger_aot import export
 
 from examples import EXAMPLES
+from examples import Everything
 from examples import bodies_of
 from examples import example
 
@@ -35,10 +36,12 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 
 
 def launches():
-    """(kernel, its arguments, how many warps) in lowered programs of all operators and of what these are made of."""
-    programs = [torch.export.export(*example(name, torch.bfloat16)) for name in _op.PUBLIC]
-    programs += [torch.export.export(module, tensors) for name in EXAMPLES for _, module, tensors in bodies_of(name)]
-    for program in programs:
+    """(kernel, its arguments, how many warps) in two lowered programs: all operators, and all that these are made of."""
+    public = {name: example(name, torch.bfloat16) for name in _op.PUBLIC}
+    bodies = [found[1:] for name in EXAMPLES for found in bodies_of(name)]
+    for some in public, {str(n): found for n, found in enumerate(bodies)}:
+        module = Everything({name: found[0] for name, found in some.items()})
+        program = torch.export.export(module, ({name: found[1] for name, found in some.items()},))
         for node in export.lower(program).graph.nodes:
             if "triton_kernel_wrapper" in str(node.target):
                 kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])

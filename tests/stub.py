@@ -303,14 +303,15 @@ def stubbed(stub=None, backend=None, **options):
 
 
 def copy_pack(folder, change=lambda manifest, entries: None, kernel="column_sum", arch="90"):
-    """A pack in `folder`, of one kernel of an installed pack, with what `change` does to it; then packed as the build packs."""
-    source = _runtime.FOLDER / f"sm_{arch}.zip"
-    with zipfile.ZipFile(source) as archive:
-        manifest = json.loads(archive.read("manifest.json")) | {"kernels": [kernel]}
+    """A pack in `folder` that says it is for `arch`, of one kernel of the installed pack for sm_90, with what `change` does to
+    it; then packed as the build packs.
+    """
+    with zipfile.ZipFile(_runtime.FOLDER / "sm_90.zip") as archive:
+        manifest = json.loads(archive.read("manifest.json")) | {"kernels": [kernel], "arch": arch}
         entries = {n: archive.read(n) for n in archive.namelist() if n.startswith((f"{kernel}-", f"{kernel}."))}
     change(manifest, entries)
     manifest["sha256"] = hashlib.sha256(b"".join(entries[name] for name in sorted(entries))).hexdigest()
-    path = pathlib.Path(folder) / source.name
+    path = pathlib.Path(folder) / f"sm_{arch}.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in sorted(entries):
             archive.writestr(name, entries[name])

@@ -77,7 +77,7 @@ def sizes(name, tensors):
 
 
 def larger(tensors, dynamic):
-    return tuple(t.repeat(*(3 if n in sizes else 1 for n in range(t.dim()))) for t, sizes in zip(tensors, dynamic, strict=True))
+    return tuple(t.repeat([3 if n in sizes else 1 for n in range(t.dim())]) for t, sizes in zip(tensors, dynamic, strict=True))
 
 
 def kernels_of(program):
@@ -138,6 +138,8 @@ LOWERED = {row.split("`")[1]: row for row in re.findall(r"^\| `\w+` \|.*\|$", PA
 INSIDE = {
     "softmax_jsd_fwd",
     "softmax_jsd_bwd",
+    "softmax_kl_div_fwd",
+    "softmax_kl_div_bwd",
     "logprob_fwd",
     "logprob_bwd",
     "causal_softmax_fwd",

@@ -435,5 +435,14 @@ def test_divergences():
     heads, given = [torch.randn(size) for size in ((5, 4), (9, 4), (5, 3), (9, 3))], {"beta": 0.1, "temperature": 2.0}
     given |= options | {"student_bias": x[0], "teacher_bias": y[0], "reduction": "mean"}
     assert torch.equal(liger_aot.linear_jsd(*heads, labels, **given), torch.ops.liger.linear_jsd(*heads, labels, **given))
+    given = {"temperature": 2.0, "eps": 1e-2, "student_bias": x[0], "reduction": "mean"} | options
+    got = liger_aot.linear_kl_div(*heads[:2], y.exp(), labels, **given)
+    assert torch.equal(got, torch.ops.liger.linear_kl_div(*heads[:2], y.exp(), labels, **given))
+    for got, want in zip(
+        liger_aot.cross_entropy_tvd(x, y, labels, ignore_index=2),
+        torch.ops.liger.cross_entropy_tvd(x, y, labels, ignore_index=2),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
     got = liger_aot.tvd(x.exp(), y.exp(), labels, reduction="sum", **options)
     assert torch.equal(got, torch.ops.liger.tvd(x.exp(), y.exp(), labels, reduction="sum", **options))

@@ -66,6 +66,9 @@ MODULES = {
     "kl_div": ["LigerKLDIVLoss"],
     "jsd": ["LigerJSD"],
     "fused_linear_jsd": ["LigerFusedLinearJSD"],
+    "fused_linear_kl_div": ["LigerFusedLinearKLDivLoss"],
+    "fused_ce_tvd": ["LigerFusedCETVDLoss"],
+    "grpo_loss": ["fused_selective_log_softmax", "triton_grpo_loss"],
     "tvd": ["LigerTVDLoss"],
     "fused_linear_cross_entropy": ["LigerFusedLinearCrossEntropyLoss"],
     "vocab_parallel_cross_entropy": ["LigerVocabParallelCrossEntropy"],
@@ -104,10 +107,15 @@ FUNCTIONS = [
     "JSD",
     "TVDLoss",
     "FusedLinearJSD",
+    "FusedLinearKLDiv",
+    "FusedCETVD",
+    "FusedLinearScaledCrossEntropy",
+    "FusedLinearScaledCrossEntropyTP",
     "VocabParallelCE",
     "TiledMLP",
     "MLP",
 ]
+FUNCTIONS = [*(f"Liger{name}Function" for name in FUNCTIONS), "GrpoLossFunction"]
 
 
 def parameters(function):
@@ -148,8 +156,9 @@ def test_every_name_of_ligers_is_here_or_listed_as_missing(module):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_autograd_functions_apply_as_ligers(name):
     theirs = pytest.importorskip("liger_kernel.ops", reason="liger-kernel, to compare signatures with, is not installed")
-    name = f"Liger{name}Function"
-    assert parameters(getattr(liger_aot.ops, name).apply) == parameters(getattr(theirs, name).forward)
+    function = getattr(theirs, name)  # of autograd, or a class that picks one by the device
+    expected = function.forward if issubclass(function, torch.autograd.Function) else function.apply
+    assert parameters(getattr(liger_aot.ops, name).apply) == parameters(expected)
     with pytest.raises(AttributeError, match="LigerOtherFunction"):
         liger_aot.ops.LigerOtherFunction  # noqa: B018
 
@@ -201,6 +210,8 @@ BUILD = {
     "LigerKLDIVLoss": (),
     "LigerJSD": (),
     "LigerFusedLinearJSD": (),
+    "LigerFusedLinearKLDivLoss": (),
+    "LigerFusedCETVDLoss": (),
     "LigerTVDLoss": (),
     "LigerVocabParallelCrossEntropy": (),
 }
@@ -592,9 +603,31 @@ def test_divergences_by_position():
         liger_aot.ops.LigerFusedLinearJSDFunction.apply(a, v, b, w, labels, 0.1, 2, 2.0, torch.float32),
     ):
         torch.testing.assert_close(got, want)
+    given = torch.rand(8, 6).requires_grad_()  # which gets no gradient
+    want = (given * (given.clamp(min=0.3).log() - (a @ v.t() / 2).log_softmax(-1)) * keep).sum() / (6 * keep.sum())
+    options = "mean", 2, 2.0, 0.3, torch.float32
+    for got in (
+        L.liger_fused_linear_kl_div(a, v, given, labels, *options),
+        names.LigerFusedLinearKLDivLoss(*options)(a, v, given, labels),
+        liger_aot.ops.LigerFusedLinearKLDivFunction.apply(a, v, given, labels, *options),
+    ):
+        assert not got.requires_grad
+        torch.testing.assert_close(got, want.detach())
     half = x.bfloat16()
     losses = L.liger_kl_div(half, half.exp()), L.liger_tvd(half.exp(), half.exp()), L.liger_jsd(half, half)
     assert [loss.dtype for loss in losses] == [torch.float32, torch.float32, torch.bfloat16]  # as Liger's are
+
+
+def test_cross_entropy_and_distance_by_position():
+    x, teacher, target = torch.randn(8, 9), torch.randn(8, 9).requires_grad_(), torch.randint(9, (8,))
+    target[3] = 2
+    want = formulas.cross_entropy_tvd(2)(x, teacher.detach(), target)
+    for got in (
+        liger_aot.ops.LigerFusedCETVDFunction.apply(x, teacher, target, 2),
+        names.LigerFusedCETVDLoss(2)(x, teacher, target),
+    ):
+        assert not any(out.requires_grad for out in got)  # the teacher gets no gradient
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("mode", ["global", "partition"])

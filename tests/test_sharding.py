@@ -47,6 +47,7 @@ PLACED = {
         [Shard(2), Shard(2), Shard(1), Shard(1)],
     ],
     "cross_entropy": [[Shard(0), Shard(0)]],
+    "cross_entropy_tvd": [[Shard(0), Shard(0), Shard(0)]],
 }
 CASES = [(name, placed) for name, all_placed in PLACED.items() for placed in all_placed]
 # Sharded where a row is: right as well, if not without gathering.

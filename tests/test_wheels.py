@@ -291,13 +291,9 @@ def packs(tmp_path, monkeypatch):
 
 def test_a_pack_of_ones_own_is_found(tmp_path, packs, capsys):
     """As make pack would leave it: an architecture that is not shipped, and one instead of the package's own."""
-
-    def as_86(manifest, entries):
-        manifest["arch"] = "86"
-
     packs(tmp_path)
-    copy_pack(tmp_path, as_86).rename(tmp_path / "sm_86.zip")
-    copy_pack(tmp_path)
+    for arch in "80", "86", "90":
+        copy_pack(tmp_path, arch=arch)
     assert main(["info", "--arch", "8.9"]) == 0
     text = capsys.readouterr().out
     (line,) = re.findall("8.9            sm_86 \\(same major\\); (not .*)", text)
@@ -313,6 +309,8 @@ def test_a_pack_of_ones_own_is_found(tmp_path, packs, capsys):
 
 
 def test_a_device_that_no_pack_serves(packs, tmp_path, capsys):
+    packs(tmp_path)
+    copy_pack(tmp_path, arch="80")
     assert main(["info", "--arch", "7.5"]) == 1
     text = capsys.readouterr().out
     assert "7.5            liger_aot: no kernels for compute capability 7.5. Packs:\n  sm_" in text
@@ -338,11 +336,13 @@ def test_a_device_that_no_pack_serves(packs, tmp_path, capsys):
     ],
     ids=["served", "an old driver", "no pack"],
 )
-def test_which_pack_a_device_gets_and_why(monkeypatch, capsys, capability, version, status, text):
+def test_which_pack_a_device_gets_and_why(packs, tmp_path, monkeypatch, capsys, capability, version, status, text):
+    packs(tmp_path)
+    paths = {"80": copy_pack(tmp_path, arch="80"), "90": _runtime.FOLDER / "sm_90.zip"}
     monkeypatch.setattr(_info, "driver", lambda: StubDriver(Stub(capability, version=version)))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
-    monkeypatch.setattr(_info, "pack_paths", lambda: {arch: _runtime.FOLDER / f"sm_{arch}.zip" for arch in ("80", "90")})
+    monkeypatch.setattr(_info, "pack_paths", lambda: paths)
     assert main(["info"]) == status
     said = capsys.readouterr().out
     assert text in said

@@ -31,7 +31,7 @@ from stub import On
 from stub import Stub
 
 # Of these the matmuls are torch's, whose algorithm may differ where memory or streams do.
-WITH_MATMULS = "linear_cross_entropy", "linear_jsd", "linear_logprob", "mhc_coeffs"
+WITH_MATMULS = "linear_cross_entropy", "linear_jsd", "linear_kl_div", "linear_logprob", "mhc_coeffs"
 THREADED = "rms_norm", "cross_entropy", "swiglu", "linear_cross_entropy"
 TIMES = 20
 
@@ -454,12 +454,12 @@ def lowered(machine, subject):
 def autocast(machine, name):
     """Under autocast a linear loss is what it is for inputs that were cast before."""
     arguments, options = example(machine, name, torch.float32)
-    if name in ("linear_cross_entropy", "linear_jsd"):  # whose dtype autocast changes as well
+    if name in ("linear_cross_entropy", "linear_jsd", "linear_kl_div"):  # whose dtype autocast changes as well
         options = options | {"loss_dtype": torch.float32}
     with machine.launching(machine.launcher()):
         with torch.autocast(machine.autocast, torch.bfloat16):
             got = [o.float() for o in call(name, arguments, options)]
-        cast = [a.detach().bfloat16() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+        cast = [a.detach().bfloat16() if torch.is_tensor(a) and a.requires_grad else a for a in arguments]
         machine.same(got, [o.float() for o in call(name, cast, options)], exact=False)
 
 

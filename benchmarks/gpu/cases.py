@@ -90,6 +90,16 @@ def eager_linear_jsd(*heads):
     return eager_jsd(*(functional.linear(*head).float().log_softmax(-1) for head in (heads[:2], heads[2:])))
 
 
+def eager_linear_kl_div(hidden, weight, target):
+    logs = functional.linear(hidden, weight).float().log_softmax(-1)
+    return functional.kl_div(logs, target.float(), reduction="batchmean")
+
+
+def eager_cross_entropy_tvd(x, teacher, target):
+    distance = (x.float().softmax(-1) - teacher.float().softmax(-1)).abs().sum(-1) / 2
+    return functional.cross_entropy(x.float(), target, reduction="none"), distance
+
+
 def eager_poly_norm(x, weight, bias):
     normal = [u * torch.rsqrt(u.square().mean(-1, keepdim=True) + EPS) for u in (x.float() ** 3, x.float().square(), x.float())]
     return (weight[0] * normal[0] + weight[1] * normal[1] + weight[2] * normal[2] + bias).to(x.dtype)
@@ -151,6 +161,8 @@ IN_TORCH = {
     "jsd": eager_jsd,
     "tvd": lambda x, y: (x - y).abs().sum() / (2 * len(x)),
     "linear_jsd": eager_linear_jsd,
+    "linear_kl_div": eager_linear_kl_div,
+    "cross_entropy_tvd": eager_cross_entropy_tvd,
     "vocab_parallel_cross_entropy": functional.cross_entropy,
 }
 
@@ -399,6 +411,20 @@ def linear_jsd(tokens, hidden, vocabulary, liger):
     return Timed([x, weight, y.detach(), other.detach()], found, (2 * forward, backward), (2 * flops[0], flops[1]))
 
 
+def linear_kl_div(tokens, hidden, vocabulary, liger):
+    (x, weight, _), (forward, backward), flops = head(tokens, hidden, vocabulary)
+    target = torch.randn(tokens, vocabulary).softmax(-1).to(DTYPE)
+    found = calls("linear_kl_div", liger and (lambda *inputs: liger.liger_fused_linear_kl_div(*inputs)))
+    return Timed([x, weight, target], found, (forward + target.nbytes, backward), flops)
+
+
+def cross_entropy_tvd(tokens, vocabulary, liger):
+    logits, target = leaf(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
+    theirs = liger and (lambda *inputs: imported("liger_kernel.ops", "LigerFusedCETVDFunction").apply(*inputs))
+    inputs = [logits, leaf(tokens, vocabulary).detach(), target]
+    return Timed(inputs, calls("cross_entropy_tvd", theirs), (2 * logits.nbytes, 3 * logits.nbytes))
+
+
 def vocab_parallel_cross_entropy(tokens, vocabulary, liger):
     """One process's part, without what they tell each other."""
     logits, target = leaf(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
@@ -444,6 +470,7 @@ BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_e
 BUILD |= {"kl_div": divergence("kl_div", {"reduction": "batchmean", "log_target": True}), "jsd": divergence("jsd", {})}
 BUILD |= {"tvd": divergence("tvd", {"reduction": "batchmean"}, log=False), "linear_jsd": linear_jsd}
 BUILD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
+BUILD |= {"linear_kl_div": linear_kl_div, "cross_entropy_tvd": cross_entropy_tvd}
 BUILD |= {"multi_token_attention": multi_token_attention, "neighborhood_attention": neighborhood_attention}
 
 TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the first cases
@@ -463,7 +490,8 @@ FIRST = [
     ("geglu", {"tokens": 8192, "hidden": 14336}),
     ("linear_logprob", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
     ("linear_jsd", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
-    *((name, {"tokens": 4096, "vocabulary": 128256}) for name in ("jsd", "kl_div", "tvd")),
+    ("linear_kl_div", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
+    *((name, {"tokens": 4096, "vocabulary": 128256}) for name in ("jsd", "kl_div", "tvd", "cross_entropy_tvd")),
     ("vocab_parallel_cross_entropy", {"tokens": 4096, "vocabulary": 32064}),
     ("multi_token_attention", {"tokens": 4096, "hidden": 4096}),
     ("neighborhood_attention", {"tokens": 4096, "hidden": 4096}),

@@ -39,7 +39,7 @@ def prepared(provider, operator, dry):
         if dry:
             import liger
 
-            functional, why = liger.functions()
+            functional, why = liger.functions(compiled=False)
             if functional is None:
                 raise ImportError(why)
         else:

@@ -41,7 +41,7 @@ def model_of(provider, compiled, dry):
         if dry:
             import liger
 
-            liger.functions()
+            liger.functions(compiled=False)
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()

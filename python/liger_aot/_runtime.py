@@ -20,7 +20,6 @@ from functools import partial
 from types import MethodType
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _build
 from . import _driver
@@ -331,7 +330,7 @@ class Cuda:
 # A launch in so many words: going through the parameters in loops takes half as long again.
 LAUNCH = """\
 def {kernel}(grid_, {names}):
-    if type({first}) is FakeTensor_ or 0 in grid_:
+    if {first}.is_meta or 0 in grid_:
         return  # tracing: the shapes are known, nothing runs; an empty grid: nothing to do, and the driver refuses it
     buffer_, address_ = arguments_.here
     {pointers} = {addresses}
@@ -343,8 +342,6 @@ def {kernel}(grid_, {names}):
         raise ValueError(mismatch_("{kernel}", [{pointers}], [{scalars}])) from None
     key_ = {first}.get_device(), not ({divisible}) & 15, {dtypes}, {constants}
     found_ = variants_.get(key_) or select_({first}, key_)
-    if not found_:
-        return
     handle_, threads_, shared_, index_ = found_
     if current_device_() != index_:
         with guard_(index_):
@@ -365,8 +362,6 @@ def spell_out(launcher, kernel, device):
     pointers = [f"{name}_" for name in tensors]
 
     def select(tensor, key):
-        if tensor.is_meta:  # has a shape alone, as a fake tensor
-            return None
         variants[key] = launcher.device(tensor, kernel).loaded(kernel, key[1:])
         return variants[key]
 
@@ -385,7 +380,6 @@ def spell_out(launcher, kernel, device):
         constants=", ".join(constants),
     )
     scope = {
-        "FakeTensor_": FakeTensor,
         "arguments_": Arguments(plan.size),
         "pack_into_": plan.pack_into,
         "MOST_": MOST,
@@ -415,7 +409,7 @@ class Kernel:
 
     def first(self, grid, *args, **constants):
         if hasattr(self.launcher, "prepare"):
-            if isinstance(args[0], FakeTensor) or 0 in grid or args[0].is_meta:
+            if args[0].is_meta or 0 in grid:
                 return
             self.launch = self.launcher.prepare(self.name, args[0])
         else:
@@ -471,7 +465,7 @@ def fit(n, blocks):
 
 def programs(tensor, rows, each=1):
     """As many programs as the device has multiprocessors, times `each`, but no more than rows."""
-    if type(rows) is not int or type(tensor) is FakeTensor:
+    if type(rows) is not int:
         return 1
     most = each * kernels.multiprocessors(tensor)
     return rows if rows < most else most

@@ -57,6 +57,8 @@ RULES = {
     "cross_entropy_fwd": ("xxx", "xxw", "rows"),
     "cross_entropy_reduce": ("ww", "wwwww", "none"),
     "cross_entropy_bwd": ("x", "xxxwxw", "rows"),
+    "cross_entropy_tvd_fwd": ("xxxxx", "xxx", "rows"),
+    "cross_entropy_tvd_bwd": ("x", "xxxxxxxx", "rows"),
 }
 
 

@@ -12,6 +12,7 @@ from torch.nn import _reduction
 
 from .ops import attn_res as _attn_res
 from .ops import cross_entropy as _cross_entropy
+from .ops import cross_entropy_tvd as _cross_entropy_tvd
 from .ops import dyt as _dyt
 from .ops import embedding as _embedding
 from .ops import fused_add_rms_norm as _fused_add_rms_norm
@@ -23,6 +24,7 @@ from .ops import kl_div as _kl_div
 from .ops import layer_norm as _layer_norm
 from .ops import linear_cross_entropy as _linear_cross_entropy
 from .ops import linear_jsd as _linear_jsd
+from .ops import linear_kl_div as _linear_kl_div
 from .ops import linear_logprob as _linear_logprob
 from .ops import mhc_coeffs as _mhc_coeffs
 from .ops import mhc_post_res as _mhc_post_res
@@ -621,6 +623,49 @@ def linear_jsd(
         reduction=reduction,
         loss_dtype=loss_dtype,
     )
+
+
+def linear_kl_div(
+    student_input: Tensor,
+    student_weight: Tensor,
+    target: Tensor,
+    shift_labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    eps: float = 0.0,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """KL(target || softmax((input @ weight.T + bias) / temperature)), in nats, of probabilities that are given; the logits are
+    never all in memory.
+
+    >>> weight = torch.tensor([[1.0] * 4, [0.0] * 4])
+    >>> liger_aot.linear_kl_div(torch.zeros(1, 4), weight, torch.tensor([[0.25, 0.75]]))
+    tensor(0.1308)
+    """
+    return _linear_kl_div.linear_kl_div(
+        student_input,
+        student_weight,
+        target,
+        shift_labels,
+        student_bias=student_bias,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        reduction=reduction,
+        eps=eps,
+        loss_dtype=loss_dtype,
+    )
+
+
+def cross_entropy_tvd(input: Tensor, teacher: Tensor, target: Tensor, *, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """(cross entropy of input, total variation distance of the softmaxes of input and teacher) of each row of logits, fp32.
+
+    >>> liger_aot.cross_entropy_tvd(torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]), torch.tensor([1]))
+    (tensor([0.6931]), tensor([0.2311]))
+    """
+    return _cross_entropy_tvd.cross_entropy_tvd(input, teacher, target, ignore_index=ignore_index)
 
 
 def vocab_parallel_cross_entropy(

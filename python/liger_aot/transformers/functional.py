@@ -8,6 +8,8 @@ import torch
 from .. import functional as F  # noqa: N812 (as torch names it)
 from ..functional import CrossEntropyOutput
 from ._names import one_of
+from ._names import positive
+from .fused_linear_scaled_cross_entropy import scaled_cross_entropy_tp
 
 __all__ = [
     "CrossEntropyOutput",
@@ -17,6 +19,8 @@ __all__ = [
     "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
     "liger_fused_linear_jsd",
+    "liger_fused_linear_kl_div",
+    "liger_fused_linear_scaled_cross_entropy_tp",
     "liger_fused_neighborhood_attention",
     "liger_geglu",
     "liger_group_norm",
@@ -270,8 +274,7 @@ def liger_fused_linear_cross_entropy(
     """
     name = "liger_fused_linear_cross_entropy"
     one_of(name, "accum_dtype", accum_dtype, ACCUMULATE)
-    if type(chunk_mem_const) is not int or chunk_mem_const < 1:
-        raise ValueError(f"{name}: chunk_mem_const must be a positive integer, got {chunk_mem_const!r}")
+    positive(name, "chunk_mem_const", chunk_mem_const)
     logits = {"linear_bias": bias, "ignore_index": ignore_index, "softcap": softcap}
     options = {
         "weight": ce_weight,
@@ -363,3 +366,36 @@ def liger_fused_linear_jsd(
     heads, options = (student_input, student_weight, teacher_input, teacher_weight), {"loss_dtype": torch.float32}
     options |= {"beta": jsd_beta, "ignore_index": ignore_index, "temperature": temperature}
     return F.linear_jsd(*heads, shift_labels, **options)
+
+
+def liger_fused_linear_kl_div(
+    student_input,
+    student_weight,
+    target,
+    shift_labels=None,
+    reduction: str = "batchmean",
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    eps: float = 1e-10,
+    accum_dtype: torch.dtype | None = None,
+):
+    """Sums are fp32: accum_dtype has no effect. So is the loss. The target gets no gradient."""
+    one_of("liger_fused_linear_kl_div", "accum_dtype", accum_dtype, ACCUMULATE)
+    one_of("liger_fused_linear_kl_div", "reduction", reduction, ("batchmean", "mean", "sum"))
+    options = {"reduction": reduction, "ignore_index": ignore_index, "temperature": temperature, "eps": eps}
+    return F.linear_kl_div(student_input, student_weight, target.detach(), shift_labels, loss_dtype=torch.float32, **options)
+
+
+def liger_fused_linear_scaled_cross_entropy_tp(
+    input,
+    weight,
+    target,
+    tp_group,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    tiles_per_reduce: int = 1,
+    return_entropy: bool = False,
+):
+    """The loss of each token, or (loss, entropy), fp32; weight is this process' shard of the classes."""
+    options = temperature, ignore_index, tiles_per_reduce, return_entropy
+    return scaled_cross_entropy_tp(input, weight, target, tp_group, *options)
