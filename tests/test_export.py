@@ -68,16 +68,19 @@ def sizes(name, tensors):
         "modulated_rms_norm": (3,),
     }
     weights |= {"dyt": (1, 2, 3), "poly_norm": (1, 2), "attn_res": (1, 2), "embedding": (0,), "linear_jsd": (1, 3)}
+    weights["mhc_coeffs"] = 1, 2, 3, 4, 5
     weights = weights.get(name, (1,) if "linear" in name else ())
     rows = [range(max(t.dim() - 1, 1)) if n not in weights else () for n, t in enumerate(tensors)]
     if name == "multi_token_attention":  # whose matrices are square, and whose channels its weight says
         rows = [(0, 2, 3), (), ()]
+    if name.startswith("mhc"):  # the number of whose streams is fixed
+        rows = [range(2) if n not in weights else () for n in range(len(tensors))]
     return tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in rows)
 
 
 def larger(name, tensors, dynamic):
     """Three times as many rows; a routing of as many tokens."""
-    more = [t.repeat(*(3 if n in sizes else 1 for n in range(t.dim()))) for t, sizes in zip(tensors, dynamic, strict=True)]
+    more = [t.repeat([3 if n in sizes else 1 for n in range(t.dim())]) for t, sizes in zip(tensors, dynamic, strict=True)]
     if name.startswith("moe"):
         more[-2:] = routing(*more[-1].shape, experts=9)
     return tuple(more)
