@@ -384,6 +384,12 @@ CASES["multi_token_attention"] = lambda: Case(
     lambda op, scores, weight: op(scores, weight),
     lambda liger, scores, weight: liger.liger_multi_token_attention(scores, weight),
 )
+# Of which torch's matmuls are the most, likewise.
+CASES["mhc_coeffs"] = lambda: Case(
+    [leaf(ROWS, 4, N), leaf(4 * N, 24), leaf(24), *(leaf() for _ in range(3))],
+    lambda op, *inputs: op(*inputs),
+    lambda liger, *inputs: liger.liger_mhc_coeffs(*inputs, allow_fp32=True),
+)
 CASES["sparsemax"] = lambda: pointwise("sparsemax", (-1,), "output")
 
 
@@ -528,6 +534,56 @@ def attn_res():
         forward,
         backward,
         function,
+    )
+
+
+def keeps_its_inputs(fwd, bwd):
+    class Empty(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return fwd(*inputs)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return bwd(dy, *ctx.saved_tensors)
+
+    return Empty.apply
+
+
+@case
+def mhc_pre():
+    def forward(x: Tensor, h_pre: Tensor) -> Tensor:
+        return x.new_empty(ROWS, N)
+
+    def backward(dy: Tensor, x: Tensor, h_pre: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, memory_format=CONTIGUOUS), torch.empty_like(h_pre, memory_format=CONTIGUOUS)
+
+    return Case(
+        [leaf(ROWS, 4, N), leaf(ROWS, 4)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: liger.liger_mhc_pre(*inputs),
+        forward,
+        backward,
+        keeps_its_inputs,
+    )
+
+
+@case
+def mhc_post_res():
+    def forward(x: Tensor, f_out: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=CONTIGUOUS)
+
+    def backward(dy: Tensor, x: Tensor, f_out: Tensor, h_post: Tensor, h_res: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return tuple(torch.empty_like(t, memory_format=CONTIGUOUS) for t in (x, f_out, h_post, h_res))
+
+    return Case(
+        [leaf(ROWS, 4, N), leaf(ROWS, N), leaf(ROWS, 4), leaf(ROWS, 4, 4)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: liger.liger_mhc_post_res(*inputs),
+        forward,
+        backward,
+        keeps_its_inputs,
     )
 
 
@@ -691,6 +747,58 @@ def linear_jsd():
         [leaf(ROWS, 16), leaf(N, 16), torch.randn(ROWS, 8), torch.randn(N, 8)],
         lambda op, *heads: op(*heads),
         lambda liger, *heads: liger.liger_fused_linear_jsd(*heads),
+    )
+
+
+@case
+def linear_kl_div():
+    return Case(
+        [leaf(ROWS, 16), leaf(N, 16), torch.randn(ROWS, N).softmax(-1)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: liger.liger_fused_linear_kl_div(*inputs),
+    )
+
+
+@case
+def cross_entropy_tvd():
+    def forward(logits: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        loss, distance = logits.new_empty(ROWS, dtype=FP32), logits.new_empty(ROWS, dtype=FP32)
+        lse, teacher_lse = logits.new_empty(ROWS, dtype=FP32), logits.new_empty(ROWS, dtype=FP32)
+        return loss, distance, lse, teacher_lse, logits.new_empty(ROWS, dtype=FP32)
+
+    def backward(
+        dloss: Tensor,
+        ddistance: Tensor,
+        logits: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        lse: Tensor,
+        teacher_lse: Tensor,
+        share: Tensor,
+    ) -> Tensor:
+        return torch.empty_like(logits, memory_format=CONTIGUOUS)
+
+    def function(fwd, bwd):
+        class Empty(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, logits, teacher, target, ignore_index):
+                loss, distance, *rows = fwd(logits, teacher, target)
+                ctx.save_for_backward(logits, teacher, target, *rows)
+                return loss, distance
+
+            @staticmethod
+            def backward(ctx, dloss, ddistance):
+                return bwd(dloss, ddistance, *ctx.saved_tensors), None, None, None
+
+        return lambda logits, teacher, target: Empty.apply(logits, teacher, target, -100)
+
+    return Case(
+        [leaf(ROWS, 128), torch.randn(ROWS, 128), torch.randint(128, (ROWS,))],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: importlib.import_module("liger_kernel.ops").LigerFusedCETVDFunction.apply(*inputs),
+        forward,
+        backward,
+        function,
     )
 
 

@@ -12,6 +12,7 @@ from liger_aot import _op
 from liger_aot import _runtime
 from liger_aot.ops import attn_res
 from liger_aot.ops import cross_entropy
+from liger_aot.ops import cross_entropy_tvd
 from liger_aot.ops import dyt
 from liger_aot.ops import embedding
 from liger_aot.ops import fused_add_rms_norm
@@ -23,7 +24,11 @@ from liger_aot.ops import kl_div
 from liger_aot.ops import layer_norm
 from liger_aot.ops import linear_cross_entropy
 from liger_aot.ops import linear_jsd
+from liger_aot.ops import linear_kl_div
 from liger_aot.ops import linear_logprob
+from liger_aot.ops import mhc_coeffs
+from liger_aot.ops import mhc_post_res
+from liger_aot.ops import mhc_pre
 from liger_aot.ops import modulated_rms_norm
 from liger_aot.ops import moe_permute
 from liger_aot.ops import moe_unpermute
@@ -150,6 +155,31 @@ def of_attn_res(s, dtype):
     return attn_res.AttnResFunction, (v, query, 1e-6)
 
 
+STREAMS = 4
+
+
+def streams(s, dtype, *last):
+    """What tokens of one batch have, each of this shape."""
+    return shape(1, s["tokens"], *last, dtype=dtype)
+
+
+def of_mhc_coeffs(s, dtype):
+    heads = STREAMS * (STREAMS + 2)
+    x, phi = streams(s, dtype, STREAMS, s["hidden"]), shape(STREAMS * s["hidden"], heads, dtype=dtype)
+    parameters = [shape(*sizes, dtype="float32") for sizes in ((heads,), (), (), ())]
+    return mhc_coeffs.MHCCoeffsFunction, (x, phi, *parameters, 20, 1e-6, 0.0, 1e-6, 2.0)
+
+
+def of_mhc_pre(s, dtype):
+    return mhc_pre.MHCPreFunction, (streams(s, dtype, STREAMS, s["hidden"]), streams(s, "float32", STREAMS))
+
+
+def of_mhc_post_res(s, dtype):
+    x, f_out = streams(s, dtype, STREAMS, s["hidden"]), streams(s, dtype, s["hidden"])
+    coefficients = (streams(s, "float32", *last) for last in ((STREAMS,), (STREAMS, STREAMS)))
+    return mhc_post_res.MHCPostResFunction, (x, f_out, *coefficients)
+
+
 def of_embedding(s, dtype):
     """Which rows, no shape says: each at most once, as far as bytes go."""
     weight, indices = shape(s["vocabulary"], s["hidden"], dtype=dtype), shape(s["tokens"], dtype=torch.int64)
@@ -246,6 +276,17 @@ def of_linear_jsd(s, dtype):
     teacher = (shape(*t.shape, dtype=dtype) for t in (hidden, weight))
     arguments = hidden, weight, bias, *teacher, bias, None, (-100, 0.5, 1.0), (0, 1), DTYPES[dtype]
     return linear_jsd.LinearJSDFunction, arguments
+
+
+def of_linear_kl_div(s, dtype):
+    hidden, weight, _, bias = linear(s, dtype)
+    target = shape(s["tokens"], s["vocabulary"], dtype=dtype)
+    return linear_kl_div.LinearKLDivFunction, (hidden, weight, bias, target, None, (-100, 0.0, 1.0), (0, 1), DTYPES[dtype])
+
+
+def of_cross_entropy_tvd(s, dtype):
+    logits, teacher, _, index = pair(s, dtype)
+    return cross_entropy_tvd.CrossEntropyTVDFunction, (logits, teacher, shape(s["tokens"], dtype=torch.int64), index)
 
 
 OPERATORS = {name.removeprefix("of_"): function for name, function in list(globals().items()) if name.startswith("of_")}
@@ -391,6 +432,27 @@ def again_depth(v):
     return v["tokens"] * own, own
 
 
+def again_phi(v):
+    """What the streams are multiplied with, for each group of tokens but one."""
+    own = 4 * v["n"] * v["heads"]
+    return (cdiv(v["rows"], v["TOKENS"]) - 1) * own, own
+
+
+def again_dy(v):
+    """The layer's gradient for each stream but one."""
+    return (v["programs"] - v["programs"] // v["hc"]) * row(v, "dy"), row(v, "dy")
+
+
+def each_four(v):
+    """ptxas unrolls the loop of the aligned variants."""
+    return [v["hc"] // 4, v["hc"] % 4] if v["aligned"] else [v["hc"]]
+
+
+def trips_heads_backward(v):
+    tokens = mhc_coeffs.TILE // v["HC"] ** 2
+    return [v["tmax"] - 1, v["tmax"] - 1, cdiv(v["rows"], tokens) / v["programs"]]
+
+
 def trips_modulated(v):
     share = v["groups"] / v["programs"]  # of a program: several groups, or part of the rows of one
     return [*twice(v), v["each"] * min(1, share), max(1, share)]
@@ -445,6 +507,17 @@ KERNELS = {
     ),
     "attn_res_fwd": Kernel(("y", "score", "rstd", "lse"), trips_attn_res, lambda v: again_depth(v) if v["LOOP"] else (0, 0)),
     "attn_res_bwd": Kernel(("dv", "partial"), trips_attn_res_backward, again_depth),
+    "mhc_heads_fwd": Kernel(("pre", "post", "res"), lambda v: [v["tmax"] - 1]),
+    "mhc_heads_bwd": Kernel(("ddots", "dscale", "history", "partial"), trips_heads_backward),
+    "mhc_coeffs_dx": Kernel(("dx",), lambda v: [v["heads"]], again_phi),
+    "mhc_pre_fwd": Kernel(("y",), each_four),
+    "mhc_pre_bwd": Kernel(("dx", "dh"), lambda v: [blocks(v)], again_dy),
+    "mhc_post_res_fwd": Kernel(("y",), lambda v: [v["hc"]]),
+    "mhc_post_res_bwd": Kernel(
+        ("dx", "df", "dpost", "dres"),
+        lambda v: [v["hc"], v["hc"], blocks(v)],
+        lambda v: (v["programs"] * v["hc"] * row(v, "dy"), v["hc"] * v["BLOCK"] * v["dy"].element_size()),
+    ),
     "embedding_fwd": Kernel(("y",), ahead=1),
     "embedding_shares": Kernel(("share",), ahead=2),
     "embedding_bwd": Kernel(("dweight",), lambda v: [v["CHUNK"], 0], ahead=2),
@@ -477,6 +550,12 @@ KERNELS = {
         ("loss", "student_lse", "teacher_lse", "student_share", "teacher_share"), lambda v: [blocks(v)] * 2, rows_again, ahead=1
     ),
     "softmax_jsd_bwd": Kernel(("dlogits",), ahead=1),
+    "softmax_kl_div_fwd": Kernel(("loss", "lse", "mass"), lambda v: [blocks(v)], ahead=1),
+    "softmax_kl_div_bwd": Kernel(("dlogits",), ahead=1),
+    "cross_entropy_tvd_fwd": Kernel(
+        ("loss", "distance", "student_lse", "teacher_lse", "share"), lambda v: [blocks(v)] * 2, rows_again, ahead=1
+    ),
+    "cross_entropy_tvd_bwd": Kernel(("dstudent",), ahead=1),
     "logprob_fwd": Kernel(("logp", "entropy", "lse"), lambda v: [blocks(v)], ahead=1),
     "logprob_bwd": Kernel(("dlogits",), ahead=1),
 }

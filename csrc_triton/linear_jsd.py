@@ -7,24 +7,11 @@ from _aot import variants
 from _divergence import is_kept
 from _divergence import jsd_slope
 from _divergence import jsd_terms
+from _lse import LANES
+from _lse import lse_of
+from _lse import lse_step
 
 INF = tl.constexpr(float("inf"))
-LANES = tl.constexpr(1024)
-
-
-@triton.jit
-def lse_step(top, sums, z):
-    """The running maximum and sum of exponentials of each lane, with one more block (steps, LANES) of numbers."""
-    higher = tl.maximum(top, tl.max(z, axis=0))
-    base = tl.where(higher == -INF, 0.0, higher)
-    return higher, sums * tl.exp(tl.where(top == -INF, -INF, top - base)) + tl.sum(tl.exp(z - base[None, :]), axis=0)
-
-
-@triton.jit
-def lse_of(top, sums):
-    highest = tl.max(top, axis=0)
-    base = tl.where(highest == -INF, 0.0, highest)
-    return base + tl.log(tl.sum(sums * tl.exp(tl.where(top == -INF, -INF, top - base)), axis=0))
 
 
 @variants(
@@ -82,7 +69,9 @@ def softmax_jsd_fwd(
         keep = at < n
         x_top, x_sums = lse_step(x_top, x_sums, tl.where(keep, tl.load(x_at + at, mask=keep, other=0.0) * scale, -INF))
         y_top, y_sums = lse_step(y_top, y_sums, tl.where(keep, tl.load(y_at + at, mask=keep, other=0.0) * scale, -INF))
-    x_lse, y_lse = tl.where(valid, lse_of(x_top, x_sums), 0.0), tl.where(valid, lse_of(y_top, y_sums), 0.0)
+    x_base, x_log = lse_of(x_top, x_sums)
+    y_base, y_log = lse_of(y_top, y_sums)
+    x_lse, y_lse = tl.where(valid, x_base + x_log, 0.0), tl.where(valid, y_base + y_log, 0.0)
     losses = tl.full((BLOCK,), 0.0, tl.float32)
     x_shares, y_shares = losses, losses
     for start in range(0, end, BLOCK):

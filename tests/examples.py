@@ -41,6 +41,9 @@ EXAMPLES = {
     "relu_squared": lambda t: (tensors((3, 4, 24), dtype=t), {}),
     "dyt": lambda t: (tensors((3, 4, 24), (1,), (24,), (24,), dtype=t), {}),
     "attn_res": lambda t: (tensors((3, 2, 4, 24), (24,), (24,), dtype=t), {}),
+    "mhc_coeffs": lambda t: (tensors((3, 2, 4, 8), (32, 24), (24,), (), (), (), dtype=t), {"tmax": 3}),
+    "mhc_pre": lambda t: (tensors((3, 2, 4, 24), (3, 2, 4), dtype=t), {}),
+    "mhc_post_res": lambda t: (tensors((3, 2, 4, 24), (3, 2, 24), (3, 2, 4), (3, 2, 4, 4), dtype=t), {}),
     "embedding": lambda t: ([*tensors((10, 24), dtype=t), targets(3, 4, classes=10)], {"padding_idx": 1}),
     "poly_norm": lambda t: (tensors((3, 4, 24), (3,), (1,), dtype=t), {}),
     "softmax": lambda t: (tensors((3, 4, 24), dtype=t), {}),
@@ -64,6 +67,14 @@ EXAMPLES = {
         [*tensors((6, 16), (50, 16), (6, 8), (50, 8), dtype=t), targets(6, classes=50)],
         {"temperature": 0.7, "ignore_index": 7},
     ),
+    "linear_kl_div": lambda t: (
+        [*tensors((6, 16), (50, 16), dtype=t), probabilities((6, 50), dtype=t), targets(6, classes=50)],
+        {"temperature": 0.7, "ignore_index": 7},
+    ),
+    "cross_entropy_tvd": lambda t: (
+        [*tensors((6, 50), dtype=t), *constant((6, 50), dtype=t), targets(6, classes=50)],
+        {"ignore_index": 7},
+    ),
     "linear_logprob": lambda t: ([*tensors((6, 16), (50, 16), dtype=t), targets(6, classes=50)], {"temperature": 0.7}),
 }
 
@@ -74,6 +85,10 @@ class Constant(torch.Tensor):
 
 def constant(*shapes, dtype):
     return [t.as_subclass(Constant) for t in tensors(*shapes, dtype=dtype)]
+
+
+def probabilities(shape, dtype):
+    return tensors(shape, dtype=dtype)[0].softmax(-1).as_subclass(Constant)
 
 
 def leaves(arguments):

@@ -43,6 +43,7 @@ MODULES = {
     "poly_norm": ["LigerPolyNorm"],
     "softmax": ["LigerSoftmax"],
     "sparsemax": ["LigerSparsemax"],
+    "mhc": ["LigerMHC"],
     "multi_token_attention": ["LigerMultiTokenAttention"],
     "fused_neighborhood_attention": [f"LigerFusedNeighborhoodAttention{part}" for part in ("", "Layer", "Config")],
     "rope": ["liger_rotary_pos_emb", "liger_rotary_pos_emb_gpt_oss", "liger_rotary_pos_emb_vision"],
@@ -65,6 +66,9 @@ MODULES = {
     "kl_div": ["LigerKLDIVLoss"],
     "jsd": ["LigerJSD"],
     "fused_linear_jsd": ["LigerFusedLinearJSD"],
+    "fused_linear_kl_div": ["LigerFusedLinearKLDivLoss"],
+    "fused_ce_tvd": ["LigerFusedCETVDLoss"],
+    "grpo_loss": ["fused_selective_log_softmax", "triton_grpo_loss"],
     "tvd": ["LigerTVDLoss"],
     "fused_linear_cross_entropy": ["LigerFusedLinearCrossEntropyLoss"],
     "vocab_parallel_cross_entropy": ["LigerVocabParallelCrossEntropy"],
@@ -83,6 +87,9 @@ FUNCTIONS = [
     "PolyNorm",
     "Embedding",
     "AttnRes",
+    "MHCCoeffs",
+    "MHCPre",
+    "MHCPostRes",
     "Softmax",
     "Sparsemax",
     "MultiTokenAttention",
@@ -100,10 +107,15 @@ FUNCTIONS = [
     "JSD",
     "TVDLoss",
     "FusedLinearJSD",
+    "FusedLinearKLDiv",
+    "FusedCETVD",
+    "FusedLinearScaledCrossEntropy",
+    "FusedLinearScaledCrossEntropyTP",
     "VocabParallelCE",
     "TiledMLP",
     "MLP",
 ]
+FUNCTIONS = [*(f"Liger{name}Function" for name in FUNCTIONS), "GrpoLossFunction"]
 
 
 def parameters(function):
@@ -144,8 +156,9 @@ def test_every_name_of_ligers_is_here_or_listed_as_missing(module):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_autograd_functions_apply_as_ligers(name):
     theirs = pytest.importorskip("liger_kernel.ops", reason="liger-kernel, to compare signatures with, is not installed")
-    name = f"Liger{name}Function"
-    assert parameters(getattr(liger_aot.ops, name).apply) == parameters(getattr(theirs, name).forward)
+    function = getattr(theirs, name)  # of autograd, or a class that picks one by the device
+    expected = function.forward if issubclass(function, torch.autograd.Function) else function.apply
+    assert parameters(getattr(liger_aot.ops, name).apply) == parameters(expected)
     with pytest.raises(AttributeError, match="LigerOtherFunction"):
         liger_aot.ops.LigerOtherFunction  # noqa: B018
 
@@ -197,6 +210,8 @@ BUILD = {
     "LigerKLDIVLoss": (),
     "LigerJSD": (),
     "LigerFusedLinearJSD": (),
+    "LigerFusedLinearKLDivLoss": (),
+    "LigerFusedCETVDLoss": (),
     "LigerTVDLoss": (),
     "LigerVocabParallelCrossEntropy": (),
 }
@@ -475,6 +490,53 @@ def test_attn_res():
     torch.testing.assert_close(liger_aot.ops.LigerAttnResFunction.apply(v, query, weight, 1e-2), want)
 
 
+def test_mhc():
+    x, f_out, h_pre = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 6), torch.randn(2, 3, 4)
+    parameters = torch.randn(24, 24), torch.randn(24), *torch.rand(3).unbind()
+    options = {"tmax": 2, "rms_eps": 1e-2, "pre_eps": 0.5, "sinkhorn_eps": 1e-2, "post_mult": 3.0}
+    coefficients = formulas.mhc_coeffs(**options)(x, *parameters)
+    torch.testing.assert_close(L.liger_mhc_coeffs(x, *parameters, allow_fp32=True, **options), coefficients)
+    got = liger_aot.ops.LigerMHCCoeffsFunction.apply(x, *parameters, True, *options.values())
+    torch.testing.assert_close(got, coefficients)
+    x_in, x_out = formulas.mhc_pre(x, h_pre), formulas.mhc_post_res(x, f_out, *coefficients[1:])
+    torch.testing.assert_close(L.liger_mhc_apply(x, f_out, h_pre, *coefficients[1:]), x_out)
+    torch.testing.assert_close(L.liger_mhc_apply(x, f_out, h_pre, *coefficients[1:], return_x_in=True), (x_out, x_in))
+    torch.testing.assert_close(liger_aot.ops.LigerMHCPreFunction.apply(x, h_pre), x_in)
+    torch.testing.assert_close(liger_aot.ops.LigerMHCPostResFunction.apply(x, f_out, *coefficients[1:]), x_out)
+    want = formulas.mhc_post_res(x, formulas.mhc_pre(x, coefficients[0]).tanh(), *coefficients[1:])
+    got = L.liger_mhc_forward(x, torch.tanh, *parameters, allow_fp32=True, return_coeffs=True, **options)
+    torch.testing.assert_close(got, (want, coefficients))
+    with pytest.raises(ValueError, match=r"liger_mhc_coeffs: x must be float16 or bfloat16, got .*; pass allow_fp32=True"):
+        L.liger_mhc_coeffs(x, *parameters)
+
+
+@pytest.mark.parametrize(("dtype", "phi_dtype"), [(torch.bfloat16, torch.float16), (torch.float32, torch.float32)], ids=str)
+def test_mhc_module(dtype, phi_dtype):
+    """The layer's input has its dtype, whatever the streams have."""
+    layer = torch.nn.Linear(6, 6)
+    module = names.LigerMHC(layer, hc=4, c=6, tmax=3, pre_eps=0.1, phi_dtype=phi_dtype, allow_fp32=dtype == torch.float32)
+    x = torch.randn(2, 3, 4, 6).to(dtype)
+    y = module(x)
+    y.float().sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    parameters = (p.float() for p in (module.phi, module.b, module.alpha_pre, module.alpha_post, module.alpha_res))
+    h_pre, h_post, h_res = formulas.mhc_coeffs(3, pre_eps=0.1)(x.float(), *parameters)
+    want = formulas.mhc_post_res(x.float(), layer(formulas.mhc_pre(x.float(), h_pre).to(dtype).float()), h_post, h_res)
+    torch.testing.assert_close(y, want.to(dtype))
+    with pytest.raises(ValueError, match=re.escape("LigerMHC: x must have shape (..., 4, 6), got (2, 3, 6, 4)")):
+        module(x.mT)
+
+
+def test_mhc_module_is_built_as_ligers():
+    theirs = pytest.importorskip("liger_kernel.transformers.mhc", reason="liger-kernel, to compare with, is not installed")
+    layer = torch.nn.Linear(6, 6)
+    ours, theirs = (module.LigerMHC(layer, hc=4, c=6, tmax=3) for module in (names, theirs))
+    shapes = {k: (v.shape, v.dtype) for k, v in theirs.state_dict().items()}
+    assert {k: (v.shape, v.dtype) for k, v in ours.state_dict().items()} == shapes
+    assert vars(theirs).keys() <= vars(ours).keys()
+    assert repr(ours) == repr(theirs)
+
+
 @pytest.mark.parametrize("padding_idx", [None, 2])
 def test_embedding(padding_idx):
     indices, module = torch.randint(9, (3, 20)), build("LigerEmbedding", 9, 12, padding_idx)
@@ -541,9 +603,31 @@ def test_divergences_by_position():
         liger_aot.ops.LigerFusedLinearJSDFunction.apply(a, v, b, w, labels, 0.1, 2, 2.0, torch.float32),
     ):
         torch.testing.assert_close(got, want)
+    given = torch.rand(8, 6).requires_grad_()  # which gets no gradient
+    want = (given * (given.clamp(min=0.3).log() - (a @ v.t() / 2).log_softmax(-1)) * keep).sum() / (6 * keep.sum())
+    options = "mean", 2, 2.0, 0.3, torch.float32
+    for got in (
+        L.liger_fused_linear_kl_div(a, v, given, labels, *options),
+        names.LigerFusedLinearKLDivLoss(*options)(a, v, given, labels),
+        liger_aot.ops.LigerFusedLinearKLDivFunction.apply(a, v, given, labels, *options),
+    ):
+        assert not got.requires_grad
+        torch.testing.assert_close(got, want.detach())
     half = x.bfloat16()
     losses = L.liger_kl_div(half, half.exp()), L.liger_tvd(half.exp(), half.exp()), L.liger_jsd(half, half)
     assert [loss.dtype for loss in losses] == [torch.float32, torch.float32, torch.bfloat16]  # as Liger's are
+
+
+def test_cross_entropy_and_distance_by_position():
+    x, teacher, target = torch.randn(8, 9), torch.randn(8, 9).requires_grad_(), torch.randint(9, (8,))
+    target[3] = 2
+    want = formulas.cross_entropy_tvd(2)(x, teacher.detach(), target)
+    for got in (
+        liger_aot.ops.LigerFusedCETVDFunction.apply(x, teacher, target, 2),
+        names.LigerFusedCETVDLoss(2)(x, teacher, target),
+    ):
+        assert not any(out.requires_grad for out in got)  # the teacher gets no gradient
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("mode", ["global", "partition"])

@@ -31,6 +31,9 @@ PLACED = {
     "modulated_rms_norm": [[Shard(0), Shard(0), Shard(0), WHOLE], [Shard(1), WHOLE, WHOLE, WHOLE]],
     "poly_norm": [[Shard(d), WHOLE, WHOLE] for d in (0, 1)],
     "attn_res": [[Shard(d), WHOLE, WHOLE] for d in (1, 2)],
+    "mhc_coeffs": [[Shard(d), *[WHOLE] * 5] for d in (0, 1)],
+    "mhc_pre": [[Shard(d)] * 2 for d in (0, 1)],
+    "mhc_post_res": [[Shard(d)] * 4 for d in (0, 1)],
     "embedding": [[WHOLE, Shard(0)]],
     "softmax": [[Shard(d)] for d in (0, 1)],
     "sparsemax": [[Shard(d)] for d in (0, 1)],
@@ -44,6 +47,7 @@ PLACED = {
         [Shard(2), Shard(2), Shard(1), Shard(1)],
     ],
     "cross_entropy": [[Shard(0), Shard(0)]],
+    "cross_entropy_tvd": [[Shard(0), Shard(0), Shard(0)]],
 }
 CASES = [(name, placed) for name, all_placed in PLACED.items() for placed in all_placed]
 # Sharded where a row is: right as well, if not without gathering.

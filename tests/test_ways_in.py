@@ -32,6 +32,7 @@ from liger_aot.__main__ import main
 from liger_aot.transformers import AutoLigerKernelForCausalLM
 from liger_aot.transformers import apply_liger_kernel_to_granite
 from liger_aot.transformers import apply_liger_kernel_to_llama
+from liger_aot.transformers import is_transformers_available
 from liger_aot.transformers import kernel_layers
 from liger_aot.transformers import monkey_patch
 from liger_aot.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
@@ -451,10 +452,12 @@ def test_transformers_is_optional(tmp_path):
                 getattr(liger_aot.transformers, name)
             except ImportError as error:
                 print(error)
+        print(liger_aot.transformers.is_transformers_available())
     """
     out = alone(code, without(tmp_path, "transformers"))
     remedy = "needs transformers, which is not installed: pip install 'liger-aot[transformers]'"
-    assert out.splitlines() == [f"LigerCallback {remedy}", f"AutoLigerKernelForCausalLM {remedy}"]
+    assert out.splitlines() == [f"LigerCallback {remedy}", f"AutoLigerKernelForCausalLM {remedy}", "False"]
+    assert is_transformers_available()
 
 
 # --- layers for the kernels library

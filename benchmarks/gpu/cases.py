@@ -21,6 +21,7 @@ EPS = 1e-6
 HEAD = 128
 CHANNELS, GROUPS = 512, 32
 IMAGE = 1024  # tokens
+STREAMS = 4
 
 
 @dataclasses.dataclass
@@ -89,6 +90,16 @@ def eager_linear_jsd(*heads):
     return eager_jsd(*(functional.linear(*head).float().log_softmax(-1) for head in (heads[:2], heads[2:])))
 
 
+def eager_linear_kl_div(hidden, weight, target):
+    logs = functional.linear(hidden, weight).float().log_softmax(-1)
+    return functional.kl_div(logs, target.float(), reduction="batchmean")
+
+
+def eager_cross_entropy_tvd(x, teacher, target):
+    distance = (x.float().softmax(-1) - teacher.float().softmax(-1)).abs().sum(-1) / 2
+    return functional.cross_entropy(x.float(), target, reduction="none"), distance
+
+
 def eager_poly_norm(x, weight, bias):
     normal = [u * torch.rsqrt(u.square().mean(-1, keepdim=True) + EPS) for u in (x.float() ** 3, x.float().square(), x.float())]
     return (weight[0] * normal[0] + weight[1] * normal[1] + weight[2] * normal[2] + bias).to(x.dtype)
@@ -101,6 +112,20 @@ def eager_modulated_rms_norm(x, scale, shift, weight):
 def eager_attn_res(v, query, weight):
     scores = (functional.rms_norm(v, weight.shape, weight, EPS) * query).sum(-1)
     return torch.einsum("d...,d...n->...n", scores.softmax(0), v)
+
+
+def eager_mhc_coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res):
+    hc, xs = x.shape[-2], x.flatten(-2)
+    mix = (xs @ phi).float() * torch.rsqrt(xs.float().square().mean(-1, keepdim=True) + EPS)
+    (pre, post, res), (b_pre, b_post, b_res) = (t.split([hc, hc, hc * hc], -1) for t in (mix, b))
+    matrix = (alpha_res * res + b_res).unflatten(-1, (hc, hc)).softmax(-1) + EPS
+    for n in range(39):  # columns, rows, columns, ...
+        matrix = matrix / (matrix.sum(-1 if n % 2 else -2, keepdim=True) + EPS)
+    return torch.sigmoid(alpha_pre * pre + b_pre), 2 * torch.sigmoid(alpha_post * post + b_post), matrix
+
+
+def eager_mhc_post_res(x, f_out, h_post, h_res):
+    return h_res.to(x.dtype) @ x + h_post.to(x.dtype)[..., None] * f_out[..., None, :]
 
 
 # The same in torch's own parts, as transformers has it where torch has no function of that name.
@@ -118,6 +143,9 @@ IN_TORCH = {
     "embedding": lambda weight, indices: functional.embedding(indices, weight),
     "poly_norm": eager_poly_norm,
     "attn_res": eager_attn_res,
+    "mhc_coeffs": eager_mhc_coeffs,
+    "mhc_pre": lambda x, h_pre: (h_pre[..., None] * x).sum(-2).to(x.dtype),
+    "mhc_post_res": eager_mhc_post_res,
     "modulated_rms_norm": eager_modulated_rms_norm,
     "relu_squared": lambda x: functional.relu(x).square(),
     "softmax": lambda x: functional.softmax(x, -1),
@@ -133,6 +161,8 @@ IN_TORCH = {
     "jsd": eager_jsd,
     "tvd": lambda x, y: (x - y).abs().sum() / (2 * len(x)),
     "linear_jsd": eager_linear_jsd,
+    "linear_kl_div": eager_linear_kl_div,
+    "cross_entropy_tvd": eager_cross_entropy_tvd,
     "vocab_parallel_cross_entropy": functional.cross_entropy,
 }
 
@@ -259,6 +289,35 @@ def attn_res(tokens, hidden, liger):
     return Timed(inputs, calls("attn_res", liger and liger.liger_attn_res), (size + size // 8, 2 * size + size // 8))
 
 
+def streams(tokens, hidden):
+    """Of a layer with four of them, as the paper has: they, the layer's output, and coefficients."""
+    h_post, h_res = (torch.rand(tokens, *last).requires_grad_() for last in ((STREAMS,), (STREAMS, STREAMS)))
+    return leaf(tokens, STREAMS, hidden), leaf(tokens, hidden), h_post, h_res
+
+
+def mhc_coeffs(tokens, hidden, liger):
+    x, width, heads = streams(tokens, hidden)[0], STREAMS * hidden, STREAMS * (STREAMS + 2)
+    inputs = [x, leaf(width, heads, scale=width**-0.5), torch.zeros(heads).requires_grad_()]
+    inputs += [torch.ones(()).requires_grad_() for _ in range(3)]
+    flops = 2 * tokens * width * heads
+    found = calls("mhc_coeffs", liger and liger.liger_mhc_coeffs)
+    return Timed(inputs, found, (x.nbytes, 2 * x.nbytes), (flops, 2 * flops))
+
+
+def mhc_pre(tokens, hidden, liger):
+    x, f_out, h_pre, _ = streams(tokens, hidden)
+    moved = x.nbytes + f_out.nbytes
+    return Timed([x, h_pre], calls("mhc_pre", liger and liger.liger_mhc_pre), (moved, moved + x.nbytes))
+
+
+def mhc_post_res(tokens, hidden, liger):
+    inputs = streams(tokens, hidden)
+    x, f_out, *_ = inputs
+    moved = 2 * x.nbytes + f_out.nbytes
+    found = calls("mhc_post_res", liger and liger.liger_mhc_post_res)
+    return Timed(list(inputs), found, (moved, moved + x.nbytes + f_out.nbytes))
+
+
 def embedding(tokens, hidden, vocabulary, liger):
     weight, indices = leaf(vocabulary, hidden), torch.randint(vocabulary, (tokens,))
     theirs = liger and (lambda w, i: imported("liger_kernel.ops", "LigerEmbeddingFunction").apply(w, i))
@@ -352,6 +411,20 @@ def linear_jsd(tokens, hidden, vocabulary, liger):
     return Timed([x, weight, y.detach(), other.detach()], found, (2 * forward, backward), (2 * flops[0], flops[1]))
 
 
+def linear_kl_div(tokens, hidden, vocabulary, liger):
+    (x, weight, _), (forward, backward), flops = head(tokens, hidden, vocabulary)
+    target = torch.randn(tokens, vocabulary).softmax(-1).to(DTYPE)
+    found = calls("linear_kl_div", liger and (lambda *inputs: liger.liger_fused_linear_kl_div(*inputs)))
+    return Timed([x, weight, target], found, (forward + target.nbytes, backward), flops)
+
+
+def cross_entropy_tvd(tokens, vocabulary, liger):
+    logits, target = leaf(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
+    theirs = liger and (lambda *inputs: imported("liger_kernel.ops", "LigerFusedCETVDFunction").apply(*inputs))
+    inputs = [logits, leaf(tokens, vocabulary).detach(), target]
+    return Timed(inputs, calls("cross_entropy_tvd", theirs), (2 * logits.nbytes, 3 * logits.nbytes))
+
+
 def vocab_parallel_cross_entropy(tokens, vocabulary, liger):
     """One process's part, without what they tell each other."""
     logits, target = leaf(tokens, vocabulary), torch.randint(vocabulary, (tokens,))
@@ -387,6 +460,9 @@ BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {
     "poly_norm": poly_norm,
     "embedding": embedding,
     "attn_res": attn_res,
+    "mhc_coeffs": mhc_coeffs,
+    "mhc_pre": mhc_pre,
+    "mhc_post_res": mhc_post_res,
     "modulated_rms_norm": modulated_rms_norm,
 }
 BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax", "sparsemax")}
@@ -394,6 +470,7 @@ BUILD |= {"cross_entropy": cross_entropy, "linear_cross_entropy": linear_cross_e
 BUILD |= {"kl_div": divergence("kl_div", {"reduction": "batchmean", "log_target": True}), "jsd": divergence("jsd", {})}
 BUILD |= {"tvd": divergence("tvd", {"reduction": "batchmean"}, log=False), "linear_jsd": linear_jsd}
 BUILD["vocab_parallel_cross_entropy"] = vocab_parallel_cross_entropy
+BUILD |= {"linear_kl_div": linear_kl_div, "cross_entropy_tvd": cross_entropy_tvd}
 BUILD |= {"multi_token_attention": multi_token_attention, "neighborhood_attention": neighborhood_attention}
 
 TOKENS = [1024, 2048, 4096, 16384, 32768]  # besides 8192, the batch of the first cases
@@ -413,11 +490,13 @@ FIRST = [
     ("geglu", {"tokens": 8192, "hidden": 14336}),
     ("linear_logprob", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
     ("linear_jsd", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
-    *((name, {"tokens": 4096, "vocabulary": 128256}) for name in ("jsd", "kl_div", "tvd")),
+    ("linear_kl_div", {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}),
+    *((name, {"tokens": 4096, "vocabulary": 128256}) for name in ("jsd", "kl_div", "tvd", "cross_entropy_tvd")),
     ("vocab_parallel_cross_entropy", {"tokens": 4096, "vocabulary": 32064}),
     ("multi_token_attention", {"tokens": 4096, "hidden": 4096}),
     ("neighborhood_attention", {"tokens": 4096, "hidden": 4096}),
     *((name, {"tokens": 8192, "hidden": 14336 if "glu" in name else 4096}) for name in OTHERS),
+    *((name, {"tokens": 8192, "hidden": 4096}) for name in ("mhc_coeffs", "mhc_pre", "mhc_post_res")),
     ("embedding", {"tokens": 8192, "hidden": 4096, "vocabulary": 128256}),
 ]
 

@@ -6,11 +6,12 @@ from ._as_liger import as_liger
 from ._build import VERSION as __version__  # noqa: N811
 from ._explain import explain
 from ._explain import preload
+from ._verify_model import verify
 from .bind import bind
 from .bind import unbind
-from .bind import verify
 from .functional import attn_res
 from .functional import cross_entropy
+from .functional import cross_entropy_tvd
 from .functional import dyt
 from .functional import embedding
 from .functional import fused_add_rms_norm
@@ -22,7 +23,11 @@ from .functional import kl_div
 from .functional import layer_norm
 from .functional import linear_cross_entropy
 from .functional import linear_jsd
+from .functional import linear_kl_div
 from .functional import linear_logprob
+from .functional import mhc_coeffs
+from .functional import mhc_post_res
+from .functional import mhc_pre
 from .functional import modulated_rms_norm
 from .functional import moe_experts
 from .functional import moe_permute
@@ -46,6 +51,7 @@ __all__ = [
     "attn_res",
     "bind",
     "cross_entropy",
+    "cross_entropy_tvd",
     "dyt",
     "embedding",
     "explain",
@@ -59,7 +65,11 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_jsd",
+    "linear_kl_div",
     "linear_logprob",
+    "mhc_coeffs",
+    "mhc_post_res",
+    "mhc_pre",
     "modulated_rms_norm",
     "moe_experts",
     "moe_permute",

@@ -1,7 +1,8 @@
-"""Bind the operators into a transformers model, and take them off again:  bind(model), unbind(model), verify(model, batch).
+"""Bind the operators into a transformers model, and take them off again:  bind(model), unbind(model).
 
-No model is known by name. Modules are found by what they compute (_find), and get a subclass of their own class (_swap); no
-class, function or module of anybody's is changed, so that other models in the process are untouched.
+No model is known by name. Modules are found by what they compute (recognise), and get a subclass of their own class (_swap), if
+that computes the same here (_trial); no class, function or module of anybody's is changed, so that other models in the process
+are untouched.
 
 In training the loss is computed without logits: lm_head answers with LazyLogits (_lazy), which transformers' own loss code
 shifts and flattens, and whose cross_entropy is linear_cross_entropy. Whatever else is done with them makes real logits of them.
@@ -15,28 +16,27 @@ import torch
 from torch import nn
 
 from ..ops._check import FLOATS
-from . import _find as find
-from . import _rope as ropes
+from ..recognise import Found
+from ..recognise import recognise
+from ..recognise import weights_of
 from . import _swap as swaps
-from ._find import Found
 from ._report import Counts
 from ._report import Report
 from ._report import Row
-from ._verify import Verification
-from ._verify import try_loss
-from ._verify import try_module
-from ._verify import try_rope
-from ._verify import verify
+from ._trial import try_loss
+from ._trial import try_module
+from ._trial import try_rope
 
-__all__ = ["Report", "Row", "Verification", "bind", "unbind", "verify"]
+__all__ = ["Report", "Row", "bind", "unbind"]
 
-# What a kind of module looks like, how its formula is found, what class is swapped in, how that is tried, and the operators.
-KINDS = [
-    (find.norm_like, find.find_norm, swaps.norm_class, try_module, {"rms_norm", "layer_norm"}),
-    (find.glu_like, find.find_glu, swaps.glu_class, try_module, {"swiglu", "geglu", "relu_squared"}),
-    (find.experts_like, find.find_experts, swaps.experts_class, try_module, {"swiglu", "geglu"}),
-    (ropes.attention_like, ropes.find_attention, swaps.rope_class, try_rope, {"rope"}),
-]
+# The class to swap in for a kind of module, and how that is tried.
+CLASSES = {
+    "norm": (swaps.norm_class, try_module),
+    "glu": (swaps.glu_class, try_module),
+    "experts": (swaps.experts_class, try_module),
+    "rope": (swaps.rope_class, try_rope),
+}
+LAYERS = ("rms_norm", "layer_norm", "rope", "swiglu", "geglu", "relu_squared")
 
 PLAIN, DTENSOR = ("torch.nn.parameter.Parameter", "torch.Tensor"), "torch.distributed.tensor.DTensor"
 
@@ -72,32 +72,22 @@ def bind(
     bound = sum(map(swaps.is_bound, model.modules()))
     if bound:
         raise ValueError(f"bind: model must not be bound yet, got one with {bound} bound modules; unbind(model) takes them off")
-    flags = {
-        "rms_norm": rms_norm,
-        "layer_norm": layer_norm,
-        "rope": rope,
-        "swiglu": swiglu,
-        "geglu": geglu,
-        "relu_squared": relu_squared,
-    }
-    wanted = {name for name, flag in flags.items() if flag}
-    counts = Counts()
-    plan = []
+    flags = rms_norm, layer_norm, rope, swiglu, geglu, relu_squared
+    wanted = {name for name, flag in zip(LAYERS, flags, strict=True) if flag}
     operator = "cross_entropy" if cross_entropy else "linear_cross_entropy" if linear_cross_entropy else None
     device = next((p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")), torch.device("cpu"))
     # Trials have gradients and dtypes of their own, wherever bind is called.
+    counts = Counts()
     with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        plan += layers(model, wanted, compile, device)
-        plan += losses(model, keep_logits, operator, counts, device)
+        plan = [*layers(model, wanted, compile, device), *losses(model, keep_logits, operator, counts, device)]
     report = Report([row for _, _, _, row in plan if row], base_path(model), compile, counts)
     missed = [row for row in report.left if row.operator]
     if strict and missed:
         raise RuntimeError(f"bind: strict, and these modules would be left alone:\n{Report(missed, report.base, compile)}")
     try:
-        for module, cls, attributes, _ in plan:
+        for module, cls, loss, _ in plan:
             if cls is not None:
-                swaps.swap(module, cls)
-                vars(module).update(attributes)
+                swaps.swap(module, cls, loss)
     except BaseException:
         unbind(model)
         raise
@@ -107,20 +97,13 @@ def bind(
 def unbind(model: nn.Module) -> None:
     """Give every bound module its own class back. Raises ValueError on what is no module."""
     check_module("unbind", model)
-    for module in model.modules():
-        release(module)
+    for module in filter(swaps.is_bound, model.modules()):
+        swaps.swap(module, swaps.released(type(module)))
 
 
 def check_module(function, model):
     if not isinstance(model, nn.Module):
         raise ValueError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def release(module):
-    if swaps.is_bound(module):
-        swaps.swap(module, swaps.released(type(module)))
-        for name in swaps.HEAD:
-            vars(module).pop(name, None)
 
 
 def base_path(model):
@@ -131,47 +114,46 @@ def base_path(model):
 
 
 def layers(model, wanted, compile, device):
-    """(module, class to swap in or None, attributes, Row) of each norm, gated unit, experts and attention."""
+    """(module, class to swap in or None, what more it gets, Row) of each norm, gated unit, experts and attention."""
     known = {}
-
-    def once(key, look, *args):
-        if key not in known:
-            known[key] = look(*args)
-        return known[key]
-
     for path, module in model.named_modules():
-        search, make, trial, operators = next((rest for like, *rest in KINDS if like(module)), (None, None, None, set()))
-        if not operators & wanted:
+        looks = recognise(module)
+        if looks is None:
             continue
-        key = type(module) if make is swaps.rope_class else find.identity(module)
-        found = once(key, search, module)
+        if looks not in known:
+            known[looks] = tried(module, looks, wanted, compile, device)
+        found, cls = known[looks]
         if found.operator and found.operator not in wanted:
             continue
-        cls = None if found.args is None else swaps.subclass(type(module), make, (compile, *found.args))
-        if why := cls and once((key, cls), trial, module, found.trial, cls, device):
+        if cls and (why := unfit_weights(model, module, DTENSOR)):  # which row by row operators take
             found = found._replace(args=None, why=why)
-        if cls is not None and (why := unfit_weights(model, module, DTENSOR)):  # which row by row operators take
-            found = found._replace(args=None, why=why)
-        yield entry(path, module, found, cls)
+        row = row_of(path, module, found)
+        yield module, cls if row.status == "bound" else None, {}, row
 
 
-def entry(path, module, found, cls, of=None):
-    """The plan of one module, a part of another: bound unless something of their own stands against it."""
+def tried(module, looks, wanted, compile, device):
+    """What a module computes, and the class to swap in, where that is wanted and computes the same here."""
+    kind, _, find = looks
+    found = find(module)
+    if found.args is None or found.operator not in wanted:
+        return found, None
+    make, trial = CLASSES[kind]
+    cls = swaps.subclass(type(module), make, (compile, *found.args))
+    why = trial(module, cls, found.trial, device)
+    return (found._replace(args=None, why=why), None) if why else (found, cls)
+
+
+def row_of(path, module, found, of=None):
+    """The row of one module, a part of another: bound unless something of their own stands against it."""
     status, why = "bound", found.why
+    parts = (module.get_submodule(name) for name, _ in found.parts)  # in whose place the operator computes
     if found.args is None:
         status = "left"
-    elif own := [m for m in (module, of, *activations(module, cls)) if m is not None and shadowed(m)]:
+    elif own := [m for m in (module, of, *parts) if m is not None and shadowed(m)]:
         status, why = "shadowed", f"this {type(own[0]).__name__} has a forward of its own"
     elif any(p.is_floating_point() and p.dtype not in FLOATS for p in module.parameters()):
         status, why = "left", "kernels take float32, float16 and bfloat16"
-    row = Row(path, type(module).__name__, found.operator, status, found.formula, why)
-    return module, cls if status == "bound" else None, {}, row
-
-
-def activations(module, cls):
-    """The children in whose place an operator computes."""
-    gated = cls is not None and cls._liger.make in (swaps.glu_class, swaps.experts_class)
-    return [child for name, child in module.named_children() if name not in find.linears(module)] if gated else []
+    return Row(path, type(module).__name__, found.operator, status, found.formula, why)
 
 
 def shadowed(module):
@@ -193,16 +175,16 @@ def losses(model, keep_logits, operator, counts, device):
             continue
         if operator and head not in heads:
             why = unfit_head(model, head) or try_loss(operator, swaps.linears_of(head)[0], device)
-            plan = entry(paths.get(head, ""), head, Found(operator, "lazy logits", why, None if why else ()), None, module)
-            heads[head] = plan[3].status == "bound"
-            yield plan
+            row = row_of(paths.get(head, ""), head, Found(operator, "lazy logits", why, None if why else ()), module)
+            heads[head] = row.status == "bound"
+            yield head, None, {}, row
             for linear in swaps.linears_of(head) if heads[head] else ():
-                attributes = {"liger_lazy": set(), "liger_real": operator == "cross_entropy", "liger_counts": counts}
-                yield linear, swaps.subclass(type(linear), swaps.head_class, ()), attributes, None
+                loss = {"liger_lazy": set(), "liger_real": operator == "cross_entropy", "liger_counts": counts}
+                yield linear, swaps.subclass(type(linear), swaps.head_class, ()), loss, None
         if not shadowed(module):  # for its skip_logits, if for nothing else
             fused = heads.get(head, False)
-            attributes = {"liger_counts": counts} if fused else {}
-            yield module, swaps.subclass(kind, swaps.model_class, (keep_logits, fused)), attributes, None
+            loss = {"liger_counts": counts} if fused else {}
+            yield module, swaps.subclass(kind, swaps.model_class, (keep_logits, fused)), loss, None
 
 
 def unfit_head(model, head):
@@ -219,7 +201,7 @@ def unfit_head(model, head):
 
 def unfit_weights(model, module, *taken):
     """Why the weights of a module are none that kernels could read; empty where they are plain ones, or FSDP2 makes them so."""
-    kinds = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, find.weights_of(module).values())} - {*PLAIN, *taken}
+    kinds = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, weights_of(module).values())} - {*PLAIN, *taken}
     if not kinds or any(c.__module__.startswith("torch.distributed.fsdp") for m in model.modules() for c in type(m).__mro__):
         return ""
     return f"its weights are {', '.join(sorted(kinds))}"

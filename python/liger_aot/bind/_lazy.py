@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from ..functional import cross_entropy
 from ..functional import linear_cross_entropy
@@ -112,7 +113,6 @@ class LazyLogits:
 
     dtype = property(lambda self: self.form.dtype)
     device = property(lambda self: self.form.hidden.device)
-    is_cuda = property(lambda self: self.form.hidden.is_cuda)
     ndim = property(lambda self: self.form.hidden.ndim)
     shape = property(lambda self: torch.Size((*self.form.hidden.shape[:-1], self.form.classes)))
 
@@ -127,9 +127,6 @@ class LazyLogits:
 
     def __len__(self):
         return self.shape[0]
-
-    def __repr__(self):
-        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @property
     def requires_grad(self):
@@ -245,11 +242,7 @@ def first(count, parameter):
 
 def tensors(x, why):
     """x with tensors in the place of lazy logits."""
-    if isinstance(x, LazyLogits):
-        return x.compute(why)
-    if isinstance(x, dict):
-        return {key: tensors(value, why) for key, value in x.items()}
-    return type(x)([tensors(value, why) for value in x]) if type(x) in (tuple, list) else x
+    return tree_map_only(LazyLogits, lambda lazy: lazy.compute(why), x)
 
 
 def operation(name):

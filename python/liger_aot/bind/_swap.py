@@ -12,20 +12,22 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
+from .._hooks import altered
+from .._hooks import hooked
 from ..ops._check import FLOATS
 from ..ops._check import under_autocast
 from ..ops.layer_norm import layer_norm
-from ..ops.packed_glu import packed_glu
 from ..ops.rms_norm import rms_norm
-from ._find import HALVES
-from ._find import called
-from ._find import parameters_of
-from ._find import unit_of
+from ..ops.rope import rope
+from ..recognise._glu import operator_of
+from ..recognise._probe import called
+from ..recognise._probe import parameters_of
+from ..recognise._rope import parts_of
+from ..recognise._rope import rotated
 from ._lazy import LazyLogits
 from ._lazy import lazy_logits
-from ._rope import rope_functions
-from ._rope import rotation
 
 
 class Bound(NamedTuple):
@@ -42,7 +44,15 @@ def left(compile, x):
     return inductor or x.dtype not in FLOATS
 
 
-def computing(original, compile, compute, method="forward"):
+def untouched(module, parts):
+    """Whether the children that an operator replaces are what they were when module was bound, and nobody watches them."""
+    children = module._modules
+    return all(
+        type(children.get(n)) is kind and not altered(children[n]) and not getattr(children[n], "p", 0) for n, kind in parts
+    )
+
+
+def computing(original, compile, compute, parts=(), method="forward"):
     """A method that computes from its one argument; called otherwise it does what the original does, which may be to raise."""
     own = getattr(original, method)
     name = next(iter(parameters_of(own)[1:]), None)
@@ -50,18 +60,17 @@ def computing(original, compile, compute, method="forward"):
     @functools.wraps(own)
     def computed(self, *args, **kwargs):
         x = args[0] if args else kwargs.get(name)
-        if x is None or len(args) + len(kwargs) != 1 or left(compile, x):
+        if x is None or len(args) + len(kwargs) != 1 or left(compile, x) or not untouched(self, parts):
             return own(self, *args, **kwargs)
         return compute(self, x)
 
     return {method: computed}
 
 
-def described(original, text):
-    def extra_repr(self):
-        return ", ".join(part for part in (original.extra_repr(self), text) if part)
+# What bound classes are called, by their operator.
+NAMES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "swiglu": "SwiGLU", "geglu": "GEGLU", "relu_squared": "ReLUSquared"}
 
-    return extra_repr
+# What follows gives the name of a bound class, what its extra_repr adds, and its other members.
 
 
 def norm_class(original, compile, operator, place, one_dtype, dims, weights, offset=0.0, casting=""):
@@ -85,48 +94,26 @@ def norm_class(original, compile, operator, place, one_dtype, dims, weights, off
         options = f", offset={offset}, casting={casting}" if casting else ""
         return f"{shape}, eps={eps_of(self)}{options}, was={original.__name__}"
 
-    name = "LigerLayerNorm" if operator == "layer_norm" else "LigerRMSNorm"
-    return name, {"extra_repr": extra_repr, **computing(original, compile, compute)}
+    return f"Liger{NAMES[operator]}", "", {"extra_repr": extra_repr, **computing(original, compile, compute)}
 
 
-def untouched(module, others):
-    """Whether the children that are no linear layers are what they were when module was bound, and nobody watches them."""
-    children = module._modules
-    if any(type(children.get(n)) is not t or "forward" in children[n].__dict__ for n, t in others):
-        return False
-    return all(not hooked(children[n]) and not getattr(children[n], "p", 0) for n, t in others)
-
-
-def unit(kind, act):
-    """The operator, of what the first layers give."""
-    if kind == "gate_up":
-        return lambda h: packed_glu(h, act)
-    operator, split = unit_of(kind, act)[2], HALVES.get(kind, lambda *outputs: outputs)
-    return lambda *outputs: operator(*split(*outputs))
-
-
-def glu_class(original, compile, kind, act, names, others):
+def glu_class(original, compile, kind, act, names, parts):
     *first, down = names
-    name, activate = unit_of(kind, act)[1], unit(kind, act)
+    name, activate = operator_of(kind, act)
 
     def compute(self, x):
-        if not untouched(self, others):
-            return original.forward(self, x)
         return getattr(self, down)(activate(*(getattr(self, layer)(x) for layer in first)))
 
-    text = described(original, f"{kind}, {act}, was={original.__name__}")
-    return f"{name}MLP", {"extra_repr": text, **computing(original, compile, compute)}
+    return f"Liger{NAMES[name]}MLP", f"{kind}, {act}, was={original.__name__}", computing(original, compile, compute, parts)
 
 
-def experts_class(original, compile, kind, act, others):
+def experts_class(original, compile, kind, act, parts):
     from ..transformers.experts import experts_forward  # here, because it imports transformers
     from ..transformers.experts import in_the_place_of
 
-    name, activate = unit_of(kind, act)[1], unit(kind, act)
+    name, activate = operator_of(kind, act)
 
     def compute(self, x):
-        if not untouched(self, others):
-            return original._apply_gate(self, x)
         return activate(x)
 
     @functools.wraps(original.forward)
@@ -134,9 +121,26 @@ def experts_class(original, compile, kind, act, others):
         ours = in_the_place_of("grouped_mm", self) and not left(compile, hidden_states)
         return (experts_forward if ours else original.forward)(self, hidden_states, *args, **kwargs)
 
-    text = described(original, f"experts, {kind}, {act}, was={original.__name__}")
-    computed = computing(original, compile, compute, "_apply_gate")
-    return f"{name}Experts", {"extra_repr": text, "forward": forward, **computed}
+    members = {"forward": forward, **computing(original, compile, compute, parts, "_apply_gate")}
+    return f"Liger{NAMES[name]}Experts", f"experts, {kind}, {act}, was={original.__name__}", members
+
+
+def rotation(function, compile, form, places, mixed):
+    """A function like an attention's own, which is called where the operator does not take the tensors."""
+    names = parameters_of(function)
+    heads, turns = parts_of(names)
+
+    @functools.wraps(function)
+    def rotate(*args, **kwargs):
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        xs, angles = [given.get(name) for name in heads], [given.get(name) for name in turns]
+        results = None
+        if all(isinstance(x, torch.Tensor) for x in xs + angles) and not left(compile, xs[0]):
+            positions, dim = given.get("position_ids"), given.get("unsqueeze_dim")
+            results = rotated(rope, form, places, xs, angles, positions, dim, mixed)
+        return function(*args, **kwargs) if results is None else results
+
+    return rotate
 
 
 def rope_class(original, compile, functions):
@@ -144,22 +148,16 @@ def rope_class(original, compile, functions):
 
     Without "__name__" in them torch.compile reads this dict and not the module of that name.
     """
-    forward, known, own = original.forward, rope_functions(original.forward), functools.partial(left, compile)
-    scope = {**forward.__globals__, **{name: rotation(known[name], own, *args) for name, *args in functions}}
+    forward = original.forward
+    scope = {**forward.__globals__}
+    for name, form, places, mixed in functions:
+        scope[name] = rotation(scope[name], compile, form, dict(places), mixed)
     del scope["__name__"]
-    clone = types.FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+    clone = types.FunctionType(forward.__code__, scope, None, forward.__defaults__, forward.__closure__)
     functools.update_wrapper(clone, forward)
     del clone.__wrapped__
     clone.__kwdefaults__ = forward.__kwdefaults__
-    return original.__name__, {"forward": clone, "extra_repr": described(original, "rope=liger")}
-
-
-def hooked(module):
-    """Whether anybody's hooks see a call of module, but for those that only gather its weights."""
-    own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    everybodys = torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks
-    hooks = [hook for hooks in (*own, *everybodys) for hook in hooks.values()]
-    return any(not getattr(hook, "__module__", "").startswith(("torch.distributed.", "deepspeed.")) for hook in hooks)
+    return original.__name__, "rope=liger", {"forward": clone}
 
 
 def thread():
@@ -185,15 +183,15 @@ def head_class(original):
         if use is not None or thread() not in self.liger_lazy:
             return (use or original.forward)(self, input)
         if hasattr(self.weight, "__tensor_flatten__"):  # a tensor around others, as quantised or distributed ones are
-            self.count(f"materialised: the head's weight is a {type(self.weight).__name__}", torch.compiler.is_compiling())
-            return original.forward(self, input)
-        if hooked(self):  # which would see two calls, neither of which gives logits
-            self.count("materialised: a hook on the head", torch.compiler.is_compiling())
-            return original.forward(self, input)
-        return lazy_logits(self, input)
+            why = f"the head's weight is a {type(self.weight).__name__}"
+        elif hooked(self):  # which would see two calls, neither of which gives logits
+            why = "a hook on the head"
+        else:
+            return lazy_logits(self, input)
+        self.count(f"materialised: {why}", torch.compiler.is_compiling())
+        return original.forward(self, input)
 
-    text = described(original, "loss=liger")
-    return "LigerLMHead", {"forward": forward, "logits": original.forward, "count": count, "extra_repr": text}
+    return "LigerLMHead", "loss=liger", {"forward": forward, "logits": original.forward, "count": count}
 
 
 def linears_of(head):
@@ -203,16 +201,21 @@ def linears_of(head):
 
 
 def heads_of(model, own_loss):
-    """The bound heads of a model, and why those are to give it logits all the same; empty where they need not."""
-    output, why = model.get_output_embeddings(), ""
+    """The bound heads of a model; none, and counted why, where there are none or they are to give it logits all the same."""
+    output = model.get_output_embeddings()
     heads = [] if output is None else [m for m in output.modules() if isinstance(m, nn.Linear) and hasattr(type(m), "logits")]
-    if own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
-        why = "CrossEntropyLoss"
+    if not heads:
+        why = "unbound: another head than the one that was bound"
+    elif own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
+        why = "materialised: CrossEntropyLoss"
     elif any(all(head is not m for m in linears_of(output)) for head in heads):  # which may give it weights for its calls
-        why = "a wrapper around the head"
-    elif heads and own_logits(model):
-        why = "a loss_function that is not transformers'"
-    return heads, why
+        why = "materialised: a wrapper around the head"
+    elif own_logits(model):
+        why = "materialised: a loss_function that is not transformers'"
+    else:
+        return heads
+    count(model, why, torch.compiler.is_compiling())
+    return []
 
 
 def own_logits(model):
@@ -236,11 +239,7 @@ def model_class(original, keep_logits, fused):
     def forward(self, *args, skip_logits=None, **kwargs):
         labels = args[place] if len(args) > place else kwargs.get("labels")
         wanted = fused and is_bound(self) and labels is not None and (self.training or skip_logits is not None)
-        heads, why = heads_of(self, own_loss) if wanted else ([], "")
-        if wanted and (why or not heads):
-            what = f"materialised: {why}" if heads else "unbound: another head than the one that was bound"
-            count(self, what, torch.compiler.is_compiling())
-            heads = []
+        heads = heads_of(self, own_loss) if wanted else []
         if not heads:
             return original.forward(self, *args, **kwargs)
         who = thread()
@@ -260,25 +259,20 @@ def model_class(original, keep_logits, fused):
         old = self.get_output_embeddings()
         original.set_output_embeddings(self, head)
         if isinstance(head, nn.Linear) and type(old) is subclass(type(head), head_class, ()):
-            swap(head, type(old))
-            vars(head).update({name: vars(old)[name] for name in HEAD})
+            swap(head, type(old), loss_of(old))
 
-    text = described(original, "loss=liger" if fused else "")
-    members = {"forward": forward, "set_output_embeddings": set_output_embeddings, "extra_repr": text}
-    return original.__name__, {"__qualname__": original.__qualname__, **members}
+    members = {"__qualname__": original.__qualname__, "set_output_embeddings": set_output_embeddings}
+    return original.__name__, "loss=liger" if fused else "", {"forward": forward, **members}
 
 
 def without_lazy(out, drop):
     """A model's output with None, or the computed logits, where it has lazy ones."""
-    if type(out) is LazyLogits:
-        return None if drop else out.compute("keep_logits")
-    if isinstance(out, (tuple, list)):
-        plain = [without_lazy(o, drop) for o in out]
-        return type(out)(*plain) if hasattr(out, "_fields") else type(out)(plain)
-    if isinstance(out, dict):  # as transformers' outputs are
-        for key in [key for key, o in out.items() if type(o) is LazyLogits]:
-            out[key] = without_lazy(out[key], drop)
-    return out
+
+    def plain(lazy):
+        return None if drop else lazy.compute("keep_logits")
+
+    # Caches, which torch may take apart and make anew, are left alone.
+    return tree_map_only(LazyLogits, plain, out, is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))
 
 
 MADE = {}
@@ -294,8 +288,11 @@ def subclass(original, make, args):
 
 
 def make_subclass(original, make, args):
-    name, members = make(original, *args)
+    name, text, members = make(original, *args)
     made_of = Bound(original, make, args)
+
+    def extra_repr(self):
+        return ", ".join(part for part in (original.extra_repr(self), text) if part)
 
     def reduce(self, protocol):
         """Pickled and copied as a module of the original class, whose class is then swapped."""
@@ -304,8 +301,8 @@ def make_subclass(original, make, args):
 
     # A bound module is no layer for the kernels library: the attribute of its class is hidden.
     hidden = {"kernel_layer_name": types.DynamicClassAttribute()}
-    common = {"__module__": original.__module__, "__reduce_ex__": reduce, "_liger": made_of, **hidden}
-    return type(original)(name, (original,), {**common, **members})
+    common = {"__module__": original.__module__, "__reduce_ex__": reduce, "_liger": made_of, "extra_repr": extra_repr}
+    return type(original)(name, (original,), {**common, **hidden, **members})
 
 
 def rebuilt(original, make, args):
@@ -328,10 +325,18 @@ def released(cls):
     return type(cls)(name, tuple(released(base) for base in cls.__bases__), members)
 
 
-def swap(module, cls):
+def loss_of(module):
+    """What a bound head has more than its class has."""
+    return {name: vars(module)[name] for name in HEAD if name in vars(module)}
+
+
+def swap(module, cls, loss=None):
     """Give module another class, and the new forward to what keeps it as an attribute of the instance: accelerate's hooks."""
     before, module.__class__ = type(module), cls
     attributes = vars(module)
+    for name in HEAD:
+        attributes.pop(name, None)
+    attributes.update(loss or {})
     for name in ("forward", "_old_forward"):
         if getattr(attributes.get(name), "__func__", None) is before.forward:
             attributes[name] = types.MethodType(cls.forward, module)

@@ -72,6 +72,59 @@ def policy_losses(loss_type, logps, ratio, advantages, epsilon_low, epsilon_high
     return losses, ((ratio < low) & (advantages < 0)) | ((ratio > high) & (advantages > 0))
 
 
+def masked(keep, ids, advantages, vllm_is_ratio):
+    """What the mask leaves out counts nowhere, be it infinite: it is set to what has no effect."""
+    ids, advantages = torch.where(keep, ids, -100), advantages.detach()[:, None].float()
+    if vllm_is_ratio is not None:
+        vllm_is_ratio = vllm_is_ratio.detach().reshape(keep.shape[0], -1)
+        if vllm_is_ratio.shape == keep.shape:
+            vllm_is_ratio = torch.where(keep, vllm_is_ratio, 1.0)
+    return ids, advantages, vllm_is_ratio
+
+
+def log_ratios(logps, old, keep):
+    """(batch, length): log(π / π_old), 0 without old and for what is masked."""
+    return torch.where(keep, logps - (logps if old is None else old).detach(), 0.0)
+
+
+def token_losses(
+    logps,
+    log_ratio,
+    keep,
+    advantages,
+    reference,
+    vllm_is_ratio,
+    weights,
+    loss_type,
+    level,
+    limits,
+    slopes,
+    beta,
+    use_bias_correction_kl,
+):
+    """(losses, KL or None where beta is 0, which are clipped) of tokens; or of sequences, (batch, 1), what is of a sequence.
+
+    weights are VESPO's, of each sequence.
+    """
+    if level == "sequence":
+        log_ratio = log_ratio.sum(-1, keepdim=True) / keep.float().sum(-1, keepdim=True).clamp(min=1)
+    ratio = log_ratio.exp()
+    losses, clipped = policy_losses(loss_type, logps, ratio, advantages, *limits, slopes, weights)
+    if vllm_is_ratio is not None and loss_type != "vespo":
+        losses = losses * vllm_is_ratio
+    if beta == 0:
+        return losses, None, clipped
+    less = torch.where(keep, reference.detach() - logps, 0.0)
+    kl = less.exp() - less - 1
+    if use_bias_correction_kl:
+        kl = kl * ratio
+    return losses + beta * kl, kl, clipped
+
+
+def mean_of_tokens(metric, mask):
+    return (metric.detach() * mask).sum() / mask.sum().clamp(min=1)
+
+
 def tokens_of_all(mask, num_items_in_batch):
     """The number of tokens that a sum is divided by, so that the mean over processes is the mean over all their tokens."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -170,45 +223,24 @@ def liger_fused_linear_grpo(
     elif ref_input is not None:
         raise ValueError(f"{op}: ref_input must be None where ref_per_token_logps is given; give one of the two")
 
-    # What the mask leaves out counts nowhere, be it infinite: it is set to what has no effect.
     keep = attention_mask != 0
-    mask, ids = keep.float(), torch.where(keep, ids, -100)
-    advantages = advantages.detach()[:, None].float()
-    if vllm_is_ratio is not None:
-        vllm_is_ratio = vllm_is_ratio.detach().reshape(mask.shape[0], -1)
-        if vllm_is_ratio.shape == mask.shape:
-            vllm_is_ratio = torch.where(keep, vllm_is_ratio, 1.0)
-
+    ids, advantages, vllm_is_ratio = masked(keep, ids, advantages, vllm_is_ratio)
     logps, _, _ = linear_logprob(_input, weight, ids, bias=bias, temperature=temperature)
-    old = logps if old_per_token_logps is None else old_per_token_logps
-    log_ratio = torch.where(keep, logps - old.detach(), 0.0)
-    if importance_sampling_level == "sequence":
-        ratio = (log_ratio.sum(-1) / mask.sum(-1).clamp(min=1)).exp()[:, None]
-    else:
-        ratio = log_ratio.exp()
-    weights = None
+    log_ratio = log_ratios(logps, old_per_token_logps, keep)
+    weights, reference = None, None
     if loss_type == "vespo":
         shapes = vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg
         weights = gamma_weights(log_ratio, advantages, vllm_is_ratio, *shapes)
-    slopes = sapo_temperature_pos, sapo_temperature_neg
-    limits = epsilon_low, epsilon_high, delta
-    losses, clipped = policy_losses(loss_type, logps, ratio, advantages, *limits, slopes, weights)
-    if vllm_is_ratio is not None and loss_type != "vespo":
-        losses = losses * vllm_is_ratio
-
-    tokens, metrics = mask.sum().clamp(min=1), [clipped]
     if beta != 0:
         reference = ref_per_token_logps if use_ref_model else logps
         if reference is None:
             reference = reference_logps(op, ref_input, ref_weight, ref_bias, ids, temperature=temperature)
-        less = torch.where(keep, reference.detach() - logps, 0.0)
-        kl = less.exp() - less - 1
-        if use_bias_correction_kl:
-            kl = kl * ratio
-        losses = losses + beta * kl
-        metrics = [kl, clipped]
+    limits, slopes = (epsilon_low, epsilon_high, delta), (sapo_temperature_pos, sapo_temperature_neg)
+    how = loss_type, importance_sampling_level, limits, slopes, beta, use_bias_correction_kl
+    losses, kl, clipped = token_losses(logps, log_ratio, keep, advantages, reference, vllm_is_ratio, weights, *how)
+    mask = keep.float()
     loss = average(loss_type, losses, mask, max_completion_length, num_items_in_batch)
-    return loss, tuple((m.detach() * mask).sum() / tokens for m in metrics)
+    return loss, tuple(mean_of_tokens(m, mask) for m in (kl, clipped) if m is not None)
 
 
 class LigerFusedLinearGRPOFunction:

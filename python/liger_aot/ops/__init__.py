@@ -2,7 +2,7 @@
 
 
 def __getattr__(name):
-    if name.startswith("Liger") or name == "apply_tiled_mlp":
+    if name.startswith(("Liger", "GrpoLoss")) or name == "apply_tiled_mlp":
         from ..transformers import _functions
 
         if hasattr(_functions, name):

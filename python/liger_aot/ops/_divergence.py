@@ -94,6 +94,11 @@ def check_beta(op, beta):
         raise ValueError(f"{op}: beta must be between 0 and 1, got {beta}")
 
 
+def check_eps(op, eps):
+    if not 0 <= eps < 1:
+        raise ValueError(f"{op}: eps must be at least 0 and below 1, got {eps}")
+
+
 def check_reduction(op, reduction):
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

@@ -13,6 +13,7 @@ from .._op import public
 from .._runtime import kernels
 from ._check import wide
 from ._divergence import BLOCK
+from ._divergence import check_eps
 from ._divergence import given
 from ._divergence import jsd_slope
 from ._divergence import jsd_terms
@@ -148,8 +149,7 @@ def kl_div(
     """
     batch = input.shape[0] if input.dim() else 0
     input, target, labels, over, dtype = prepare("kl_div", input, target, shift_labels, reduction, loss_dtype, batch)
-    if not 0 <= eps < 1:
-        raise ValueError(f"kl_div: eps must be at least 0 and below 1, got {eps}")
+    check_eps("kl_div", eps)
     options = ignore_index, log_target, eps
     if needs_grad("kl_div", input, target):
         return KLDivFunction.apply(input, target, labels, *options, over, dtype)

@@ -1,19 +1,23 @@
 """Liger-Kernel's names: with liger_kernel replaced by liger_aot in an import, code that calls these operators runs on ours."""
 
 import importlib
+import importlib.util
 
 from . import monkey_patch
 from .cross_entropy import LigerCrossEntropyLoss
 from .dyt import LigerDyT
 from .fused_add_rms_norm import LigerFusedAddRMSNorm
+from .fused_ce_tvd import LigerFusedCETVDLoss
 from .fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 from .fused_linear_jsd import LigerFusedLinearJSD
+from .fused_linear_kl_div import LigerFusedLinearKLDivLoss
 from .geglu import LigerGEGLUMLP
 from .jsd import LigerJSD
 from .kl_div import LigerKLDIVLoss
 from .layer_norm import LigerLayerNorm
 from .llama4_rope import liger_llama4_text_rotary_pos_emb
 from .llama4_rope import liger_llama4_vision_rotary_pos_emb
+from .mhc import LigerMHC
 from .mlp import LigerFalconH1MLP
 from .mlp import LigerMLP
 from .modulated_rms_norm import LigerModulatedRMSNorm
@@ -46,12 +50,15 @@ __all__ = [
     "LigerFalconH1MLP",
     "LigerFalconH1SwiGLUMLP",
     "LigerFusedAddRMSNorm",
+    "LigerFusedCETVDLoss",
     "LigerFusedLinearCrossEntropyLoss",
     "LigerFusedLinearJSD",
+    "LigerFusedLinearKLDivLoss",
     "LigerGEGLUMLP",
     "LigerJSD",
     "LigerKLDIVLoss",
     "LigerLayerNorm",
+    "LigerMHC",
     "LigerMLP",
     "LigerModulatedRMSNorm",
     "LigerMultiTokenAttention",
@@ -67,6 +74,7 @@ __all__ = [
     "LigerSwiGLUMLP",
     "LigerSwiGLUMLPForMuseGlimmer",
     "LigerTVDLoss",
+    "is_transformers_available",
     "liger_llama4_text_rotary_pos_emb",
     "liger_llama4_vision_rotary_pos_emb",
     "LigerTiledGEGLUMLP",
@@ -78,6 +86,11 @@ __all__ = [
 
 # What imports transformers, which is optional.
 LAZY = {"AutoLigerKernelForCausalLM": "auto_model", "LigerCallback": "callback", "register_experts_implementation": "experts"}
+
+
+def is_transformers_available() -> bool:
+    """Whether transformers is installed, by a look that does not import it."""
+    return importlib.util.find_spec("transformers") is not None
 
 
 def __getattr__(name):

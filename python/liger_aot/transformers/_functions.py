@@ -3,13 +3,16 @@
 import torch
 
 from ..functional import CrossEntropyOutput
+from ..functional import cross_entropy_tvd
 from ..functional import embedding
 from ..functional import moe_experts
 from ..functional import packed_glu
 from ..functional import swiglu
 from ..ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from . import functional as L  # noqa: N812
+from . import fused_linear_scaled_cross_entropy as scaled
 from ._names import one_of
+from .grpo_loss import GrpoLossFunction as GrpoLossFunction
 from .llama4_rope import liger_llama4_text_rotary_pos_emb
 from .mlp import LigerMLPFunction as LigerMLPFunction
 from .tiled_mlp import LigerTiledMLPFunction as LigerTiledMLPFunction
@@ -91,6 +94,38 @@ class LigerAttnResFunction:
     @staticmethod
     def apply(V_stacked, w_query, w_norm, eps):
         return L.liger_attn_res(V_stacked, w_query, w_norm, eps)
+
+
+class LigerMHCCoeffsFunction:
+    @staticmethod
+    def apply(
+        x: torch.Tensor,
+        phi: torch.Tensor,
+        b: torch.Tensor,
+        alpha_pre: torch.Tensor,
+        alpha_post: torch.Tensor,
+        alpha_res: torch.Tensor,
+        allow_fp32: bool,
+        tmax: int,
+        rms_eps: float,
+        pre_eps: float,
+        sinkhorn_eps: float,
+        post_mult: float,
+    ):
+        options = {"tmax": tmax, "rms_eps": rms_eps, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps, "post_mult": post_mult}
+        return L.liger_mhc_coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res, allow_fp32=allow_fp32, **options)
+
+
+class LigerMHCPreFunction:
+    @staticmethod
+    def apply(x: torch.Tensor, h_pre: torch.Tensor):
+        return L.liger_mhc_pre(x, h_pre)
+
+
+class LigerMHCPostResFunction:
+    @staticmethod
+    def apply(x: torch.Tensor, f_out: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor):
+        return L.liger_mhc_post_res(x, f_out, h_post, h_res)
 
 
 class LigerEmbeddingFunction:
@@ -221,6 +256,30 @@ class LigerFusedLinearJSDFunction:
         one_of("LigerFusedLinearJSDFunction", "jsd_mode", jsd_mode, (None,))
         heads = student_input, student_weight, teacher_input, teacher_weight
         return L.liger_fused_linear_jsd(*heads, shift_labels, jsd_beta, ignore_index, temperature, accum_dtype)
+
+
+class LigerFusedLinearKLDivFunction:
+    apply = staticmethod(L.liger_fused_linear_kl_div)
+
+
+class LigerFusedLinearScaledCrossEntropyFunction:
+    apply = staticmethod(scaled.scaled_cross_entropy)
+
+
+class LigerFusedLinearScaledCrossEntropyTPFunction:
+    apply = staticmethod(scaled.scaled_cross_entropy_tp)
+
+
+class LigerFusedCETVDFunction:
+    @staticmethod
+    def apply(
+        student_logits: torch.Tensor,
+        teacher_logits: torch.Tensor,
+        target: torch.Tensor,
+        ignore_index: int = -100,
+    ):
+        """(cross entropy, total variation distance) of each token, fp32. The teacher gets no gradient."""
+        return cross_entropy_tvd(student_logits, teacher_logits.detach(), target, ignore_index=ignore_index)
 
 
 class LigerTVDLossFunction:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import activations
 from transformers.integrations import moe
 
-from ..bind._swap import hooked
+from .._hooks import altered
 from ..functional import moe_experts
 
 # What packed_glu computes, by the class of a module's activation.
@@ -72,6 +72,6 @@ def gate_of(experts):
     if type(experts)._apply_gate.__module__ == moe.__name__ and "_apply_gate" not in vars(experts):  # transformers' own
         act = experts.act_fn
         fused = ACTIVATIONS.get(type(act))
-        if fused and not ("forward" in vars(act) or hooked(act)):
+        if fused and not altered(act):
             return fused
     return experts._apply_gate

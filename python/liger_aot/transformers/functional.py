@@ -8,6 +8,8 @@ import torch
 from .. import functional as F  # noqa: N812 (as torch names it)
 from ..functional import CrossEntropyOutput
 from ._names import one_of
+from ._names import positive
+from .fused_linear_scaled_cross_entropy import scaled_cross_entropy_tp
 
 __all__ = [
     "CrossEntropyOutput",
@@ -17,12 +19,19 @@ __all__ = [
     "liger_fused_add_rms_norm",
     "liger_fused_linear_cross_entropy",
     "liger_fused_linear_jsd",
+    "liger_fused_linear_kl_div",
+    "liger_fused_linear_scaled_cross_entropy_tp",
     "liger_fused_neighborhood_attention",
     "liger_geglu",
     "liger_group_norm",
     "liger_jsd",
     "liger_kl_div",
     "liger_layer_norm",
+    "liger_mhc_apply",
+    "liger_mhc_coeffs",
+    "liger_mhc_forward",
+    "liger_mhc_post_res",
+    "liger_mhc_pre",
     "liger_modulated_rms_norm",
     "liger_multi_token_attention",
     "liger_poly_norm",
@@ -100,6 +109,70 @@ def liger_dyt(x, alpha, gamma, beta):
 def liger_attn_res(V, w_query, w_norm, eps: float = 1e-6):
     """V is (depth, ..., hidden), or a list of depth tensors, which are stacked."""
     return F.attn_res(torch.stack(V) if isinstance(V, (list, tuple)) else V, w_query, w_norm, eps)
+
+
+def liger_mhc_coeffs(
+    x,
+    phi,
+    b,
+    alpha_pre,
+    alpha_post,
+    alpha_res,
+    *,
+    allow_fp32: bool = False,
+    tmax: int = 20,
+    rms_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 1e-6,
+    post_mult: float = 2.0,
+):
+    """(h_pre, h_post, h_res) of the streams x (..., hc, n); of fp32 with allow_fp32 alone, as in Liger."""
+    if x.dtype is torch.float32 and not allow_fp32:
+        raise ValueError("liger_mhc_coeffs: x must be float16 or bfloat16, got torch.float32; pass allow_fp32=True")
+    options = {"tmax": tmax, "rms_eps": rms_eps, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps, "post_mult": post_mult}
+    return F.mhc_coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res, **options)
+
+
+def liger_mhc_pre(x, h_pre):
+    return F.mhc_pre(x, h_pre)
+
+
+def liger_mhc_post_res(x, f_out, h_post, h_res):
+    return F.mhc_post_res(x, f_out, h_post, h_res)
+
+
+def liger_mhc_apply(x, f_out, h_pre, h_post, h_res, *, return_x_in: bool = False):
+    """The streams after a layer whose output is f_out; with return_x_in (they, the layer's input)."""
+    x_out = liger_mhc_post_res(x, f_out, h_post, h_res)
+    return (x_out, liger_mhc_pre(x, h_pre)) if return_x_in else x_out
+
+
+def liger_mhc_forward(
+    x,
+    layer,
+    phi,
+    b,
+    alpha_pre,
+    alpha_post,
+    alpha_res,
+    *,
+    allow_fp32=False,
+    tmax=20,
+    rms_eps=1e-6,
+    pre_eps=0.0,
+    sinkhorn_eps=1e-6,
+    post_mult=2.0,
+    return_coeffs=False,
+):
+    """The streams x (..., hc, n) after the layer, whose input has its first parameter's dtype, if it has any."""
+    options = {"tmax": tmax, "rms_eps": rms_eps, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps, "post_mult": post_mult}
+    coefficients = liger_mhc_coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res, allow_fp32=allow_fp32, **options)
+    h_pre, h_post, h_res = coefficients
+    x_in = liger_mhc_pre(x, h_pre)
+    parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
+    f_out = layer(x_in.to(next((p.dtype for p in parameters), x_in.dtype)))
+    x_out = liger_mhc_post_res(x, f_out, h_post, h_res)
+    return (x_out, coefficients) if return_coeffs else x_out
 
 
 def liger_poly_norm(X, W, B, eps=1e-6, in_place=True):
@@ -201,8 +274,7 @@ def liger_fused_linear_cross_entropy(
     """
     name = "liger_fused_linear_cross_entropy"
     one_of(name, "accum_dtype", accum_dtype, ACCUMULATE)
-    if type(chunk_mem_const) is not int or chunk_mem_const < 1:
-        raise ValueError(f"{name}: chunk_mem_const must be a positive integer, got {chunk_mem_const!r}")
+    positive(name, "chunk_mem_const", chunk_mem_const)
     logits = {"linear_bias": bias, "ignore_index": ignore_index, "softcap": softcap}
     options = {
         "weight": ce_weight,
@@ -294,3 +366,36 @@ def liger_fused_linear_jsd(
     heads, options = (student_input, student_weight, teacher_input, teacher_weight), {"loss_dtype": torch.float32}
     options |= {"beta": jsd_beta, "ignore_index": ignore_index, "temperature": temperature}
     return F.linear_jsd(*heads, shift_labels, **options)
+
+
+def liger_fused_linear_kl_div(
+    student_input,
+    student_weight,
+    target,
+    shift_labels=None,
+    reduction: str = "batchmean",
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    eps: float = 1e-10,
+    accum_dtype: torch.dtype | None = None,
+):
+    """Sums are fp32: accum_dtype has no effect. So is the loss. The target gets no gradient."""
+    one_of("liger_fused_linear_kl_div", "accum_dtype", accum_dtype, ACCUMULATE)
+    one_of("liger_fused_linear_kl_div", "reduction", reduction, ("batchmean", "mean", "sum"))
+    options = {"reduction": reduction, "ignore_index": ignore_index, "temperature": temperature, "eps": eps}
+    return F.linear_kl_div(student_input, student_weight, target.detach(), shift_labels, loss_dtype=torch.float32, **options)
+
+
+def liger_fused_linear_scaled_cross_entropy_tp(
+    input,
+    weight,
+    target,
+    tp_group,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    tiles_per_reduce: int = 1,
+    return_entropy: bool = False,
+):
+    """The loss of each token, or (loss, entropy), fp32; weight is this process' shard of the classes."""
+    options = temperature, ignore_index, tiles_per_reduce, return_entropy
+    return scaled_cross_entropy_tp(input, weight, target, tp_group, *options)

@@ -12,7 +12,7 @@ import weakref
 from torch import nn
 
 from ..bind import bind
-from ..bind._find import identity
+from ..recognise import identity
 
 HOOKS = ("RMSNorm", "RMSNormZeroCentered", "SwiGLUMLP", "GeGLUMLP")
 LAYERS = {"rms_norm": True, "layer_norm": False, "rope": False, "swiglu": True, "geglu": True, "linear_cross_entropy": False}

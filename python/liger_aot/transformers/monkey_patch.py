@@ -16,8 +16,8 @@ from torch import nn
 
 from ..bind import bind
 from ..bind import unbind
-from ..bind._swap import HEAD
 from ..bind._swap import is_bound
+from ..bind._swap import loss_of
 from ..bind._swap import swap
 
 logger = logging.getLogger(__name__)
@@ -132,14 +132,13 @@ def bind_options(model_type, given):
 def rebind(model, options):
     """bind, also of a model that is bound: as with Liger's functions, the last call holds, unless it fails."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    before = [(m, type(m), {name: vars(m)[name] for name in HEAD if name in vars(m)}) for m in modules if is_bound(m)]
+    before = [(m, type(m), loss_of(m)) for m in modules if is_bound(m)]
     unbind(model)
     try:
         report = bind(model, **options)
     except BaseException:
-        for module, cls, attributes in before:
-            swap(module, cls)
-            vars(module).update(attributes)
+        for module, cls, loss in before:
+            swap(module, cls, loss)
         raise
     logger.info("%s", report)
     return report

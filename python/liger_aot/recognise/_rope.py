@@ -1,6 +1,6 @@
 """Rotary embeddings: functions of heads and their angles, which an attention's forward finds among its globals.
 
-Each form is a call of the operator, and is recognised by that call's giving what the function gives.
+Each form is a call of the operator, and is recognised by its reference's giving what the function gives.
 """
 
 import functools
@@ -11,57 +11,34 @@ import types
 import torch
 
 from ..ops.rope import forward_reference
-from ..ops.rope import rope
-from ._find import BF16
-from ._find import FP32
-from ._find import Found
-from ._find import called
-from ._find import normal
-from ._find import one
-from ._find import parameters_of
-from ._find import rounded
-from ._find import survivors
-
-# What the operator is given of the angles and of the positions, and the options that follow from them.
+from . import _probe as probe
+from ._probe import BF16
+from ._probe import FP32
+from ._probe import Found
 
 
-def whole(angles, positions):
-    return angles, {}
+def of_pairs(angles, **options):
+    """One angle a pair."""
+    return angles, {"rotary_dim": 2 * angles[0].shape[-1], **options}
 
 
-def of_pairs(angles, positions):
-    return angles, {"rotary_dim": 2 * angles[0].shape[-1]}
+def first_half(angles):
+    return [a[..., : a.shape[-1] // 2] for a in angles]
 
 
-def first_half(angles, positions):
-    return of_pairs([a[..., : a.shape[-1] // 2] for a in angles], positions)
-
-
-def gathered(angles, positions):
-    return [a[positions] for a in angles], {}
-
-
-def in_parts(angles, positions):
-    return angles, {"parts": positions.shape[-1]}
-
-
-def column(angles, positions):
-    return [a.squeeze(1) for a in angles], {}
-
-
-INTERLEAVED = {"order": "interleaved"}
+# What the operator is given of the angles and of the positions, and its options.
 ROTATIONS = {
-    "half": (whole, {}),
-    "half, other sign": (whole, {"reverse": True}),
-    "half, one angle a pair": (of_pairs, {}),
-    "half, gathered": (gathered, {}),
-    "half, in parts": (in_parts, {}),
-    "interleaved": (whole, INTERLEAVED),
-    "interleaved, one angle a pair": (of_pairs, INTERLEAVED),
-    "interleaved, doubled angles": (first_half, INTERLEAVED),
-    "interleaved, last columns": (of_pairs, {**INTERLEAVED, "last": True}),
-    "interleaved to half": (first_half, {"order": "interleaved_to_half"}),
-    "interleaved, in a column": (column, INTERLEAVED),
+    "half": lambda angles, _: (angles, {}),
+    "half, other sign": lambda angles, _: (angles, {"reverse": True}),
+    "half, one angle a pair": lambda angles, _: of_pairs(angles),
+    "half, gathered": lambda angles, positions: ([a[positions] for a in angles], {}),
+    "half, in parts": lambda angles, positions: (angles, {"parts": positions.shape[-1]}),
+    "interleaved": lambda angles, _: (angles, {"order": "interleaved"}),
+    "interleaved, one angle a pair": lambda angles, _: of_pairs(angles, order="interleaved"),
+    "interleaved, doubled angles": lambda angles, _: of_pairs(first_half(angles), order="interleaved"),
+    "interleaved, last columns": lambda angles, _: of_pairs(angles, order="interleaved", last=True),
+    "interleaved to half": lambda angles, _: of_pairs(first_half(angles), order="interleaved_to_half"),
+    "interleaved, in a column": lambda angles, _: ([a.squeeze(1) for a in angles], {"order": "interleaved"}),
 }
 # Shapes of the heads, of the angles without their last dimension, and of the positions, and which dimension counts the heads.
 LAYOUTS = [
@@ -79,9 +56,11 @@ OPTIONAL = ("position_ids", "unsqueeze_dim")
 def rope_functions(forward):
     """{name: function} of the functions that a forward calls to rotate its heads."""
     scope = getattr(inspect.unwrap(forward), "__globals__", {})
-    found = {name: scope.get(name) for name in called(forward)}
+    found = {name: scope.get(name) for name in probe.called(forward)}
     like = {name for name, f in found.items() if inspect.isfunction(f) and ("rotary" in name or "rope" in name)}
-    return {name: f for name, f in found.items() if name in like or (callable(f) and {"cos", "sin"} <= {*parameters_of(f)})}
+    return {
+        name: f for name, f in found.items() if name in like or (callable(f) and {"cos", "sin"} <= {*probe.parameters_of(f)})
+    }
 
 
 def parts_of(names):
@@ -106,27 +85,26 @@ def find_attention(module):
     if not isinstance(forward, types.FunctionType) or hasattr(forward, "__wrapped__"):
         return Found("rope", formula, "its forward is decorated: a copy of it would have no decorator")
     args = tuple((name, *f.args) for name, f in sorted(bound.items()))
-    return Found("rope", formula, why, (args,), tuple((name, *f.trial) for name, f in bound.items()))
+    return Found("rope", formula, why, (args,), trial=tuple((name, *f.trial) for name, f in bound.items()))
 
 
-def inputs(layout, heads, turns, r, dtype, angle_dtype):
+def inputs_of(layout, heads, turns, r, dtype, angle_dtype):
     """Random tensors of that layout, and positions where it has any."""
     shape, angles, positions, dim = layout
     generator = torch.Generator().manual_seed(0)
-    sizes = [4, 2, 2]
-    xs = [normal(generator, *shape[:dim], n, *shape[dim + 1 :], dtype=dtype) for n in sizes[: len(heads)]]
-    given = [normal(generator, *angles, r, dtype=angle_dtype) for _ in range(2)]
+    xs = [probe.normal(generator, *shape[:dim], n, *shape[dim + 1 :], dtype=dtype) for n in (4, 2, 2)[: len(heads)]]
+    given = [probe.normal(generator, *angles, r, dtype=angle_dtype) for _ in range(2)]
     given = given if len(turns) == 2 else [torch.complex(*(a.float() for a in given))]
     return *xs, *given, *([torch.randint(5, positions, generator=generator)] if positions else [])
 
 
 def find_rope(function):
-    names = parameters_of(function)
+    names = probe.parameters_of(function)
     heads, turns = parts_of(names)
     if not turns or len(heads) not in (1, 2, 3) or {*names} - {*heads, *turns, *OPTIONAL}:
         return Found(None, "", f"has the arguments {', '.join(names)}")
     needed = {name for name, p in inspect.signature(function).parameters.items() if p.default is p.empty}
-    count = len(heads)
+    count, angles = len(heads), slice(len(heads), len(heads) + len(turns))
 
     def compute(*tensors):
         return function(**dict(zip((*heads, *turns, "position_ids"), tensors, strict=False)))
@@ -134,12 +112,11 @@ def find_rope(function):
     def fitting(layout, forms, r, *dtypes):
         places = {(len(layout[0]), len(layout[1]) + 1): layout[-1]}
 
-        def call(form, *tensors):
-            positions = tensors[count + len(turns) :]
-            return rotated(forward_reference, form, places, tensors[:count], tensors[count : count + len(turns)], *positions)
+        def call(*tensors, form):
+            return rotated(forward_reference, form, places, tensors[:count], tensors[angles], *tensors[angles.stop :])
 
-        every = {form: functools.partial(call, form) for form in forms}
-        return survivors(compute, every, [inputs(layout, heads, turns, r, *each) for each in dtypes], rounded)
+        every = {form: functools.partial(call, form=form) for form in forms}
+        return probe.survivors(compute, every, [inputs_of(layout, heads, turns, r, *each) for each in dtypes])
 
     layouts = [layout for layout in LAYOUTS if bool(layout[2]) == ("position_ids" in needed)]
     why, plain = "", [(FP32, FP32), (BF16, BF16)]
@@ -158,7 +135,8 @@ def find_rope(function):
     formula = ", ".join([form, "cast back" if mixed else "promote", *marks])
     fits = [each for each in layouts if fitting(each, [form], r, *plain)[0]]
     places = tuple(((len(shape), len(angles) + 1), dim) for shape, angles, _, dim in fits)
-    return one(formula, ("rope", form, places, mixed), count, inputs(layout, heads, turns, r, FP32, FP32))
+    tensors = inputs_of(layout, heads, turns, r, FP32, FP32)
+    return probe.one(formula, "rope", form, places, mixed, trial=(count, tensors))
 
 
 def rotated(turn, form, places, xs, angles, positions=None, dim=None, mixed=True):
@@ -166,45 +144,28 @@ def rotated(turn, form, places, xs, angles, positions=None, dim=None, mixed=True
 
     places says of the numbers of dimensions of heads and angles which counts the heads, unless dim does.
     """
-    prepare, options = ROTATIONS[form]
     x, cos = xs[0], angles[0]
-    dtype, flat, place = x.dtype, x.dim() == 3, places.get((x.dim(), cos.dim()))
+    flat, place = x.dim() == 3, places.get((x.dim(), cos.dim()))
     for angle in angles:
-        known = angle.dtype in (dtype, torch.complex64) or (mixed and angle.dtype is FP32)
+        known = angle.dtype in (x.dtype, torch.complex64) or (mixed and angle.dtype is FP32)
         if place is None or angle.requires_grad or angle.device != x.device or not known:
             return None
     dim = (place if dim is None else dim) + flat
     if dim not in (1, 2):
         return None
-    (cos, *sin), more = prepare(angles, positions)
-    shape, heads = cos.shape, [x[None] for x in xs] if flat else xs
-    heads = [x.transpose(1, 2) for x in heads] if dim == 2 else heads
-    for x in heads:
-        if x.dtype is not dtype or x.shape[2] != shape[-2] or (len(shape) == 3 and shape[0] not in (1, x.shape[0])):
+    (cos, *sin), options = ROTATIONS[form](angles, positions)
+
+    def turned(x):
+        """As the operator takes them, (batch, heads, tokens, columns), or back."""
+        return x.transpose(1, 2) if dim == 2 else x
+
+    heads = [turned(x[None] if flat else x) for x in xs]
+    for y in heads:
+        if y.dtype is not x.dtype or y.shape[2] != cos.shape[-2] or (cos.dim() == 3 and cos.shape[0] not in (1, y.shape[0])):
             return None
     results = []
     for n in range(0, len(heads), 2):
         q, k = heads[n], heads[n + 1] if n + 1 < len(heads) else heads[n][:, :0]  # of no other, no heads
-        results += turn(q, k, cos, *(sin or (None,)), **options, **more)
-    results = results[: len(xs)]
-    results = [y.transpose(1, 2) for y in results] if dim == 2 else results
-    results = [y[0] for y in results] if flat else results
+        results += turn(q, k, cos, *(sin or (None,)), **options)
+    results = [turned(y)[0] if flat else turned(y) for y in results[: len(xs)]]
     return tuple(results) if len(xs) > 1 else results[0]
-
-
-def rotation(function, own, form, places, mixed):
-    """A function like an attention's own, which calls that wherever own says so or the operator does not take the tensors."""
-    names = parameters_of(function)
-    heads, turns = parts_of(names)
-    places = dict(places)
-
-    @functools.wraps(function)
-    def rotate(*args, **kwargs):
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        xs, angles = [given.get(name) for name in heads], [given.get(name) for name in turns]
-        results = None
-        if all(isinstance(x, torch.Tensor) for x in xs + angles) and not own(xs[0]):
-            results = rotated(rope, form, places, xs, angles, given.get("position_ids"), given.get("unsqueeze_dim"), mixed)
-        return function(*args, **kwargs) if results is None else results
-
-    return rotate

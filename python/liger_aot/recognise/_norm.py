@@ -1,0 +1,98 @@
+"""Norms: what one computes of x, weight, bias and eps. Those that an operator computes are held to its reference."""
+
+import functools
+import itertools
+import types
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (as torch names it)
+from torch import nn
+
+from ..ops import layer_norm
+from ..ops import rms_norm
+from . import _probe as probe
+from ._probe import BF16
+from ._probe import FP32
+from ._probe import Found
+
+# The operator, and of rms_norm the offset and casting.
+WEIGHTED = {
+    "llama": ("rms_norm", 0.0, "llama"),
+    "fp32 weight": ("rms_norm", 0.0, "gemma"),
+    "gemma": ("rms_norm", 1.0, "gemma"),
+    "layer norm": ("layer_norm",),
+}
+UNWEIGHTED = {"no weight": ("rms_norm", 0.0, "gemma"), "layer norm": ("layer_norm",)}
+
+
+def reference(operator, offset=0.0, casting="gemma"):
+    def of_operator(x, w, b, eps):
+        if operator == "layer_norm":
+            return layer_norm.forward_reference(x, w, b, eps)[0]
+        return rms_norm.forward_reference(x, w, eps, offset, rms_norm.CASTING[casting])[0]
+
+    return of_operator
+
+
+def rsqrt(x, eps):
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+# Known ones that no operator computes.
+OTHERS = {
+    "gemma, 1 + weight rounded": lambda x, w, b, eps: reference("rms_norm")(x, 1.0 + w, b, eps),
+    "no upcast": lambda x, w, b, eps: w * x * rsqrt(x, eps),
+    "layer norm, 1 + weight": lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w + 1, b, eps),
+    "no weight, rounded rsqrt": lambda x, w, b, eps: None if w is not None else x * rsqrt(x.float(), eps).to(x.dtype),
+}
+# dtypes of x and weight, and the size of x: eps shows where x is small. Then a mixture of dtypes.
+INPUTS = [(FP32, FP32, 1.0), (FP32, FP32, 1e-3), (FP32, FP32, 1e-6), (BF16, BF16, 1.0), (BF16, BF16, 1e-3)]
+MIXED = (BF16, FP32, 1.0)
+
+
+def norm_like(module):
+    """One input; a weight and bias of one dimension, or none and "norm" in the name. Names only spare probes here."""
+    weights = probe.weights_of(module)
+    if any(True for _ in module.children()) or not probe.takes_one(module):
+        return False
+    flat = all(name in ("weight", "bias") and p.dim() == 1 for name, p in weights.items())
+    return flat and (bool(weights) or "norm" in type(module).__name__.lower())
+
+
+def find_norm(module):
+    weights, copy, generator = probe.weights_of(module), probe.shell(module), torch.Generator().manual_seed(0)
+    ours = WEIGHTED if "weight" in weights else UNWEIGHTED
+    n = next((p.shape[0] for p in weights.values()), (getattr(module, "normalized_shape", None) or [96])[-1])
+    places = {k: v for k, v in vars(module).items() if "eps" in k.lower() and isinstance(v, (float, int, types.NoneType))}
+    places = places or {eps: eps for eps in (1e-6, 1e-5, 1e-8, 1e-12)}
+    formulas = {name: reference(*options) for name, options in ours.items()} | OTHERS
+    every = {
+        (name, place): functools.partial(formulas[name], eps=rms_norm.DEFAULT_EPS if eps is None else eps)
+        for name, (place, eps) in itertools.product(formulas, places.items())
+    }
+
+    def inputs(x_dtype, w_dtype, scale, dim=3):
+        x = probe.normal(generator, *[3] * (dim - 1), n, dtype=x_dtype, scale=scale, shift=0.1)
+        given = (probe.normal(generator, n, dtype=w_dtype, scale=0.5, shift=1.2) for _ in range(2))
+        return x, *(p if name in weights else None for name, p in zip(("weight", "bias"), given, strict=True))
+
+    def compute(x, *given):
+        for name, tensor in zip(("weight", "bias"), given, strict=True):
+            if tensor is not None:
+                copy._parameters[name] = nn.Parameter(tensor)  # others patch register_parameter
+        return probe.steady(copy, x)
+
+    left, why = probe.survivors(compute, every, [inputs(*each) for each in INPUTS], probe.SAME)
+    if not left:
+        return Found(None, "", why)
+    mixed, _ = probe.survivors(compute, left, [inputs(*MIXED)], probe.SAME)
+    name, place = key = next(iter(mixed or left))
+    if name in OTHERS:
+        return probe.one(name, None)
+    # Where only a mixture of dtypes, or inputs of other dimensions, are computed otherwise, those are left to the module.
+    found = {key: every[key]}
+    dims = tuple(d for d in range(1, 6) if probe.survivors(compute, found, [inputs(FP32, FP32, 1.0, d)], probe.SAME)[0])
+    operator, *options = ours[name]
+    args = operator, place, not mixed, dims, tuple(weights), *options
+    trial = copy, "forward", inputs(*INPUTS[0])[0]
+    return probe.one(name, operator, *args, trial=trial)._replace(why="" if mixed else "where x has the weight's dtype")
