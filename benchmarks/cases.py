@@ -384,6 +384,12 @@ CASES["multi_token_attention"] = lambda: Case(
     lambda op, scores, weight: op(scores, weight),
     lambda liger, scores, weight: liger.liger_multi_token_attention(scores, weight),
 )
+# Of which torch's matmuls are the most, likewise.
+CASES["mhc_coeffs"] = lambda: Case(
+    [leaf(ROWS, 4, N), leaf(4 * N, 24), leaf(24), *(leaf() for _ in range(3))],
+    lambda op, *inputs: op(*inputs),
+    lambda liger, *inputs: liger.liger_mhc_coeffs(*inputs, allow_fp32=True),
+)
 CASES["sparsemax"] = lambda: pointwise("sparsemax", (-1,), "output")
 
 
@@ -528,6 +534,56 @@ def attn_res():
         forward,
         backward,
         function,
+    )
+
+
+def keeps_its_inputs(fwd, bwd):
+    class Empty(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.save_for_backward(*inputs)
+            return fwd(*inputs)
+
+        @staticmethod
+        def backward(ctx, dy):
+            return bwd(dy, *ctx.saved_tensors)
+
+    return Empty.apply
+
+
+@case
+def mhc_pre():
+    def forward(x: Tensor, h_pre: Tensor) -> Tensor:
+        return x.new_empty(ROWS, N)
+
+    def backward(dy: Tensor, x: Tensor, h_pre: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x, memory_format=CONTIGUOUS), torch.empty_like(h_pre, memory_format=CONTIGUOUS)
+
+    return Case(
+        [leaf(ROWS, 4, N), leaf(ROWS, 4)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: liger.liger_mhc_pre(*inputs),
+        forward,
+        backward,
+        keeps_its_inputs,
+    )
+
+
+@case
+def mhc_post_res():
+    def forward(x: Tensor, f_out: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+        return torch.empty_like(x, memory_format=CONTIGUOUS)
+
+    def backward(dy: Tensor, x: Tensor, f_out: Tensor, h_post: Tensor, h_res: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return tuple(torch.empty_like(t, memory_format=CONTIGUOUS) for t in (x, f_out, h_post, h_res))
+
+    return Case(
+        [leaf(ROWS, 4, N), leaf(ROWS, N), leaf(ROWS, 4), leaf(ROWS, 4, 4)],
+        lambda op, *inputs: op(*inputs),
+        lambda liger, *inputs: liger.liger_mhc_post_res(*inputs),
+        forward,
+        backward,
+        keeps_its_inputs,
     )
 
 

@@ -26,6 +26,9 @@ from liger_aot.ops import linear_cross_entropy
 from liger_aot.ops import linear_jsd
 from liger_aot.ops import linear_kl_div
 from liger_aot.ops import linear_logprob
+from liger_aot.ops import mhc_coeffs
+from liger_aot.ops import mhc_post_res
+from liger_aot.ops import mhc_pre
 from liger_aot.ops import modulated_rms_norm
 from liger_aot.ops import moe_permute
 from liger_aot.ops import moe_unpermute
@@ -150,6 +153,31 @@ def of_attn_res(s, dtype):
     """Of eight blocks of layers."""
     v, query = shape(8, *norm_sizes(s), dtype=dtype), shape(s["hidden"], dtype="float32")
     return attn_res.AttnResFunction, (v, query, 1e-6)
+
+
+STREAMS = 4
+
+
+def streams(s, dtype, *last):
+    """What tokens of one batch have, each of this shape."""
+    return shape(1, s["tokens"], *last, dtype=dtype)
+
+
+def of_mhc_coeffs(s, dtype):
+    heads = STREAMS * (STREAMS + 2)
+    x, phi = streams(s, dtype, STREAMS, s["hidden"]), shape(STREAMS * s["hidden"], heads, dtype=dtype)
+    parameters = [shape(*sizes, dtype="float32") for sizes in ((heads,), (), (), ())]
+    return mhc_coeffs.MHCCoeffsFunction, (x, phi, *parameters, 20, 1e-6, 0.0, 1e-6, 2.0)
+
+
+def of_mhc_pre(s, dtype):
+    return mhc_pre.MHCPreFunction, (streams(s, dtype, STREAMS, s["hidden"]), streams(s, "float32", STREAMS))
+
+
+def of_mhc_post_res(s, dtype):
+    x, f_out = streams(s, dtype, STREAMS, s["hidden"]), streams(s, dtype, s["hidden"])
+    coefficients = (streams(s, "float32", *last) for last in ((STREAMS,), (STREAMS, STREAMS)))
+    return mhc_post_res.MHCPostResFunction, (x, f_out, *coefficients)
 
 
 def of_embedding(s, dtype):
@@ -404,6 +432,27 @@ def again_depth(v):
     return v["tokens"] * own, own
 
 
+def again_phi(v):
+    """What the streams are multiplied with, for each group of tokens but one."""
+    own = 4 * v["n"] * v["heads"]
+    return (cdiv(v["rows"], v["TOKENS"]) - 1) * own, own
+
+
+def again_dy(v):
+    """The layer's gradient for each stream but one."""
+    return (v["programs"] - v["programs"] // v["hc"]) * row(v, "dy"), row(v, "dy")
+
+
+def each_four(v):
+    """ptxas unrolls the loop of the aligned variants."""
+    return [v["hc"] // 4, v["hc"] % 4] if v["aligned"] else [v["hc"]]
+
+
+def trips_heads_backward(v):
+    tokens = mhc_coeffs.TILE // v["HC"] ** 2
+    return [v["tmax"] - 1, v["tmax"] - 1, cdiv(v["rows"], tokens) / v["programs"]]
+
+
 def trips_modulated(v):
     share = v["groups"] / v["programs"]  # of a program: several groups, or part of the rows of one
     return [*twice(v), v["each"] * min(1, share), max(1, share)]
@@ -458,6 +507,17 @@ KERNELS = {
     ),
     "attn_res_fwd": Kernel(("y", "score", "rstd", "lse"), trips_attn_res, lambda v: again_depth(v) if v["LOOP"] else (0, 0)),
     "attn_res_bwd": Kernel(("dv", "partial"), trips_attn_res_backward, again_depth),
+    "mhc_heads_fwd": Kernel(("pre", "post", "res"), lambda v: [v["tmax"] - 1]),
+    "mhc_heads_bwd": Kernel(("ddots", "dscale", "history", "partial"), trips_heads_backward),
+    "mhc_coeffs_dx": Kernel(("dx",), lambda v: [v["heads"]], again_phi),
+    "mhc_pre_fwd": Kernel(("y",), each_four),
+    "mhc_pre_bwd": Kernel(("dx", "dh"), lambda v: [blocks(v)], again_dy),
+    "mhc_post_res_fwd": Kernel(("y",), lambda v: [v["hc"]]),
+    "mhc_post_res_bwd": Kernel(
+        ("dx", "df", "dpost", "dres"),
+        lambda v: [v["hc"], v["hc"], blocks(v)],
+        lambda v: (v["programs"] * v["hc"] * row(v, "dy"), v["hc"] * v["BLOCK"] * v["dy"].element_size()),
+    ),
     "embedding_fwd": Kernel(("y",), ahead=1),
     "embedding_shares": Kernel(("share",), ahead=2),
     "embedding_bwd": Kernel(("dweight",), lambda v: [v["CHUNK"], 0], ahead=2),

@@ -18,6 +18,8 @@ AXES = {
     "num_warps": 4,
     "where": lambda ROWS, D: ROWS * D == 2048,
 }
+STRIDES = {f"{x}_{along}": "i32:16" if along == "token" else "i64:16" for x in "qkv" for along in ("batch", "head", "token")}
+NUMBERS = STRIDES | {"heads": "i32", "tokens": "i32", "n": "i32:16", "half": "i32", "dilation": "i32", "scale": "fp32"}
 
 
 @triton.jit
@@ -35,27 +37,20 @@ def rows(x_at, token, stride, real, col, n):
     return tl.load(x_at + token[:, None] * stride + col[None, :], mask=keep, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def neighbour(token, steps, dilation, tokens, real):
+    """The token that is so many steps from each, and whether there is one."""
+    other = token + steps * dilation
+    return other, real & (other >= 0) & (other < tokens)
+
+
 @variants(
     q="*T",
     k="*T",
     v="*T",
     y="*T",
     lse="*fp32",
-    q_batch="i64:16",
-    q_head="i64:16",
-    q_token="i32:16",
-    k_batch="i64:16",
-    k_head="i64:16",
-    k_token="i32:16",
-    v_batch="i64:16",
-    v_head="i64:16",
-    v_token="i32:16",
-    heads="i32",
-    tokens="i32",
-    n="i32:16",
-    half="i32",
-    dilation="i32",
-    scale="fp32",
+    **NUMBERS,
     **AXES,
 )
 @triton.jit
@@ -91,8 +86,7 @@ def neighborhood_attention_fwd(
     sums = tl.full((ROWS, D), 0.0, tl.float32)
     reach = tl.minimum(half, (tokens - 1) // dilation)
     for step in range(2 * reach + 1):
-        other = token + (step - reach) * dilation
-        near = real & (other >= 0) & (other < tokens)
+        other, near = neighbour(token, step - reach, dilation, tokens, real)
         s = tl.sum(qs * rows(k_at, other, k_token, near, col, n), axis=1) * scale
         s = tl.where(near, s, -INF)
         higher = tl.maximum(top, s)
@@ -117,21 +111,7 @@ def neighborhood_attention_fwd(
     dy_batch="i64:16",
     dy_head="i64:16",
     dy_token="i32:16",
-    q_batch="i64:16",
-    q_head="i64:16",
-    q_token="i32:16",
-    k_batch="i64:16",
-    k_head="i64:16",
-    k_token="i32:16",
-    v_batch="i64:16",
-    v_head="i64:16",
-    v_token="i32:16",
-    heads="i32",
-    tokens="i32",
-    n="i32:16",
-    half="i32",
-    dilation="i32",
-    scale="fp32",
+    **NUMBERS,
     **AXES,
 )
 @triton.jit
@@ -174,14 +154,12 @@ def neighborhood_attention_bwd_q(
     means, sums = tl.full((ROWS,), 0.0, tl.float32), tl.full((ROWS, D), 0.0, tl.float32)
     reach = tl.minimum(half, (tokens - 1) // dilation)
     for step in range(2 * reach + 1):
-        other = token + (step - reach) * dilation
-        near = real & (other >= 0) & (other < tokens)
+        other, near = neighbour(token, step - reach, dilation, tokens, real)
         s = tl.sum(qs * rows(k_at, other, k_token, near, col, n), axis=1) * scale
         dp = tl.sum(dys * rows(v_at, other, v_token, near, col, n), axis=1)
         means += tl.where(near, tl.exp(s - log_sum) * dp, 0.0)
     for step in range(2 * reach + 1):
-        other = token + (step - reach) * dilation
-        near = real & (other >= 0) & (other < tokens)
+        other, near = neighbour(token, step - reach, dilation, tokens, real)
         ks = rows(k_at, other, k_token, near, col, n)
         dp = tl.sum(dys * rows(v_at, other, v_token, near, col, n), axis=1)
         ds = tl.exp(tl.sum(qs * ks, axis=1) * scale - log_sum) * (dp - means)
@@ -203,21 +181,7 @@ def neighborhood_attention_bwd_q(
     dy_batch="i64:16",
     dy_head="i64:16",
     dy_token="i32:16",
-    q_batch="i64:16",
-    q_head="i64:16",
-    q_token="i32:16",
-    k_batch="i64:16",
-    k_head="i64:16",
-    k_token="i32:16",
-    v_batch="i64:16",
-    v_head="i64:16",
-    v_token="i32:16",
-    heads="i32",
-    tokens="i32",
-    n="i32:16",
-    half="i32",
-    dilation="i32",
-    scale="fp32",
+    **NUMBERS,
     **AXES,
 )
 @triton.jit
@@ -260,8 +224,7 @@ def neighborhood_attention_bwd_kv(
     k_sums, v_sums = tl.full((ROWS, D), 0.0, tl.float32), tl.full((ROWS, D), 0.0, tl.float32)
     reach = tl.minimum(half, (tokens - 1) // dilation)
     for step in range(2 * reach + 1):
-        other = token + (step - reach) * dilation
-        near = real & (other >= 0) & (other < tokens)
+        other, near = neighbour(token, step - reach, dilation, tokens, real)
         qs = rows(q_at, other, q_token, near, col, n)
         dys = rows(dy_at, other, dy_token, near, col, n)
         log_sum = tl.load(lse + begin + other, mask=near, other=0.0)

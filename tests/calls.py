@@ -189,6 +189,36 @@ def attn_res(rows):
         yield (v, (torch.randn(65) / 8).requires_grad_(), randn(65, dtype=torch.float32)), {}
 
 
+def mhc_coeffs(rows):
+    """Scalars side by side in memory are not aligned, but for the first."""
+    for dtype, (hc, n), apart in itertools.product(DTYPES, ((2, 24), (4, 24), (8, 7), (16, 7), (4, 9)), (False, True)):
+        width, heads = hc * n, hc * (hc + 2)
+        alphas = [randn(dtype=torch.float32) for _ in range(3)] if apart else torch.rand(3).unbind()
+        phi = (torch.randn(width, heads) / width**0.5).to(dtype if apart else torch.float32).requires_grad_()
+        yield (randn(rows(96 if hc < 5 else 2048), hc, n, dtype=dtype), phi, randn(heads, dtype=torch.float32), *alphas), {}
+    for x in views(rows(2048), 4, 9):
+        yield (x, randn(36, 24, dtype=x.dtype), randn(24, dtype=x.dtype), *torch.rand(3).unbind()), {"tmax": 2}
+
+
+def mhc_pre(rows):
+    for dtype, n in itertools.product(DTYPES, (64, 63, 1040)):
+        tokens = rows(4 * n)
+        yield (randn(tokens, 4, n, dtype=dtype), randn(tokens, 4, dtype=torch.float32)), {}
+    for x in views(rows(260), 4, 65):
+        yield (x, randn(*x.shape[:-1], dtype=x.dtype)), {}
+
+
+def mhc_post_res(rows):
+    for dtype, n, hc in itertools.product(DTYPES, (64, 63, 1040), (4, 5)):
+        for layer in dict.fromkeys([dtype, torch.float32]):
+            shape, wide = (rows(hc * n),), {"dtype": torch.float32}
+            inputs = randn(*shape, hc, n, dtype=dtype), randn(*shape, n, dtype=layer)
+            yield (*inputs, randn(*shape, hc, **wide), randn(*shape, hc, hc, **wide)), {}
+    for x in views(rows(260), 4, 65):
+        *shape, hc, n = x.shape
+        yield (x, *(randn(*shape, *last, dtype=x.dtype) for last in ((n,), (hc,), (hc, hc)))), {}
+
+
 def embedding(rows):
     for dtype, n in itertools.product(DTYPES, (96, 97, 1040)):
         yield (randn(50, n, dtype=dtype), torch.randint(50, (rows(n), 2))), {"padding_idx": 7}
@@ -330,7 +360,7 @@ def vocab_parallel_cross_entropy(rows):
 CALLS = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 CALLS |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 CALLS |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
-CALLS |= {f.__name__: f for f in (modulated_rms_norm, attn_res, embedding)}
+CALLS |= {f.__name__: f for f in (modulated_rms_norm, attn_res, mhc_coeffs, mhc_pre, mhc_post_res, embedding)}
 CALLS |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 CALLS |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 CALLS |= {f.__name__: f for f in (kl_div, jsd, tvd, linear_jsd, linear_kl_div, cross_entropy_tvd, vocab_parallel_cross_entropy)}

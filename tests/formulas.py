@@ -197,6 +197,29 @@ def attn_res(eps=1e-6):
     return formula
 
 
+def mhc_coeffs(tmax=20, rms_eps=1e-6, pre_eps=0.0, sinkhorn_eps=1e-6, post_mult=2.0):
+    """Xie et al. 2025 (arXiv 2512.24880), with Liger-Kernel's constants: in its first iteration rows are divided by softmax."""
+
+    def formula(x, phi, b, alpha_pre, alpha_post, alpha_res):
+        hc, xs = x.shape[-2], x.flatten(-2)
+        mix = (xs / torch.sqrt(xs.square().mean(-1, keepdim=True) + rms_eps)) @ phi
+        (pre, post, res), (b_pre, b_post, b_res) = (t.split([hc, hc, hc * hc], -1) for t in (mix, b))
+        matrix = (alpha_res * res + b_res).unflatten(-1, (hc, hc)).softmax(-1) + sinkhorn_eps
+        for n in range(2 * tmax - 1):  # columns, rows, columns, ...
+            matrix = matrix / (matrix.sum(-1 if n % 2 else -2, keepdim=True) + sinkhorn_eps)
+        return torch.sigmoid(alpha_pre * pre + b_pre) + pre_eps, post_mult * torch.sigmoid(alpha_post * post + b_post), matrix
+
+    return formula
+
+
+def mhc_pre(x, h_pre):
+    return torch.einsum("...i,...in->...n", h_pre, x)
+
+
+def mhc_post_res(x, f_out, h_post, h_res):
+    return torch.einsum("...oi,...in->...on", h_res, x) + torch.einsum("...o,...n->...on", h_post, f_out)
+
+
 def poly_norm(eps=1e-6):
     """Zhuo et al. 2024 (arXiv 2411.03884), as their code has it."""
 

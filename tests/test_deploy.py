@@ -13,13 +13,16 @@ import zipfile
 import pytest
 import torch
 from test_export import OPERATORS
+from test_export import PUBLIC
 from test_export import Logits
+from test_export import exported
 from test_export import tiny_llama
 from test_operators import SCHEMAS
 from test_runtime import packs  # noqa: F401 (a fixture)
 from test_runtime import sum_up
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.passes import move_to_device_pass
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
@@ -48,19 +51,37 @@ def on(device, tensors):
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors)
 
 
-@OPERATORS
-def test_a_graph_exported_on_the_cpu_is_the_graph_exported_on_cuda(name):
-    """Node by node, as exported and decomposed; and it gives tensors on cuda for tensors there."""
+def fixed_sizes(name):
     module, tensors = example(name)
-    program = torch.export.export(module, tensors)
-    for ours, decompose in ((program, False), (program.run_decompositions(), True)):
-        with FakeTensorMode():
-            there = torch.export.export(module, on("cuda", tensors))
-            there = there.run_decompositions() if decompose else there
-            results = torch.fx.Interpreter(ours.graph_module).run(*on("cuda", tensors))
+    return module, tensors, {}, torch.export.export(module, tensors)
+
+
+HOW = {
+    "fixed": fixed_sizes,
+    "any rows": lambda name: exported(name, False),
+    "any rows, strict": lambda name: exported(name, True),
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+@PUBLIC
+def test_a_graph_exported_on_the_cpu_is_the_graph_exported_on_cuda(name, how):
+    """Node by node, with the same guards; and it gives tensors on cuda for tensors there. One of the three decomposed, too."""
+    module, tensors, options, ours = HOW[how](name)
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        there = torch.export.export(module, on("cuda", tensors), **options)
+    bounds = [sorted(map(str, program.range_constraints.values())) for program in (there, ours)]
+    assert bounds[0] == bounds[1], "of symbols, whose names are others where sizes are equal"
+    assert there._guards_code == ours._guards_code
+    for decompose in (False, True) if how == "any rows" else (False,):
+        if decompose:
+            ours, there = ours.run_decompositions(), there.run_decompositions()
         assert str(there.graph) == str(ours.graph)
-        assert {r.device.type for r in results} == {"cuda"}
+        assert "cpu" not in str(ours.graph)
         assert not ours.constants
+        with FakeTensorMode(shape_env=ShapeEnv()):
+            results = ours.module()(*on("cuda", tensors))
+        assert {r.device.type for r in results} == {"cuda"}
 
 
 def test_a_bound_model_exported_on_the_cpu_moves_as_torch_moves_programs():
@@ -450,6 +471,23 @@ def test_explain_says_the_same_of_shapes_as_of_tensors(name):
     assert len(of_shapes.launches) > 1
 
 
+def test_a_call_that_no_variant_serves_ends_with_1(packs, capsys):  # noqa: F811
+    def without_bf16(manifest, entries):
+        table = json.loads(entries["relu_squared_fwd.json"])
+        table["variants"] = [row for row in table["variants"] if "bf16" not in row["dtypes"]]
+        entries["relu_squared_fwd.json"] = json.dumps(table).encode()
+
+    copy_pack(packs, without_bf16, kernel="relu_squared_fwd")
+    line = ["explain", "relu_squared", "8x64", "--arch", "90"]
+    assert main(line) == 1
+    assert "NO VARIANT" in capsys.readouterr().out
+    assert main([*line, "--json"]) == 1
+    known = json.loads(capsys.readouterr().out)
+    assert [launch["cubin"] for launch in known["launches"]] == [None]
+    assert all(row["rejected"] for row in known["candidates"])
+    assert main([*line, "--dtype", "float32"]) == 0
+
+
 MISUNDERSTOOD = {
     "explain rms_norm 8x64 64 1e-6 --arch 90": "must be sizes like 8x4096 or 8x4096:int64, got '1e-6'",
     "explain rms_norm 8x64 --arch hopper": "arch must be a GPU architecture like '90', '100f' or '8.6', got 'hopper'",
@@ -473,7 +511,13 @@ MISUNDERSTOOD = {
     "explain tvd 8x64 8x64 --arch 90 --set loss_dtype=half2": "loss_dtype must be a dtype of torch like float32, got 'h",
     "explain rms_norm 2147483648x64 --arch 90": "rms_norm_fwd: rows must be an integer below 2**31 (split",
     "explain rms_norm 2147483647x64 --arch 90": "rms_norm_fwd: rows must be an integer up to 2**31 - 2**15 (split",
-    "explain swiglu 4294967296x1024 4294967296x1024 --arch 90": "swiglu_fwd must take at most 2**31 - 1 programs, takes 4",
+    "explain swiglu 4294967296x1024 4294967296x1024 --arch 90": "swiglu_fwd: rows must be such that at most 2**31 - 1 prog",
+    "explain attn_res 2x2147483647x64 64 64 --arch 90": "attn_res_fwd: tokens must be an integer up to 2**31 - 2**15 (split",
+    "explain neighborhood_attention 1x1x2147483647x64 1x1x2147483647x64 1x1x2147483647x64 --arch 90": "_fwd: tokens must be an",
+    "explain modulated_rms_norm 2147483647x64 2147483647x64 --arch 90 --backward": "_bwd: groups must be an integer up to 2**",
+    "explain modulated_rms_norm 2147483647x64 64 --arch 90": "_fwd: each must be an integer up to 2**31 - 2**15 (split the",
+    "explain embedding 9x67107841 1:int64 --arch 90": "embedding_fwd: a row must be such that at most 2**16 - 1 programs serve",
+    "explain embedding 9x8388481 1:int64 --arch 90 --backward": "embedding_shares: a row must be such that at most 2**16",
     "explain linear_cross_entropy 1000000000x64 128x64 1000000000:int64 --arch 90": "must take at most 3000 launches, takes",
     "explain linear_cross_entropy 4294967296x64 128x64 4294967296:int64 --arch 90": "at most 2**31 - 2**15 rows, got 4294967",
     "explain rms_norm 8x64": "without a CUDA device, --arch must say for which, like 90",

@@ -168,6 +168,11 @@ def test_more_programs_than_a_grid_takes(launcher):
     text = "cross_entropy_fwd: rows must be such that at most 2**31 - 1 programs serve them, got 2147483648 programs; split"
     with pytest.raises(ValueError, match=re.escape(text)):
         launcher.at(0).driver.relaunch(1, "cross_entropy_fwd", 0, 0, 2**31, 1, 1, 128, 1, 1, 0, 0, 0, 0)
+    text = "column_sum: a row must be such that at most 2**16 - 1 programs serve it, got 65536 programs; split the tensor"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        launch_on(0, (3, 2**16))
+    launch_on(0, (3, 2**16 - 1))
+    assert [launch.grid for launch in launcher.stub.launches] == [(3, 2**16 - 1, 1)]
 
 
 def test_a_failed_launch_says_what_it_was(launcher):
@@ -216,7 +221,7 @@ def test_the_tensors_device_is_used_and_the_current_one_stays(launcher):
 @pytest.mark.parametrize("grid", [(2**31,), (2**32 + 1,), (1, 2**32 + 1)])
 def test_a_grid_is_not_cut_short(launcher, grid):
     with pytest.raises(
-        (ValueError, OverflowError, RuntimeError), match=r"at most 2\*\*31 - 1 programs|too large|invalid argument"
+        (ValueError, OverflowError, RuntimeError), match=r"at most 2\*\*(31|16) - 1 programs|too large|invalid argument"
     ):
         launch_on(0, grid)
     assert not launcher.stub.launches

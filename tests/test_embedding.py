@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
 
-from liger_aot.ops import _loss
+from liger_aot.ops import _check
 
 from harness import DTYPES
 from harness import check
@@ -100,7 +100,7 @@ def test_an_index_out_of_range_is_nan_on_a_device(interpreted, wrong):
 
 @pytest.mark.parametrize("wrong", [-1, 9])
 def test_an_index_out_of_range_is_an_error_where_that_costs_nothing(path, wrong, monkeypatch):
-    monkeypatch.setattr(_loss, "CHECK", path is not None)
+    monkeypatch.setattr(_check, "CHECK", path is not None)
     with pytest.raises(ValueError, match=re.escape(f"embedding: indices must be in [0, 9), the rows of weight, got {wrong}")):
         embedding(torch.randn(9, 4), torch.tensor([0, wrong]))
 

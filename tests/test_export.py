@@ -1,6 +1,7 @@
 """Programs for other machines: Inductor's own compiler, AOTInductor's packages, and graphs that hold our Triton kernels."""
 
 import collections
+import functools
 import inspect
 import json
 import os
@@ -30,6 +31,7 @@ from examples import bodies_of
 from examples import call
 from examples import example
 from examples import leaves
+from examples import routing
 
 OPERATORS = pytest.mark.parametrize("name", EXAMPLES)
 PUBLIC = pytest.mark.parametrize("name", _op.PUBLIC)  # those that give statistics besides, too
@@ -66,15 +68,22 @@ def sizes(name, tensors):
         "modulated_rms_norm": (3,),
     }
     weights |= {"dyt": (1, 2, 3), "poly_norm": (1, 2), "attn_res": (1, 2), "embedding": (0,), "linear_jsd": (1, 3)}
+    weights["mhc_coeffs"] = 1, 2, 3, 4, 5
     weights = weights.get(name, (1,) if "linear" in name else ())
     rows = [range(max(t.dim() - 1, 1)) if n not in weights else () for n, t in enumerate(tensors)]
     if name == "multi_token_attention":  # whose matrices are square, and whose channels its weight says
         rows = [(0, 2, 3), (), ()]
+    if name.startswith("mhc"):  # the number of whose streams is fixed
+        rows = [range(2) if n not in weights else () for n in range(len(tensors))]
     return tuple(dict.fromkeys(dims, torch.export.Dim.DYNAMIC) for dims in rows)
 
 
-def larger(tensors, dynamic):
-    return tuple(t.repeat(*(3 if n in sizes else 1 for n in range(t.dim()))) for t, sizes in zip(tensors, dynamic, strict=True))
+def larger(name, tensors, dynamic):
+    """Three times as many rows; a routing of as many tokens."""
+    more = [t.repeat([3 if n in sizes else 1 for n in range(t.dim())]) for t, sizes in zip(tensors, dynamic, strict=True)]
+    if name.startswith("moe"):
+        more[-2:] = routing(*more[-1].shape, experts=9)
+    return tuple(more)
 
 
 def kernels_of(program):
@@ -85,20 +94,27 @@ def liger_nodes(program):
     return [node for node in program.graph.nodes if str(node.target).startswith("liger.")]
 
 
+@functools.cache
+def exported(name, strict):
+    """(module, its tensors, how it was exported, the program) of an operator for any number of rows, for several tests."""
+    module, tensors = example(name)
+    how = {"dynamic_shapes": (sizes(name, tensors),), "strict": strict}
+    return module, tensors, how, torch.export.export(module, tensors, **how)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @PUBLIC
 def test_exported_operators_are_one_node_of_any_number_of_rows(tmp_path, name, strict):
     """Through a file, which a process of another time loads."""
-    module, tensors = example(name)
-    dynamic = sizes(name, tensors)
-    program = torch.export.export(module, tensors, dynamic_shapes=(dynamic,), strict=strict)
+    module, tensors, how, program = exported(name, strict)
+    (dynamic,) = how["dynamic_shapes"]
     assert [str(node.target) for node in liger_nodes(program)] == [f"liger.{name}.default"]
     torch.export.save(program, tmp_path / "program.pt2")
     program = export.load(tmp_path / "program.pt2")
     assert [str(node.target) for node in liger_nodes(program)] == [f"liger.{name}.default"]
     decomposed = program.run_decompositions()
     assert f"liger.{name.removesuffix('_stats')}_fwd.default" in {str(node.target) for node in liger_nodes(decomposed)}
-    more = larger(tensors, dynamic)
+    more = larger(name, tensors, dynamic)
     for got, again, want in zip(program.module()(*more), decomposed.module()(*more), module(*more), strict=True):
         assert torch.equal(got, want)
         assert torch.equal(again, want)
@@ -123,7 +139,7 @@ def test_lowered_graphs_keep_dynamic_sizes(lower, name):
     module, tensors = example(name)
     dynamic = sizes(name, tensors)
     lowered = lower(torch.export.export(module, tensors, dynamic_shapes=(dynamic,)))
-    more = larger(tensors, dynamic)
+    more = larger(name, tensors, dynamic)
     with _jit.interpreted():
         for got, want in zip(lowered.module()(*more), module(*more), strict=True):
             assert torch.equal(got, want)
@@ -397,7 +413,7 @@ def test_a_package_of_every_operator_answers_in_another_process(tmp_path):
     dynamic = {name: sizes(name, inputs[name]) for name in inputs}
     program = torch.export.export(Everything(modules), (inputs,), dynamic_shapes=(dynamic,))
     package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "all.pt2"))
-    more = {name: larger(inputs[name], dynamic[name]) for name in inputs}
+    more = {name: larger(name, inputs[name], dynamic[name]) for name in inputs}
     torch.save(more, tmp_path / "inputs.pt")
     subprocess.run([sys.executable, "-c", LOAD, package, tmp_path / "inputs.pt", tmp_path / "outputs.pt"], check=True)
     got, want = torch.load(tmp_path / "outputs.pt"), Everything(modules)(more)
@@ -428,12 +444,12 @@ def test_inductor_compiles_every_operator_with_its_gradients(dynamic):
         """The inputs, each a tensor of its own: a view is guarded by what it is a view of."""
         for name, arguments in inputs.items():
             tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-            new = iter([t.detach().clone() for t in change(tensors, sizes(name, tensors))])
+            new = iter([t.detach().clone() for t in change(name, tensors, sizes(name, tensors))])
             yield name, [next(new).requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments]
 
     torch._dynamo.reset()
     compiled = torch.compile(everything, fullgraph=True, dynamic=dynamic)
-    for change in [lambda tensors, _: tensors, larger][: 1 + dynamic]:
+    for change in [lambda name, tensors, _: tensors, larger][: 1 + dynamic]:
         given = dict(of_rows(change))
         for got, want in zip(gradients(compiled, given), gradients(everything, given), strict=True):
             torch.testing.assert_close(got, want)

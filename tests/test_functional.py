@@ -207,6 +207,15 @@ def test_attn_res():
     same(lambda *t: liger_aot.attn_res(*t, eps=1e-3), formulas.attn_res(1e-3), v, query, weight)
 
 
+def test_mhc():
+    options = {"tmax": 4, "rms_eps": 1e-2, "pre_eps": 0.5, "sinkhorn_eps": 1e-2, "post_mult": 3.0}
+    inputs = torch.randn(5, 2, 6), torch.randn(12, 8), torch.randn(8), *torch.rand(3).unbind()
+    same(partial(liger_aot.mhc_coeffs, **options), formulas.mhc_coeffs(**options), *inputs)
+    x, f_out, h_post, h_res = torch.randn(5, 3, 4), torch.randn(5, 4), torch.randn(5, 3), torch.randn(5, 3, 3)
+    same(liger_aot.mhc_pre, formulas.mhc_pre, x, h_post)
+    same(liger_aot.mhc_post_res, formulas.mhc_post_res, x, f_out, h_post, h_res)
+
+
 @pytest.mark.parametrize("padding_idx", [None, -3])
 def test_embedding(padding_idx):
     indices, weight = torch.randint(9, (3, 20)), torch.randn(9, 6)

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import logging
 import sys
+import types
 from functools import partial
 from types import SimpleNamespace
 
@@ -191,6 +192,35 @@ def test_a_symbol_that_moved_is_an_error_and_nothing_is_changed(megatron, monkey
         with pytest.raises(ImportError, match=text):
             apply_liger_kernel_to_megatron(**options)
     assert changed(before, symbols(megatron)) == [False] * 7
+
+
+class Refusing(types.ModuleType):
+    """A module one name of which cannot be set."""
+
+    refused = None
+
+    def __setattr__(self, name, value):
+        if name == self.refused:
+            raise AttributeError(f"{name} is read-only")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("models.backends", "_fused_ce"),  # a copy, after the first of its option's places
+        ("tensor_parallel.cross_entropy", "vocab_parallel_cross_entropy"),
+        ("fusions.fused_bias_swiglu", "SwiGLUFunction"),
+    ],
+)
+def test_what_was_replaced_before_a_module_refuses_is_put_back(megatron, monkeypatch, caplog, module, name):
+    before = symbols(megatron)
+    megatron(module).__class__ = Refusing
+    monkeypatch.setattr(Refusing, "refused", name)
+    with pytest.raises(AttributeError, match=f"{name} is read-only"):
+        apply_liger_kernel_to_megatron(**EVERYTHING)
+    assert changed(before, symbols(megatron)) == [False] * 7
+    assert "somebody has replaced it" not in caplog.text
 
 
 def test_without_megatron():

@@ -75,6 +75,13 @@ def test_casting_and_mixed_dtypes(path, casting, others):
     assert all(results[f"gradient {n}"].dtype == others for n in (1, 2, 3))
 
 
+def test_a_scale_of_either_dimension_is_of_the_first(path):
+    x, scale, shift, _ = make((3, 3, 40), (3, 40), torch.float32)
+    for weight in (None, torch.randn(40)):
+        want = modulated_rms_norm(x, *(t[:, None].expand(3, 3, 40) for t in (scale, shift)), weight)
+        assert torch.equal(modulated_rms_norm(x, scale, shift, weight), want)
+
+
 def test_casting_rounds_the_normalised_value(path):
     x, scale, shift, weight = make((3, 9, 300), (3, 300), torch.bfloat16)
     normal = F.rms_norm(x.float(), (300,), eps=1e-5)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from liger_aot.functional import moe_route
+from liger_aot.ops import _check
+from liger_aot.ops import _moe
 
 import formulas
 from examples import routing
@@ -71,6 +73,44 @@ def test_nothing_in_nothing_out(path, tokens, n):
     y.sum().backward()
     assert y.shape == (2 * tokens, n)
     assert x.grad.shape == (tokens, n)
+
+
+EVERY = "order must have every slot once, in the row that position says, as functional.moe_route makes them, got slot"
+# What routing made amiss of six tokens with two experts each; and what is said.
+ROUTINGS = {
+    "beyond": (
+        lambda o, p: (o.index_fill(0, torch.tensor(3), 12), p),
+        r"order must be in \[0, 12\), the slots of position, got 12",
+    ),
+    "negative": (lambda o, p: (o.index_fill(0, torch.tensor(3), -1), p), r"order must be in \[0, 12\), .*, got -1"),
+    "twice": (lambda o, p: (torch.arange(12).clamp(max=10), torch.full((6, 2), -1)), f"{EVERY} 11 in row -1 and position -1"),
+    "far": (lambda o, p: (o, p + 99 * (p == 4)), f"{EVERY} \\d+ in row 4 and position 103"),
+    "of another": (lambda o, p: (o, p.flip(0)), f"{EVERY} "),
+    "backwards": (lambda o, p: (o.flip(0), p), f"{EVERY} "),
+}
+
+
+@pytest.mark.parametrize("fault", ROUTINGS)
+def test_a_routing_that_is_none_is_an_error_where_that_costs_nothing(path, fault, monkeypatch):
+    """On CUDA a kernel would read elsewhere: CHECK says so instead."""
+    monkeypatch.setattr(_check, "CHECK", path is not None)
+    change, text = ROUTINGS[fault]
+    wrong = change(*routing(6, 2))
+    with pytest.raises(ValueError, match=f"^moe_permute: {text}"):
+        moe_permute(torch.randn(6, 24), *wrong)
+    with pytest.raises(ValueError, match=f"^moe_unpermute: {text}"):
+        torch.ops.liger.moe_unpermute(torch.randn(12, 24), torch.rand(6, 2), *wrong)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_numbers_on_a_device_are_looked_at_where_that_is_asked_for(interpreted, asked, monkeypatch):
+    monkeypatch.setattr(_check, "CHECK", asked)
+    order, position = routing(6, 2)
+    looked = []
+    monkeypatch.setattr(_moe, "check_indices", lambda *_: looked.append(_))
+    moe_permute(torch.randn(6, 24), order, position)
+    torch.ops.liger.moe_unpermute(torch.randn(12, 24), torch.rand(6, 2), order, position)
+    assert len(looked) == 2 * asked
 
 
 def test_is_an_operator():

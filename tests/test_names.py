@@ -43,6 +43,7 @@ MODULES = {
     "poly_norm": ["LigerPolyNorm"],
     "softmax": ["LigerSoftmax"],
     "sparsemax": ["LigerSparsemax"],
+    "mhc": ["LigerMHC"],
     "multi_token_attention": ["LigerMultiTokenAttention"],
     "fused_neighborhood_attention": [f"LigerFusedNeighborhoodAttention{part}" for part in ("", "Layer", "Config")],
     "rope": ["liger_rotary_pos_emb", "liger_rotary_pos_emb_gpt_oss", "liger_rotary_pos_emb_vision"],
@@ -86,6 +87,9 @@ FUNCTIONS = [
     "PolyNorm",
     "Embedding",
     "AttnRes",
+    "MHCCoeffs",
+    "MHCPre",
+    "MHCPostRes",
     "Softmax",
     "Sparsemax",
     "MultiTokenAttention",
@@ -484,6 +488,53 @@ def test_attn_res():
     torch.testing.assert_close(L.liger_attn_res(v, query, weight, 1e-2), want)
     torch.testing.assert_close(L.liger_attn_res(list(v), query, weight, 1e-2), want)
     torch.testing.assert_close(liger_aot.ops.LigerAttnResFunction.apply(v, query, weight, 1e-2), want)
+
+
+def test_mhc():
+    x, f_out, h_pre = torch.randn(2, 3, 4, 6), torch.randn(2, 3, 6), torch.randn(2, 3, 4)
+    parameters = torch.randn(24, 24), torch.randn(24), *torch.rand(3).unbind()
+    options = {"tmax": 2, "rms_eps": 1e-2, "pre_eps": 0.5, "sinkhorn_eps": 1e-2, "post_mult": 3.0}
+    coefficients = formulas.mhc_coeffs(**options)(x, *parameters)
+    torch.testing.assert_close(L.liger_mhc_coeffs(x, *parameters, allow_fp32=True, **options), coefficients)
+    got = liger_aot.ops.LigerMHCCoeffsFunction.apply(x, *parameters, True, *options.values())
+    torch.testing.assert_close(got, coefficients)
+    x_in, x_out = formulas.mhc_pre(x, h_pre), formulas.mhc_post_res(x, f_out, *coefficients[1:])
+    torch.testing.assert_close(L.liger_mhc_apply(x, f_out, h_pre, *coefficients[1:]), x_out)
+    torch.testing.assert_close(L.liger_mhc_apply(x, f_out, h_pre, *coefficients[1:], return_x_in=True), (x_out, x_in))
+    torch.testing.assert_close(liger_aot.ops.LigerMHCPreFunction.apply(x, h_pre), x_in)
+    torch.testing.assert_close(liger_aot.ops.LigerMHCPostResFunction.apply(x, f_out, *coefficients[1:]), x_out)
+    want = formulas.mhc_post_res(x, formulas.mhc_pre(x, coefficients[0]).tanh(), *coefficients[1:])
+    got = L.liger_mhc_forward(x, torch.tanh, *parameters, allow_fp32=True, return_coeffs=True, **options)
+    torch.testing.assert_close(got, (want, coefficients))
+    with pytest.raises(ValueError, match=r"liger_mhc_coeffs: x must be float16 or bfloat16, got .*; pass allow_fp32=True"):
+        L.liger_mhc_coeffs(x, *parameters)
+
+
+@pytest.mark.parametrize(("dtype", "phi_dtype"), [(torch.bfloat16, torch.float16), (torch.float32, torch.float32)], ids=str)
+def test_mhc_module(dtype, phi_dtype):
+    """The layer's input has its dtype, whatever the streams have."""
+    layer = torch.nn.Linear(6, 6)
+    module = names.LigerMHC(layer, hc=4, c=6, tmax=3, pre_eps=0.1, phi_dtype=phi_dtype, allow_fp32=dtype == torch.float32)
+    x = torch.randn(2, 3, 4, 6).to(dtype)
+    y = module(x)
+    y.float().sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    parameters = (p.float() for p in (module.phi, module.b, module.alpha_pre, module.alpha_post, module.alpha_res))
+    h_pre, h_post, h_res = formulas.mhc_coeffs(3, pre_eps=0.1)(x.float(), *parameters)
+    want = formulas.mhc_post_res(x.float(), layer(formulas.mhc_pre(x.float(), h_pre).to(dtype).float()), h_post, h_res)
+    torch.testing.assert_close(y, want.to(dtype))
+    with pytest.raises(ValueError, match=re.escape("LigerMHC: x must have shape (..., 4, 6), got (2, 3, 6, 4)")):
+        module(x.mT)
+
+
+def test_mhc_module_is_built_as_ligers():
+    theirs = pytest.importorskip("liger_kernel.transformers.mhc", reason="liger-kernel, to compare with, is not installed")
+    layer = torch.nn.Linear(6, 6)
+    ours, theirs = (module.LigerMHC(layer, hc=4, c=6, tmax=3) for module in (names, theirs))
+    shapes = {k: (v.shape, v.dtype) for k, v in theirs.state_dict().items()}
+    assert {k: (v.shape, v.dtype) for k, v in ours.state_dict().items()} == shapes
+    assert vars(theirs).keys() <= vars(ours).keys()
+    assert repr(ours) == repr(theirs)
 
 
 @pytest.mark.parametrize("padding_idx", [None, 2])

@@ -362,9 +362,9 @@ MANIFESTS = {
     "no JSON": (lambda known: None, r"Expecting value: .*"),
     "no driver": (
         lambda known: {k: v for k, v in known.items() if k != "min_driver"},
-        "min_driver: missing, or of another type",
+        "min_driver: missing, empty or of another type",
     ),
-    "numbers": (lambda known: known | {"arch": 90, "ptxas": 12}, "arch, ptxas: missing, or of another type"),
+    "numbers": (lambda known: known | {"arch": 90, "ptxas": 12}, "arch, ptxas: missing, empty or of another type"),
 }
 
 
@@ -391,6 +391,50 @@ def test_a_manifest_that_is_none_is_refused(packs, capsys, fault):
 def test_what_is_read_of_a_manifest_is_what_the_build_writes():
     manifest = json.loads(_runtime.open_pack(_runtime.pack_paths()["90"]).read("manifest.json"))
     assert {*_runtime.MANIFEST, "schema", "contract"} == manifest.keys() >= {*_info.MANIFEST}
+    known = json.loads(_runtime.open_pack(_runtime.pack_paths()["90"]).read("column_sum.json"))
+    assert known.keys() == {*_runtime.ENTRY, "name"}
+    assert {key for row in known["variants"] for key in row} == _runtime.VARIANT.keys()
+
+
+def of_each(**fields):
+    """Every variant with these fields, and without those that are None."""
+
+    def change(known):
+        rows = [{k: v for k, v in (row | fields).items() if v is not None} for row in known["variants"]]
+        return known | {"variants": rows}
+
+    return change
+
+
+ANOTHER = "missing, empty or of another type"
+ENTRIES = {
+    "a list": (lambda known: [known], "a JSON object is needed, got a list"),
+    "no parameters": (lambda known: {"variants": known["variants"]}, f"parameters: {ANOTHER}"),
+    "no variant": (lambda known: known | {"variants": []}, f"variants: {ANOTHER}"),
+    "names alone": (lambda known: known | {"parameters": ["partial", "out"]}, "ValueError: .*"),
+    "another type": (lambda known: known | {"parameters": [["partial", "*fp32"], ["n", "i8"]]}, "KeyError: 'i8'"),
+    "another dtype": (of_each(dtypes=["fp32", "fp8"]), "KeyError: 'fp8'"),
+    "one field more": (of_each(clusters=2), "TypeError: .*'clusters'"),
+    "lists": (lambda known: known | {"variants": [[*row.values()] for row in known["variants"]]}, "AttributeError: .*"),
+} | {f"no {field}": (of_each(**{field: None}), f"{field}: {ANOTHER}") for field in _runtime.VARIANT}
+
+
+@pytest.mark.parametrize("fault", ENTRIES)
+def test_an_entry_that_is_none_is_refused(packs, capsys, fault):
+    change, why = ENTRIES[fault]
+
+    def rewrite(manifest, entries):
+        entries["column_sum.json"] = json.dumps(change(json.loads(entries["column_sum.json"]))).encode()
+
+    path = copy_pack(packs, rewrite)
+    text = rf"{re.escape(str(path))} is damaged: column_sum\.json cannot be read \({why}\); install liger-aot again"
+    with stubbed() as stub:
+        for call in (sum_up, sum_up, liger_aot.preload):
+            with pytest.raises(RuntimeError, match=text):
+                call()
+    assert not stub.called("cuLibraryLoadData")
+    assert main(["verify"]) == 1
+    assert re.search(text, capsys.readouterr().out)
 
 
 DAMAGES = {

@@ -392,6 +392,21 @@ def test_a_folder_of_packs_that_is_none_is_named(packs, tmp_path, command, capsy
     assert f"must be a folder of packs, got {tmp_path / 'nothing'}, which is none; unset it" in said
     assert main([command, "--json"]) == 1
     assert "LIGER_AOT_PACKS" in json.dumps(json.loads(capsys.readouterr().out))
+    with pytest.raises(NotImplementedError, match=f"\n  LIGER_AOT_PACKS: {tmp_path / 'nothing'} is no folder\nRemedy: "):
+        _runtime.select_pack((7, 5))
+
+
+def test_an_installation_without_packs_is_not_well(monkeypatch, capsys):
+    for module in (_info, _verify):
+        monkeypatch.setattr(module, "pack_paths", dict)
+    assert main(["info"]) == main(["verify"]) == 1
+    said = capsys.readouterr().out
+    assert f"{'packs':14} none: installed without kernels, only CPU tensors are served\n" in said
+    assert said.endswith("no packs: liger-aot was installed without kernels; only CPU tensors are served\n")
+    assert main(["info", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["packs"] == {}
+    assert main(["verify", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {}
 
 
 def test_verify_holds_packs_to_what_was_installed(tmp_path, packs, monkeypatch):

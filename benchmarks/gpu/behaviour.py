@@ -31,7 +31,8 @@ from stub import On
 from stub import Stub
 
 # Of these the matmuls are torch's, whose algorithm may differ where memory or streams do.
-WITH_MATMULS = "linear_cross_entropy", "linear_jsd", "linear_kl_div", "linear_logprob"
+LINEAR = "linear_cross_entropy", "linear_jsd", "linear_kl_div", "linear_logprob"  # which autocast changes, too
+WITH_MATMULS = *LINEAR, "mhc_coeffs"
 THREADED = "rms_norm", "cross_entropy", "swiglu", "linear_cross_entropy"
 TIMES = 20
 
@@ -248,6 +249,7 @@ def same_bits(machine, name):
         q, k = (torch.randn(1, rows, heads, 64).bfloat16().transpose(1, 2).requires_grad_() for heads in (8, 2))
         angles, target = torch.randn(2, 1, rows, 64).unbind(), torch.randint(n, (rows,))
         slots, weights = moe_route(torch.randint(8, (rows, 2)), 8)[:2], torch.rand(rows, 2).requires_grad_()
+        mixing = torch.rand(rows, 2, 2).requires_grad_()
     calls = {
         "rms_norm": [x[0], weight],
         "fused_add_rms_norm": [*x, weight],
@@ -265,6 +267,8 @@ def same_bits(machine, name):
         "dyt": [x[0], weight[:1].detach(), weight, bias],
         "modulated_rms_norm": [x[0][None], weight, bias, weight.detach()],
         "attn_res": [torch.stack([t.detach() for t in x]).requires_grad_(), weight, bias],
+        "mhc_pre": [torch.stack([t.detach() for t in x], 1).requires_grad_(), weights],
+        "mhc_post_res": [torch.stack([t.detach() for t in x], 1).requires_grad_(), x[0], weights, mixing],
         "embedding": [x[0], target % 7],
         "poly_norm": [x[0], weight[:3].detach(), bias[:1].detach()],
         "group_norm": [x[0], 1, weight, bias],
@@ -494,7 +498,7 @@ CHECKS = [
     (thread_without_a_context, "rms_norm"),
     (back_ends, "rms_norm"),
     (other_device, "rms_norm"),
-    *((same_bits, name) for name in (*ROW_WISE, "group_norm", "attn_res", "embedding")),
+    *((same_bits, name) for name in (*ROW_WISE, "group_norm", "attn_res", "mhc_pre", "mhc_post_res", "embedding")),
     *((from_a_cpu, name) for name in _op.PUBLIC),
     (lowered, "rms_norm"),
     *((opcheck, name) for name in EXAMPLES),
@@ -504,7 +508,7 @@ CHECKS = [
     (lowered, ALL),
     (package, ALL),
     *((beyond_31_bits, name) for name in ROW_WISE),
-    *((autocast, name) for name in WITH_MATMULS),
+    *((autocast, name) for name in LINEAR),
 ]
 COSTLY = opcheck, compiled, bound_model, from_a_cpu, package, lowered  # of which a dry run tries one subject each
 

@@ -21,6 +21,7 @@ EPS = 1e-6
 HEAD = 128
 CHANNELS, GROUPS = 512, 32
 IMAGE = 1024  # tokens
+STREAMS = 4
 
 
 @dataclasses.dataclass
@@ -113,6 +114,20 @@ def eager_attn_res(v, query, weight):
     return torch.einsum("d...,d...n->...n", scores.softmax(0), v)
 
 
+def eager_mhc_coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res):
+    hc, xs = x.shape[-2], x.flatten(-2)
+    mix = (xs @ phi).float() * torch.rsqrt(xs.float().square().mean(-1, keepdim=True) + EPS)
+    (pre, post, res), (b_pre, b_post, b_res) = (t.split([hc, hc, hc * hc], -1) for t in (mix, b))
+    matrix = (alpha_res * res + b_res).unflatten(-1, (hc, hc)).softmax(-1) + EPS
+    for n in range(39):  # columns, rows, columns, ...
+        matrix = matrix / (matrix.sum(-1 if n % 2 else -2, keepdim=True) + EPS)
+    return torch.sigmoid(alpha_pre * pre + b_pre), 2 * torch.sigmoid(alpha_post * post + b_post), matrix
+
+
+def eager_mhc_post_res(x, f_out, h_post, h_res):
+    return h_res.to(x.dtype) @ x + h_post.to(x.dtype)[..., None] * f_out[..., None, :]
+
+
 # The same in torch's own parts, as transformers has it where torch has no function of that name.
 IN_TORCH = {
     "rms_norm": lambda x, w: functional.rms_norm(x, w.shape, w, EPS),
@@ -128,6 +143,9 @@ IN_TORCH = {
     "embedding": lambda weight, indices: functional.embedding(indices, weight),
     "poly_norm": eager_poly_norm,
     "attn_res": eager_attn_res,
+    "mhc_coeffs": eager_mhc_coeffs,
+    "mhc_pre": lambda x, h_pre: (h_pre[..., None] * x).sum(-2).to(x.dtype),
+    "mhc_post_res": eager_mhc_post_res,
     "modulated_rms_norm": eager_modulated_rms_norm,
     "relu_squared": lambda x: functional.relu(x).square(),
     "softmax": lambda x: functional.softmax(x, -1),
@@ -269,6 +287,35 @@ def attn_res(tokens, hidden, liger):
     inputs = [v, leaf(hidden, scale=hidden**-0.5), leaf(hidden)]
     size = v.nbytes
     return Timed(inputs, calls("attn_res", liger and liger.liger_attn_res), (size + size // 8, 2 * size + size // 8))
+
+
+def streams(tokens, hidden):
+    """Of a layer with four of them, as the paper has: they, the layer's output, and coefficients."""
+    h_post, h_res = (torch.rand(tokens, *last).requires_grad_() for last in ((STREAMS,), (STREAMS, STREAMS)))
+    return leaf(tokens, STREAMS, hidden), leaf(tokens, hidden), h_post, h_res
+
+
+def mhc_coeffs(tokens, hidden, liger):
+    x, width, heads = streams(tokens, hidden)[0], STREAMS * hidden, STREAMS * (STREAMS + 2)
+    inputs = [x, leaf(width, heads, scale=width**-0.5), torch.zeros(heads).requires_grad_()]
+    inputs += [torch.ones(()).requires_grad_() for _ in range(3)]
+    flops = 2 * tokens * width * heads
+    found = calls("mhc_coeffs", liger and liger.liger_mhc_coeffs)
+    return Timed(inputs, found, (x.nbytes, 2 * x.nbytes), (flops, 2 * flops))
+
+
+def mhc_pre(tokens, hidden, liger):
+    x, f_out, h_pre, _ = streams(tokens, hidden)
+    moved = x.nbytes + f_out.nbytes
+    return Timed([x, h_pre], calls("mhc_pre", liger and liger.liger_mhc_pre), (moved, moved + x.nbytes))
+
+
+def mhc_post_res(tokens, hidden, liger):
+    inputs = streams(tokens, hidden)
+    x, f_out, *_ = inputs
+    moved = 2 * x.nbytes + f_out.nbytes
+    found = calls("mhc_post_res", liger and liger.liger_mhc_post_res)
+    return Timed(list(inputs), found, (moved, moved + x.nbytes + f_out.nbytes))
 
 
 def embedding(tokens, hidden, vocabulary, liger):
@@ -413,6 +460,9 @@ BUILD |= {name: gated(name) for name in ("swiglu", "geglu")} | {
     "poly_norm": poly_norm,
     "embedding": embedding,
     "attn_res": attn_res,
+    "mhc_coeffs": mhc_coeffs,
+    "mhc_pre": mhc_pre,
+    "mhc_post_res": mhc_post_res,
     "modulated_rms_norm": modulated_rms_norm,
 }
 BUILD |= {name: pointwise(name) for name in ("relu_squared", "softmax", "sparsemax")}
@@ -446,6 +496,7 @@ FIRST = [
     ("multi_token_attention", {"tokens": 4096, "hidden": 4096}),
     ("neighborhood_attention", {"tokens": 4096, "hidden": 4096}),
     *((name, {"tokens": 8192, "hidden": 14336 if "glu" in name else 4096}) for name in OTHERS),
+    *((name, {"tokens": 8192, "hidden": 4096}) for name in ("mhc_coeffs", "mhc_pre", "mhc_post_res")),
     ("embedding", {"tokens": 8192, "hidden": 4096, "vocabulary": 128256}),
 ]
 

@@ -160,6 +160,23 @@ def attn_res(v, query, weight):
     return attention.attn_res, formulas.attn_res(), [v, query, weight], {"slack": 3.0}
 
 
+def mhc_coeffs(x, *rest, **options):
+    def function(*tensors):
+        return public("mhc_coeffs")(*tensors, **options)
+
+    # The gradient of phi is a matmul of gradients rounded to 16 bits; in fp32, products come before the norm, not after it.
+    how = {"slack": 3.0 if x.dtype == torch.float32 else 6.0}
+    return function, formulas.mhc_coeffs(**options), [x, *rest], how
+
+
+def mhc_pre(*tensors):
+    return public("mhc_pre"), formulas.mhc_pre, list(tensors), {}
+
+
+def mhc_post_res(*tensors):
+    return public("mhc_post_res"), formulas.mhc_post_res, list(tensors), {}
+
+
 def embedding(weight, indices, padding_idx=None):
     def formula(weight, indices):
         return torch.nn.functional.embedding(indices, weight, padding_idx)
@@ -336,7 +353,7 @@ def cross_entropy_tvd(logits, teacher, target):
 HELD = {f.__name__: f for f in (rms_norm, fused_add_rms_norm, layer_norm, rope, swiglu, geglu, cross_entropy)}
 HELD |= {f.__name__: f for f in (packed_glu, moe_permute, moe_unpermute)}
 HELD |= {f.__name__: f for f in (relu_squared, dyt, softmax, sparsemax, group_norm, gated_rms_norm, poly_norm)}
-HELD |= {f.__name__: f for f in (modulated_rms_norm, attn_res, embedding)}
+HELD |= {f.__name__: f for f in (modulated_rms_norm, attn_res, mhc_coeffs, mhc_pre, mhc_post_res, embedding)}
 HELD |= {f.__name__: f for f in (cross_entropy_stats, linear_cross_entropy, linear_cross_entropy_stats, linear_logprob)}
 HELD |= {f.__name__: f for f in (multi_token_attention, neighborhood_attention)}
 HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear_jsd": linear_jsd}

@@ -25,6 +25,9 @@ from .functional import linear_cross_entropy
 from .functional import linear_jsd
 from .functional import linear_kl_div
 from .functional import linear_logprob
+from .functional import mhc_coeffs
+from .functional import mhc_post_res
+from .functional import mhc_pre
 from .functional import modulated_rms_norm
 from .functional import moe_experts
 from .functional import moe_permute
@@ -64,6 +67,9 @@ __all__ = [
     "linear_jsd",
     "linear_kl_div",
     "linear_logprob",
+    "mhc_coeffs",
+    "mhc_post_res",
+    "mhc_pre",
     "modulated_rms_norm",
     "moe_experts",
     "moe_permute",

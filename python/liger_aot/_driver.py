@@ -18,7 +18,7 @@ CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76
 DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 SHARED_MEMORY_FOR_ALL = 48 * 1024  # a kernel that needs more must ask for it
 RELAXED_CAPTURE = 2
-MOST_PROGRAMS = 2**31 - 1  # along the first dimension of a grid
+MOST_PROGRAMS = 2**31 - 1, 2**16 - 1  # along the first and the second dimension of a grid
 
 
 class Ctypes:
@@ -210,13 +210,23 @@ class Driver:
             (status,) = self.launch(*args)
         if status:
             _, x, y, z, threads, _, _, shared, *_ = args
-            if x > MOST_PROGRAMS:
-                raise ValueError(
-                    f"{name}: rows must be such that at most 2**31 - 1 programs serve them, got {x} programs; split the tensor"
-                )
+            check_grid(name, x, y)
             raise RuntimeError(
                 f"{name}: cuLaunchKernel: {self.text(status)}; grid {x, y, z}, {threads} threads, {shared} B of shared memory"
             )
+
+
+def check_grid(name, x, y=1):
+    """No more programs than a grid takes."""
+    most, most_of_a_row = MOST_PROGRAMS
+    if x > most:
+        raise ValueError(
+            f"{name}: rows must be such that at most 2**31 - 1 programs serve them, got {x} programs; split the tensor"
+        )
+    if y > most_of_a_row:
+        raise ValueError(
+            f"{name}: a row must be such that at most 2**16 - 1 programs serve it, got {y} programs; split the tensor"
+        )
 
 
 @functools.cache

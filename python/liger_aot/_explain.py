@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _op
-from ._driver import MOST_PROGRAMS
+from ._driver import check_grid
 from ._runtime import EXACT
 from ._runtime import FAMILY
 from ._runtime import MOST
@@ -144,8 +144,7 @@ def refuse(plan, kernel, grid, pointers, scalars):
         fits = False
     if not fits:
         raise ValueError(plan.mismatch(kernel, pointers, scalars))
-    if grid[0] > MOST_PROGRAMS:
-        raise ValueError(f"explain: {kernel} must take at most 2**31 - 1 programs, takes {grid[0]}; split the tensor")
+    check_grid(kernel, *grid)
 
 
 class Trace:

@@ -28,7 +28,8 @@ FOLDER = pathlib.Path(__file__).parent / "cubins"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i64": torch.int64}
 CODES = {"i32": "i", "i64": "q", "fp32": "f"}  # how struct packs a scalar; a pointer is "P"
 THREADS_PER_WARP = 32
-WALKED, MOST = ("rows", "n", "width_at"), 2**31 - 2**15  # what kernels walk over, in int32, by steps that must not pass its end
+# What kernels walk over, in int32, by steps that must not pass its end.
+WALKED, MOST = ("rows", "n", "width_at", "tokens", "groups", "each"), 2**31 - 2**15
 BUFFER_POINTER, BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
 EXACT, FAMILY, SAME_MAJOR = range(3)
 OLDEST = 7, 5  # for which any flavour's ptxas assembles
@@ -43,6 +44,9 @@ MANIFEST = {
     "kernels": list,
     "sha256": str,
 }
+# And of a kernel's entry, and of each of its variants.
+ENTRY = {"parameters": list, "variants": list}
+VARIANT = {"cubin": str, "dtypes": list, "constants": dict, "aligned": bool, "warps": int, "shared": int, "registers": int}
 # What reading a zip raises when bytes of it are missing or changed, its headers' flags and methods among them.
 DAMAGE = zipfile.BadZipFile, zlib.error, struct.error, KeyError, ValueError, EOFError, OSError, RuntimeError
 
@@ -63,12 +67,11 @@ class Pack:
                 f"{str(manifest.get('contract'))[:12]}), this is {_build.VERSION} (contract {_build.CONTRACT[:12]}); "
                 "install liger-aot again, or build the pack anew from the sources of this version"
             )
-        if wrong := [name for name, type_ in MANIFEST.items() if not isinstance(manifest.get(name), type_)]:
-            raise self.damaged("manifest.json", f"{', '.join(wrong)}: missing, or of another type")
+        self.hold("manifest.json", manifest, MANIFEST)
         self.arch = manifest["arch"]
         if path.stem != f"sm_{self.arch}":
             raise RuntimeError(f"liger_aot: {path} holds kernels for sm_{self.arch}; name it sm_{self.arch}.zip")
-        self.entries, self.tables = {}, {}
+        self.entries = {}
 
     def damaged(self, what, error):
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a wrong offset, in the file
@@ -96,26 +99,39 @@ class Pack:
             raise self.damaged(name, f"a JSON object is needed, got a {type(found).__name__}")
         return found
 
+    def hold(self, name, found, fields):
+        """An object of an entry has all that is read of it; a list holds something."""
+        values = {field: found.get(field) for field in fields}
+        if wrong := [field for field, value in values.items() if not isinstance(value, fields[field]) or value == []]:
+            raise self.damaged(name, f"{', '.join(wrong)}: missing, empty or of another type")
+
     def entry(self, kernel):
-        """What was built of one kernel; no other kernel's entry is read."""
+        """What was built of one kernel, as ([(name, Triton type)], {key: Variant}); no other kernel's entry is read."""
         if kernel not in self.entries:
             if kernel not in self.manifest["kernels"]:
                 raise NotImplementedError(
                     f"{kernel}: not in {self.path.name}, which holds {', '.join(self.manifest['kernels'])}"
                 )
-            self.entries[kernel] = self.parsed(f"{kernel}.json")
+            name = f"{kernel}.json"
+            self.hold(name, found := self.parsed(name), ENTRY)
+            try:
+                for row in found["variants"]:
+                    self.hold(name, row, VARIANT)
+                for _, type_ in found["parameters"]:
+                    code(type_)
+                variants = [Variant(**row) for row in found["variants"]]
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # in what the fields hold
+                raise self.damaged(name, f"{type(error).__name__}: {error}") from error
+            self.entries[kernel] = found["parameters"], {v.key: v for v in variants}
         return self.entries[kernel]
 
     def parameters(self, kernel):
         """[(name, Triton type)], constants left out."""
-        return self.entry(kernel)["parameters"]
+        return self.entry(kernel)[0]
 
     def table(self, kernel):
         """{key: Variant}."""
-        if kernel not in self.tables:
-            variants = [Variant(**row) for row in self.entry(kernel)["variants"]]
-            self.tables[kernel] = {v.key: v for v in variants}
-        return self.tables[kernel]
+        return self.entry(kernel)[1]
 
 
 class Variant:
@@ -180,11 +196,8 @@ class Plan:
     def __init__(self, device, kernel):
         parameters = device.pack.parameters(kernel)
         self.parameters = parameters
-        types = [type_ for _, type_ in parameters]
-        pointers = sum(t.startswith("*") for t in types)  # which the build makes come first
-        scalars = types[pointers:]
-        # Triton appends two pointers to every kernel's parameters: global scratch and profiler scratch.
-        form = struct.Struct("P" * pointers + "".join(CODES[t.removesuffix(":16")] for t in scalars) + "PP")
+        # The build makes pointers come first. Triton appends two to every kernel's parameters: global and profiler scratch.
+        form = struct.Struct("".join(code(type_) for _, type_ in parameters) + "PP")
         self.pack_into, self.size = form.pack_into, form.size
         self.loaded = {}  # key -> (handle, threads, shared)
 
@@ -207,15 +220,19 @@ class Plan:
         """Which argument it was that struct did not pack."""
         values = [*pointers, *scalars]
         for (name, type_), value in zip(self.parameters, values, strict=True):
-            code = "P" if type_.startswith("*") else CODES[type_.removesuffix(":16")]
             try:
-                struct.pack(code, value)
+                struct.pack(form := code(type_), value)
                 if name in WALKED and value > MOST:
                     return f"{kernel}: {name} must be an integer up to 2**31 - 2**15 (split the tensor), got {value}"
             except (struct.error, OverflowError, TypeError):
                 what = {"i": "an integer below 2**31 (split the tensor, or make it contiguous)", "f": "a number"}
-                return f"{kernel}: {name} must be {what.get(code, 'an integer below 2**63')}, got {value}"
+                return f"{kernel}: {name} must be {what.get(form, 'an integer below 2**63')}, got {value}"
         return f"{kernel}: {self.size} bytes of arguments are more than the launch buffer holds"
+
+
+def code(type_):
+    """How struct packs an argument of a Triton type."""
+    return "P" if type_.startswith("*") else CODES[type_.removesuffix(":16")]
 
 
 def version_text(version):
@@ -286,6 +303,8 @@ def select_pack(capability):
     fitting = sorted((rank, arch) for arch, rank in ranks.items() if not isinstance(rank, str))
     if not fitting:
         trace = "".join(f"\n  sm_{arch}: {why}" for arch, why in ranks.items()) or " none"
+        if (folder := os.environ.get("LIGER_AOT_PACKS")) and not pathlib.Path(folder).is_dir():
+            trace += f"\n  LIGER_AOT_PACKS: {folder} is no folder"
         remedy = (
             "install the wheel for another CUDA, where that has them (docs/wheels.md), or build a pack from the sources, "
             f"make pack ARCH={capability[0]}{capability[1]} (or a wheel with LIGER_AOT_ARCHS), and name its folder in "

@@ -12,10 +12,10 @@ import sys
 import torch
 from torch.compiler import is_dynamo_compiling
 
-# operator -> (its results, its arguments, which dimensions may be sharded: "rows", all but the last, "all", "tokens", those of
-# rows but for v's first, or "none"). Of the letters, x is sharded as the first x, so is v, which has a dimension more in front,
-# a, rope's angles, goes with it, so does g, what groups of rows have, as far as it has their dimensions, w is whole, s is a sum
-# of which each process has a part; a dot is no tensor.
+# operator -> (its results, its arguments, which dimensions may be sharded: "rows", all but the last, "all", "tokens", all but
+# the last two, or, of v, the first and the last, or "none"). Of the letters, x is sharded as the first x, so is v, which has a
+# dimension more in front, a, rope's angles, goes with it, so does g, what groups of rows have, as far as it has their
+# dimensions, w is whole, s is a sum of which each process has a part; a dot is no tensor.
 RULES = {
     "rms_norm_fwd": ("xx", "xw", "rows"),
     "rms_norm_bwd": ("xs", "xxwx..x", "rows"),
@@ -28,6 +28,12 @@ RULES = {
     "layer_norm_bwd": ("xs", "xxwwxx", "rows"),
     "attn_res_fwd": ("xvvx", "vw", "tokens"),
     "attn_res_bwd": ("vs", "xvwvvx", "tokens"),
+    "mhc_coeffs_fwd": ("xxxxx", "xwwwww", "tokens"),
+    "mhc_coeffs_bwd": ("xss", "xxxxwwwwwxx", "tokens"),
+    "mhc_pre_fwd": ("x", "xx", "tokens"),
+    "mhc_pre_bwd": ("xx", "xxx", "tokens"),
+    "mhc_post_res_fwd": ("x", "xxxx", "tokens"),
+    "mhc_post_res_bwd": ("xxxx", "xxxxx", "tokens"),
     "dyt_fwd": ("x", "xwww", "rows"),
     "dyt_bwd": ("xs", "xxww", "rows"),
     "poly_norm_fwd": ("xx", "xww", "rows"),

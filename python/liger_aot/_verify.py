@@ -7,7 +7,7 @@ import struct
 from ._info import missing
 from ._info import recorded
 from ._info import wrong_folder
-from ._runtime import CODES
+from ._runtime import code
 from ._runtime import open_pack
 from ._runtime import pack_paths
 
@@ -43,8 +43,8 @@ def parameters(cubin, symbol):
 
 def passed(types):
     """[(offset, size)] of what the launcher packs for arguments of these types."""
-    codes = ["P" if t.startswith("*") else CODES[t.removesuffix(":16")] for t in types] + ["P", "P"]
-    return [(struct.calcsize("".join(codes[:n]) + "0" + code), struct.calcsize(code)) for n, code in enumerate(codes)]
+    codes = [*map(code, types), "P", "P"]
+    return [(struct.calcsize("".join(codes[:n]) + "0" + c), struct.calcsize(c)) for n, c in enumerate(codes)]
 
 
 def problems(path):
@@ -71,8 +71,12 @@ def inside(path):
         return [f"{path}: its entries are not those that its manifest was written for"]
     found = []
     for kernel in pack.manifest["kernels"]:
-        expected = passed(type_ for _, type_ in pack.parameters(kernel))
-        for variant in pack.table(kernel).values():
+        try:
+            declared, table = pack.entry(kernel)
+        except RuntimeError as error:
+            return [str(error)]
+        expected = passed(type_ for _, type_ in declared)
+        for variant in table.values():
             got = parameters(entries.get(variant.cubin, b""), kernel)
             if got != expected:
                 found.append(f"{path}: {variant.cubin} takes (offset, size) {got}, the launcher passes {expected}")

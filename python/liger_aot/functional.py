@@ -26,6 +26,9 @@ from .ops import linear_cross_entropy as _linear_cross_entropy
 from .ops import linear_jsd as _linear_jsd
 from .ops import linear_kl_div as _linear_kl_div
 from .ops import linear_logprob as _linear_logprob
+from .ops import mhc_coeffs as _mhc_coeffs
+from .ops import mhc_post_res as _mhc_post_res
+from .ops import mhc_pre as _mhc_pre
 from .ops import modulated_rms_norm as _modulated_rms_norm
 from .ops import moe_permute as _moe_permute
 from .ops import moe_unpermute as _moe_unpermute
@@ -121,6 +124,52 @@ def attn_res(v: Tensor, query: Tensor, weight: Tensor, eps: float = 1e-6) -> Ten
     tensor([2., 3.])
     """
     return _attn_res.attn_res(v, query, weight, eps)
+
+
+def mhc_coeffs(
+    x: Tensor,
+    phi: Tensor,
+    b: Tensor,
+    alpha_pre: Tensor,
+    alpha_post: Tensor,
+    alpha_res: Tensor,
+    *,
+    tmax: int = 20,
+    rms_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 1e-6,
+    post_mult: float = 2.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What mixes the streams x (..., hc, n) of hyper-connections, for each token: (h_pre, h_post, h_res), fp32.
+
+    >>> phi, b, one = torch.zeros(6, 8), torch.zeros(8), torch.ones(())
+    >>> h_pre, h_post, h_res = liger_aot.mhc_coeffs(torch.ones(5, 2, 3), phi, b, one, one, one)
+    >>> h_pre[0], h_post[0], h_res[0]
+    (tensor([0.5000, 0.5000]), tensor([1., 1.]), tensor([[0.5000, 0.5000],
+            [0.5000, 0.5000]]))
+    """
+    options = {"tmax": tmax, "rms_eps": rms_eps, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps, "post_mult": post_mult}
+    return _mhc_coeffs.mhc_coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res, **options)
+
+
+def mhc_pre(x: Tensor, h_pre: Tensor) -> Tensor:
+    """The layer's input (..., n): the sum of the streams x (..., hc, n), each times its number of h_pre (..., hc).
+
+    >>> liger_aot.mhc_pre(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, 10.0]))
+    tensor([31., 42.])
+    """
+    return _mhc_pre.mhc_pre(x, h_pre)
+
+
+def mhc_post_res(x: Tensor, f_out: Tensor, h_post: Tensor, h_res: Tensor) -> Tensor:
+    """The streams after a layer: h_res (..., hc, hc) times x (..., hc, n), h_post (..., hc) times its output f_out (..., n).
+
+    >>> x, swap = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    >>> liger_aot.mhc_post_res(x, torch.tensor([10.0, 20.0]), torch.tensor([1.0, 2.0]), swap)
+    tensor([[13., 24.],
+            [21., 42.]])
+    """
+    return _mhc_post_res.mhc_post_res(x, f_out, h_post, h_res)
 
 
 def modulated_rms_norm(

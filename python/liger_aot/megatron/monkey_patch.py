@@ -113,9 +113,9 @@ def copies(value):
 
 def put_back(holder, name, original, replacement, title):
     places = copies(replacement)
-    if vars(holder).get(name) is replacement:
+    if (now := vars(holder).get(name)) is replacement:
         places.append((holder, name))
-    else:
+    elif now is not original:
         logger.warning("%s is left as it is: somebody has replaced it since", title)
     for place, held in places:
         setattr(place, held, original)
@@ -127,7 +127,7 @@ def apply_liger_kernel_to_megatron(rms_norm: bool = True, cross_entropy: bool = 
     rms_norm: of LocalSpecProvider, and the final norm where it is torch's. cross_entropy: fused and unfused, over the tensor
     parallel group. swiglu: of dense MLPs and shared experts, without bias; what is kept in fp8 or offloaded is left to
     Megatron. A second call changes nothing more. ImportError, and nothing is changed, where Megatron has no such symbol;
-    RuntimeError where liger-kernel has replaced it already.
+    RuntimeError where liger-kernel has replaced it already. Where a module refuses, what was replaced before is put back.
     """
     asked = {"rms_norm": rms_norm, "cross_entropy": cross_entropy, "swiglu": swiglu}
     found = [(*symbol(module, path), make, f"{module}.{path}") for o in asked if asked[o] for module, path, make in PLACES[o]]
@@ -137,19 +137,19 @@ def apply_liger_kernel_to_megatron(rms_norm: bool = True, cross_entropy: bool = 
                 f"apply_liger_kernel_to_megatron: {title} must be Megatron's own, got liger-kernel's; call one of the two only"
             )
     torchs = symbol("megatron.core.transformer.torch_norm", "WrappedTorchNorm")[2] if rms_norm else None
-    handle = ExitStack()
-    for holder, name, original, make, title in found:
-        if getattr(original, MARKER, None) == OURS:
-            logger.info("%s has been replaced already", title)
-        elif make is final_norm and original is not torchs:
-            logger.info("%s is %s, not torch's norm, and is left as it is", title, original)
-        else:
-            replacement = make(original)
-            setattr(replacement, MARKER, OURS)
-            replacement.__wrapped__ = original
-            # Not of the norm: Megatron refers to torch's for other purposes, too.
-            for place, held in [(holder, name), *([] if make is final_norm else copies(original))]:
-                setattr(place, held, replacement)
-            handle.callback(put_back, holder, name, original, replacement, title)
-            logger.info("%s has been replaced by %s", title, OURS)
-    return handle
+    with ExitStack() as handle:
+        for holder, name, original, make, title in found:
+            if getattr(original, MARKER, None) == OURS:
+                logger.info("%s has been replaced already", title)
+            elif make is final_norm and original is not torchs:
+                logger.info("%s is %s, not torch's norm, and is left as it is", title, original)
+            else:
+                replacement = make(original)
+                setattr(replacement, MARKER, OURS)
+                replacement.__wrapped__ = original
+                handle.callback(put_back, holder, name, original, replacement, title)
+                # Not of the norm: Megatron refers to torch's for other purposes, too.
+                for place, held in [(holder, name), *([] if make is final_norm else copies(original))]:
+                    setattr(place, held, replacement)
+                logger.info("%s has been replaced by %s", title, OURS)
+        return handle.pop_all()

@@ -1,9 +1,29 @@
 """What the operators require of their inputs, and how they see them as rows."""
 
+import os
+
 import torch
 from torch._C import _is_any_autocast_enabled
+from torch._subclasses.fake_tensor import FakeTensor
 
+from .._op import DIRECT_ON_CPU
+
+CHECK = os.environ.get("LIGER_AOT_CHECK") == "1"  # look at indices on CUDA too, which waits for the device
 FLOATS = {torch.float32, torch.float16, torch.bfloat16}
+
+
+def looks_at(indices):
+    """Whether a function that serves CPU and CUDA looks at numbers; kernels on CPU tensors, in tests, do as on CUDA."""
+    return (CHECK or (indices.is_cpu and not DIRECT_ON_CPU)) and not isinstance(indices, FakeTensor) and not indices.is_meta
+
+
+def check_indices(op, name, indices, count, rest="", ignored=None):
+    """Every index is one of `count`, or the ignored one, which `rest` says: for CPU tensors and LIGER_AOT_CHECK=1."""
+    bad = indices[(indices < 0) | (indices >= count)]
+    if ignored is not None:
+        bad = bad[bad != ignored]
+    if bad.numel():
+        raise ValueError(f"{op}: {name} must be in [0, {count}){rest}, got {bad[0].item()}")
 
 
 def wide(x):

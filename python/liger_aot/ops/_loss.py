@@ -1,29 +1,25 @@
 """What the losses require of their arguments."""
 
 import math
-import os
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from .._op import DIRECT_ON_CPU
 from ._check import FLOATS
+from ._check import check_indices
+from ._check import looks_at
 from ._check import under_autocast
 
-CHECK = os.environ.get("LIGER_AOT_CHECK") == "1"  # look at the targets on CUDA too, which waits for the device
 REDUCTIONS = "none", "mean", "sum"
 
 
 def check_target(op, target, ignore_index, classes):
-    """Every target is a class or ignore_index: a look at the numbers, for CPU tensors and LIGER_AOT_CHECK=1."""
-    bad = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
-    if bad.numel():
-        raise ValueError(f"{op}: target must be in [0, {classes}) or ignore_index {ignore_index}, got {bad[0].item()}")
+    """Every target is a class or ignore_index."""
+    check_indices(op, "target", target, classes, f" or ignore_index {ignore_index}", ignore_index)
 
 
 def check_target_if_asked(op, target, ignore_index, classes):
-    """check_target, in a function that serves CPU and CUDA; kernels that run on CPU tensors, in tests, do as on CUDA."""
-    if (CHECK or (target.is_cpu and not DIRECT_ON_CPU)) and not isinstance(target, FakeTensor):
+    """check_target, in a function that serves CPU and CUDA."""
+    if looks_at(target):
         check_target(op, target, ignore_index, classes)
 
 

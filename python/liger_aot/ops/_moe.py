@@ -3,6 +3,7 @@
 import torch
 
 from ._check import FLOATS
+from ._check import check_indices
 
 BLOCK = 1024
 
@@ -25,6 +26,20 @@ def check_routing(op, x, order, position, of_slots):
     rows = (order if of_slots else position).shape[0]
     if x.dim() != 2 or x.shape[0] != rows:
         raise ValueError(f"{op}: x must have shape ({rows}, H), got {tuple(x.shape)}")
+
+
+def check_slots(op, order, position):
+    """order has every slot once, and position each slot's row in it, or none: else kernels would read and write elsewhere."""
+    check_indices(op, "order", order, position.numel(), ", the slots of position")
+    row = order.new_full((position.numel(),), -1).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    position = position.reshape(-1)
+    wrong = ((row < 0) | ((position >= 0) & (position != row))).nonzero()
+    if wrong.numel():
+        slot = wrong[0].item()
+        raise ValueError(
+            f"{op}: order must have every slot once, in the row that position says, as functional.moe_route makes them, got "
+            f"slot {slot} in row {row[slot].item()} and position {position[slot].item()}"
+        )
 
 
 def rows_at(x, position):

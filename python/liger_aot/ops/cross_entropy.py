@@ -235,7 +235,8 @@ def reduce(loss, lse, predicted, target, weight, classes, ignore_index, z_scale,
             outputs += z_loss, ((predicted == target) & valid).float(), predicted
         return outputs, lse, totals
     loss, totals = cross_entropy_reduce(loss, lse, target, weight, predicted, ignore_index, z_scale, mean, classes, dtype)
-    return (loss, totals[2].clone(), totals[3].clone(), predicted) if stats else (loss,), lse, totals
+    # select, since an index wants CUDA of a fake tensor there, too: programs are exported where there is none.
+    return (loss, *(totals.select(0, n).clone() for n in (2, 3)), predicted) if stats else (loss,), lse, totals
 
 
 def run(name, input, target, weight, options, reduction, dtype, stats):

@@ -5,7 +5,6 @@ torch.nn.functional.embedding, but for max_norm, scale_grad_by_freq and sparse.
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .._op import Function
 from .._op import needs_grad
@@ -13,8 +12,9 @@ from .._op import op
 from .._op import public
 from .._runtime import cdiv
 from .._runtime import kernels
-from . import _loss
 from ._check import FLOATS
+from ._check import check_indices
+from ._check import looks_at
 from ._check import rows_of
 from ._check import wide
 
@@ -23,15 +23,12 @@ CHUNK = 32  # rows that a program of the backward sums one after another
 SHARES_BLOCK, BACKWARD = 128, {"CHUNK": CHUNK, "SHARES": 4, "BLOCK": 512}
 
 
-def check_indices(indices, classes):
-    """Every index is a row of the table: a look at the numbers, for CPU tensors and LIGER_AOT_CHECK=1."""
-    bad = indices[(indices < 0) | (indices >= classes)]
-    if bad.numel():
-        raise ValueError(f"embedding: indices must be in [0, {classes}), the rows of weight, got {bad[0].item()}")
+def check(indices, classes):
+    check_indices("embedding", "indices", indices, classes, ", the rows of weight")
 
 
 def forward_reference(weight, indices):
-    check_indices(indices, len(weight))
+    check(indices, len(weight))
     return torch.nn.functional.embedding(indices, weight)
 
 
@@ -44,8 +41,8 @@ def backward_reference(dy, indices, classes, padding):
 @op(cpu=forward_reference)
 def embedding_fwd(weight: Tensor, indices: Tensor) -> Tensor:
     weight, stride, classes, n = rows_of(weight)
-    if _loss.CHECK and not isinstance(indices, FakeTensor):
-        check_indices(indices, classes)
+    if looks_at(indices):
+        check(indices, classes)
     y = weight.new_empty((*indices.shape, n))
     kernels.embedding_fwd[(indices.numel(), cdiv(n, BLOCK))](weight, indices.contiguous(), y, stride, classes, n, BLOCK=BLOCK)
     return y

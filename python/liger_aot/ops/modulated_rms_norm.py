@@ -175,10 +175,11 @@ def modulated_rms_norm(
     """(1 + scale) · rms_norm(x) + shift for x (..., n); rms_norm divides by the root mean square and multiplies by weight (n,).
 
     scale and shift have x's shape, or the first dimensions of it and n: (b, n) or (b, 1, n) for x (b, t, n), (n,) for all rows.
-    shift and weight may be left out; offset is added to weight. casting "llama" rounds the normalised x to x's dtype; else
-    arithmetic is fp32, rounded once to x's dtype. Unless scale, shift and weight all have x's dtype all are fp32; each
-    has its gradient in its own: sums in fp32, in one order, rounded once. eps None is that of fp32, as in torch. Raises
-    ValueError on other shapes, devices and castings, and on dtypes other than fp32, fp16 and bf16.
+    Of b = t, too, (b, n) is by the first dimension, where torch would broadcast by the second. shift and weight may be left
+    out; offset is added to weight. casting "llama" rounds the normalised x to x's dtype; else arithmetic is fp32, rounded once
+    to x's dtype. Unless scale, shift and weight all have x's dtype all are fp32; each has its gradient in its own: sums in
+    fp32, in one order, rounded once. eps None is that of fp32, as in torch. Raises ValueError on other shapes, devices and
+    castings, and on dtypes other than fp32, fp16 and bf16.
     """
     weight, eps, cast = check_arguments("modulated_rms_norm", x, weight, eps, casting)
     scale = by_groups("scale", scale, x)

@@ -12,14 +12,17 @@ from .._op import op
 from .._op import public
 from .._runtime import cdiv
 from .._runtime import kernels
+from ._check import looks_at
 from ._check import rows_of
 from ._check import wide
 from ._moe import BLOCK
 from ._moe import check_routing
+from ._moe import check_slots
 from ._moe import rows_at
 
 
 def forward_reference(x, order, position):
+    check_slots("moe_permute", order, position)
     return x[order // position.shape[1]]
 
 
@@ -29,6 +32,8 @@ def backward_reference(dy, position):
 
 @op(cpu=forward_reference)
 def moe_permute_fwd(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    if looks_at(order):
+        check_slots("moe_permute", order, position)
     x, stride, _, n = rows_of(x)
     rows = order.shape[0]
     y = x.new_empty((rows, n))
@@ -73,7 +78,8 @@ def moe_permute(x: Tensor, order: Tensor, position: Tensor) -> Tensor:
 
     order (T · K,) is the slot of each row, token · K + place, and position (T, K) the row of each slot, both int64; a slot
     whose position is -1 has no expert, and its row no gradient. The gradient of a token is the sum of its rows' in the order of
-    its slots, in fp32, rounded once. Raises ValueError on other dtypes, shapes or devices.
+    its slots, in fp32, rounded once. Raises ValueError on other dtypes, shapes or devices; and where order and position do not
+    belong together, which on CUDA would read elsewhere and is looked at with LIGER_AOT_CHECK=1 alone.
     """
     check_routing("moe_permute", x, order, position, of_slots=False)
     if needs_grad("moe_permute", x):

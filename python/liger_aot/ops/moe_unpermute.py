@@ -13,14 +13,17 @@ from .._op import public
 from .._runtime import cdiv
 from .._runtime import kernels
 from ._check import check_same
+from ._check import looks_at
 from ._check import rows_of
 from ._check import wide
 from ._moe import BLOCK
 from ._moe import check_routing
+from ._moe import check_slots
 from ._moe import rows_at
 
 
 def forward_reference(x, weight, order, position):
+    check_slots("moe_unpermute", order, position)
     weight = torch.where(position >= 0, wide(weight), 0)
     return (weight[..., None] * wide(rows_at(x, position))).sum(1).to(x.dtype)
 
@@ -35,6 +38,8 @@ def backward_reference(dy, x, weight, order, position):
 
 @op(cpu=forward_reference)
 def moe_unpermute_fwd(x: Tensor, weight: Tensor, order: Tensor, position: Tensor) -> Tensor:
+    if looks_at(order):
+        check_slots("moe_unpermute", order, position)
     x, stride, _, n = rows_of(x)
     tokens, k = position.shape
     y = x.new_empty((tokens, n))
@@ -78,7 +83,8 @@ def moe_unpermute(x: Tensor, weight: Tensor, order: Tensor, position: Tensor) ->
     order (T · K,) is the slot of each row, token · K + place, and position (T, K) the row of each slot, both int64; a slot
     whose position is -1 adds nothing, whatever its weight, and gets no gradient. Summed in fp32 in the order of the slots,
     rounded once; weight may be fp32 or of x's dtype, and is read as fp32 otherwise. Raises ValueError on other dtypes, shapes
-    or devices.
+    or devices; and where order and position do not belong together, which on CUDA would read elsewhere and is looked at with
+    LIGER_AOT_CHECK=1 alone.
     """
     check_routing("moe_unpermute", x, order, position, of_slots=True)
     check_same("moe_unpermute", "weight", weight, position.shape, x)

@@ -133,8 +133,9 @@ def multi_token_attention(
 
     weight (C', C / groups, height, width), bias (C') and the others are conv2d's; where the result is not L x L, its row i
     keeps its first i + 1 columns all the same. All are of one dtype, fp32, fp16 or bf16, which the result has; probabilities
-    are computed in fp32 and rounded to it once. Under autocast all are cast to its dtype, as conv2d's are. Raises ValueError
-    on other shapes, dtypes and devices.
+    are computed in fp32 and rounded to it once. Under autocast all are cast to its dtype, as conv2d's are. The same bits every
+    time where torch's convolution gives them, as it does under torch.use_deterministic_algorithms(True). Raises ValueError on
+    other shapes, dtypes and devices.
     """
     scores, weight, bias = autocast(scores, weight, bias)
     check(scores, weight, bias, groups)

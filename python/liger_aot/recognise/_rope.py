@@ -154,8 +154,12 @@ def rotated(turn, form, places, xs, angles, positions=None, dim=None, mixed=True
     if dim not in (1, 2):
         return None
     (cos, *sin), options = ROTATIONS[form](angles, positions)
-    # As the operator takes them, (batch, heads, tokens, columns), and back.
-    heads = [(x[None] if flat else x).transpose(1, dim) for x in xs]
+
+    def turned(x):
+        """As the operator takes them, (batch, heads, tokens, columns), or back."""
+        return x.transpose(1, 2) if dim == 2 else x
+
+    heads = [turned(x[None] if flat else x) for x in xs]
     for y in heads:
         if y.dtype is not x.dtype or y.shape[2] != cos.shape[-2] or (cos.dim() == 3 and cos.shape[0] not in (1, y.shape[0])):
             return None
@@ -163,5 +167,5 @@ def rotated(turn, form, places, xs, angles, positions=None, dim=None, mixed=True
     for n in range(0, len(heads), 2):
         q, k = heads[n], heads[n + 1] if n + 1 < len(heads) else heads[n][:, :0]  # of no other, no heads
         results += turn(q, k, cos, *(sin or (None,)), **options)
-    results = [y.transpose(1, dim)[0] if flat else y.transpose(1, dim) for y in results[: len(xs)]]
+    results = [turned(y)[0] if flat else turned(y) for y in results[: len(xs)]]
     return tuple(results) if len(xs) > 1 else results[0]

@@ -17,6 +17,7 @@ from .kl_div import LigerKLDIVLoss
 from .layer_norm import LigerLayerNorm
 from .llama4_rope import liger_llama4_text_rotary_pos_emb
 from .llama4_rope import liger_llama4_vision_rotary_pos_emb
+from .mhc import LigerMHC
 from .mlp import LigerFalconH1MLP
 from .mlp import LigerMLP
 from .modulated_rms_norm import LigerModulatedRMSNorm
@@ -57,6 +58,7 @@ __all__ = [
     "LigerJSD",
     "LigerKLDIVLoss",
     "LigerLayerNorm",
+    "LigerMHC",
     "LigerMLP",
     "LigerModulatedRMSNorm",
     "LigerMultiTokenAttention",

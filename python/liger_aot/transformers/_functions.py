@@ -96,6 +96,38 @@ class LigerAttnResFunction:
         return L.liger_attn_res(V_stacked, w_query, w_norm, eps)
 
 
+class LigerMHCCoeffsFunction:
+    @staticmethod
+    def apply(
+        x: torch.Tensor,
+        phi: torch.Tensor,
+        b: torch.Tensor,
+        alpha_pre: torch.Tensor,
+        alpha_post: torch.Tensor,
+        alpha_res: torch.Tensor,
+        allow_fp32: bool,
+        tmax: int,
+        rms_eps: float,
+        pre_eps: float,
+        sinkhorn_eps: float,
+        post_mult: float,
+    ):
+        options = {"tmax": tmax, "rms_eps": rms_eps, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps, "post_mult": post_mult}
+        return L.liger_mhc_coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res, allow_fp32=allow_fp32, **options)
+
+
+class LigerMHCPreFunction:
+    @staticmethod
+    def apply(x: torch.Tensor, h_pre: torch.Tensor):
+        return L.liger_mhc_pre(x, h_pre)
+
+
+class LigerMHCPostResFunction:
+    @staticmethod
+    def apply(x: torch.Tensor, f_out: torch.Tensor, h_post: torch.Tensor, h_res: torch.Tensor):
+        return L.liger_mhc_post_res(x, f_out, h_post, h_res)
+
+
 class LigerEmbeddingFunction:
     @staticmethod
     def apply(embeddings: torch.Tensor, indices: torch.Tensor):

@@ -27,6 +27,11 @@ __all__ = [
     "liger_jsd",
     "liger_kl_div",
     "liger_layer_norm",
+    "liger_mhc_apply",
+    "liger_mhc_coeffs",
+    "liger_mhc_forward",
+    "liger_mhc_post_res",
+    "liger_mhc_pre",
     "liger_modulated_rms_norm",
     "liger_multi_token_attention",
     "liger_poly_norm",
@@ -104,6 +109,70 @@ def liger_dyt(x, alpha, gamma, beta):
 def liger_attn_res(V, w_query, w_norm, eps: float = 1e-6):
     """V is (depth, ..., hidden), or a list of depth tensors, which are stacked."""
     return F.attn_res(torch.stack(V) if isinstance(V, (list, tuple)) else V, w_query, w_norm, eps)
+
+
+def liger_mhc_coeffs(
+    x,
+    phi,
+    b,
+    alpha_pre,
+    alpha_post,
+    alpha_res,
+    *,
+    allow_fp32: bool = False,
+    tmax: int = 20,
+    rms_eps: float = 1e-6,
+    pre_eps: float = 0.0,
+    sinkhorn_eps: float = 1e-6,
+    post_mult: float = 2.0,
+):
+    """(h_pre, h_post, h_res) of the streams x (..., hc, n); of fp32 with allow_fp32 alone, as in Liger."""
+    if x.dtype is torch.float32 and not allow_fp32:
+        raise ValueError("liger_mhc_coeffs: x must be float16 or bfloat16, got torch.float32; pass allow_fp32=True")
+    options = {"tmax": tmax, "rms_eps": rms_eps, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps, "post_mult": post_mult}
+    return F.mhc_coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res, **options)
+
+
+def liger_mhc_pre(x, h_pre):
+    return F.mhc_pre(x, h_pre)
+
+
+def liger_mhc_post_res(x, f_out, h_post, h_res):
+    return F.mhc_post_res(x, f_out, h_post, h_res)
+
+
+def liger_mhc_apply(x, f_out, h_pre, h_post, h_res, *, return_x_in: bool = False):
+    """The streams after a layer whose output is f_out; with return_x_in (they, the layer's input)."""
+    x_out = liger_mhc_post_res(x, f_out, h_post, h_res)
+    return (x_out, liger_mhc_pre(x, h_pre)) if return_x_in else x_out
+
+
+def liger_mhc_forward(
+    x,
+    layer,
+    phi,
+    b,
+    alpha_pre,
+    alpha_post,
+    alpha_res,
+    *,
+    allow_fp32=False,
+    tmax=20,
+    rms_eps=1e-6,
+    pre_eps=0.0,
+    sinkhorn_eps=1e-6,
+    post_mult=2.0,
+    return_coeffs=False,
+):
+    """The streams x (..., hc, n) after the layer, whose input has its first parameter's dtype, if it has any."""
+    options = {"tmax": tmax, "rms_eps": rms_eps, "pre_eps": pre_eps, "sinkhorn_eps": sinkhorn_eps, "post_mult": post_mult}
+    coefficients = liger_mhc_coeffs(x, phi, b, alpha_pre, alpha_post, alpha_res, allow_fp32=allow_fp32, **options)
+    h_pre, h_post, h_res = coefficients
+    x_in = liger_mhc_pre(x, h_pre)
+    parameters = layer.parameters() if isinstance(layer, torch.nn.Module) else ()
+    f_out = layer(x_in.to(next((p.dtype for p in parameters), x_in.dtype)))
+    x_out = liger_mhc_post_res(x, f_out, h_post, h_res)
+    return (x_out, coefficients) if return_coeffs else x_out
 
 
 def liger_poly_norm(X, W, B, eps=1e-6, in_place=True):
