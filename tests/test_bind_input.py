@@ -332,7 +332,7 @@ def test_a_head_under_a_tensor_parallel_plan_is_left_with_its_reason(mesh):
         return model
 
     report = check_left(made, "lm_head")
-    assert "tensor" in row(report, "lm_head").why
+    assert "tensor-parallel plan" in row(report, "lm_head").why
 
 
 def test_of_what_parallelize_module_distributes_norms_are_bound_and_the_head_is_left(mesh):

@@ -300,7 +300,7 @@ def test_under_tensor_parallelism_the_head_is_left_with_its_reason(results):
     check_equal(found["step"], plain)
     ((_, status, _, why),) = (row for row in found["rows"] if row[0] == "lm_head")
     assert status != "bound"
-    assert "tensor" in why
+    assert "tensor-parallel plan" in why
     assert "rms_norm" in {operator for _, status, operator, _ in found["rows"] if status == "bound"}
 
 

@@ -102,8 +102,13 @@ def test_a_teacher_of_another_dtype_and_views(path):
     wide[:, 3:53] = teacher
     got = op(x.view(2, 3, 50), wide.view(2, 3, 60)[..., 3:53], target.view(2, 3))
     want = formula()(x, wide[:, 3:53].float(), target)
-    assert [o.dtype for o in op(x.bfloat16(), wide[:, 3:53], target)] == [torch.float32] * 2
     torch.testing.assert_close(got, tuple(o.view(2, 3) for o in want))
+    leaf = x.bfloat16().requires_grad_()
+    outputs = [op(leaf, t, target) for t in (wide[:, 3:53], wide[:, 3:53].contiguous())]
+    for a, b in zip(*outputs, strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype is torch.float32
+    assert torch.equal(*(torch.autograd.grad(sum(o.sum() for o in out), leaf)[0] for out in outputs))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5,)], ids=str)
@@ -151,6 +156,7 @@ def test_rejects(call, text):
         call(*make(6, 50))
 
 
-def test_rejects_a_target_out_of_range():
+def test_rejects_a_target_out_of_range(path, monkeypatch):
+    monkeypatch.setattr("liger_aot.ops._check.CHECK", True)
     with pytest.raises(ValueError, match=re.escape("target must be in [0, 50) or ignore_index -100, got 50")):
         op(*make(6, 50)[:2], torch.full((6,), 50))

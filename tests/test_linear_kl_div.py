@@ -94,8 +94,10 @@ def test_views(path):
     x, w, target, _ = make(6, 50)
     wide, step = torch.randn(6, 60), labels(12, ignored=5).tensor
     wide[:, 3:53] = target
-    got = linear_kl_div(x, w, wide[:, 3:53], step[::2])
-    assert torch.equal(got, linear_kl_div(x, w, target, step[::2].contiguous()))
+    x.requires_grad_()
+    got, want = linear_kl_div(x, w, wide[:, 3:53], step[::2]), linear_kl_div(x, w, target, step[::2].contiguous())
+    assert torch.equal(got, want)
+    assert torch.equal(*(torch.autograd.grad(loss, x)[0] for loss in (got, want)))
 
 
 @pytest.mark.parametrize("needed", [(1, 1, 1), (0, 1, 0), (0, 0, 1), (1, 0, 0)], ids=str)
@@ -173,6 +175,9 @@ def test_ignored_rows_may_hold_anything(path):
     (dx,) = torch.autograd.grad(loss, x)
     assert torch.equal(dx[:2], torch.zeros(2, 24))
     assert not dx.isnan().any()
+    upstream = torch.tensor([torch.nan, torch.inf, 1.0, 1.0, 1.0])
+    (alone,) = torch.autograd.grad(linear_kl_div(x, w, target, given, reduction="none"), x, upstream)
+    torch.testing.assert_close(alone, 3 * dx)
 
 
 def test_masked_classes(path):
