@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import liger_aot
 from liger_aot import _op
+from liger_aot.ops.rms_norm import rms_norm_fwd
 
 from examples import EXAMPLES
 from examples import call
@@ -252,6 +253,13 @@ def test_meta_tensors_have_shapes_alone(name):
     expected = call(name, arguments, options)
     got = call(name, [a.to("meta") if torch.is_tensor(a) else a for a in arguments], options)
     assert [(g.shape, g.dtype, g.device.type) for g in got] == [(e.shape, e.dtype, "meta") for e in expected]
+
+
+def test_tracing_before_the_first_call():
+    fresh = _op.direct(rms_norm_fwd.__wrapped__, _op.BODIES["rms_norm_fwd"])
+    x = torch.randn(2, 8)
+    traced, _ = torch.compile(fresh, fullgraph=True, backend="eager")(x, None, 1e-6, offset=0.0, cast=False)
+    assert torch.equal(traced, rms_norm_fwd(x, None, 1e-6, 0.0, False)[0])
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

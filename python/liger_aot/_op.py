@@ -1,5 +1,6 @@
 """Make Python functions PyTorch operators of the `liger` namespace."""
 
+import builtins
 import contextlib
 import functools
 import inspect
@@ -106,7 +107,8 @@ def {name}({parameters}):
         return body_({passed})
     return overload_({passed})
 """
-FIRST_CALL = (lambda *args, **kwargs: compiled_()(*args, **kwargs)).__code__  # noqa: F821 (of the scope that it runs in)
+# Dynamo traces neither exec nor a function whose code changes meanwhile.
+FIRST_CALL = (lambda *args, **kwargs: (overload_ if tracing_() else compiled_())(*args, **kwargs)).__code__  # noqa: F821
 
 
 def direct(function, body):
@@ -133,6 +135,8 @@ def direct(function, body):
         "level_": maybe_current_level,
         "body_": body,
         "overload_": _sharding.aware(function.__name__),
+        "tracing_": is_dynamo_compiling,
+        "__builtins__": builtins,  # which Dynamo looks for; exec would put it there
     }
     call = types.FunctionType(FIRST_CALL, scope)
 

@@ -65,10 +65,10 @@ RULES = {
 def aware(name):
     """The operator of that name; where torch.distributed.tensor was imported, it has the rules by then."""
 
-    def call(*args):
+    def call(*args, **kwargs):
         if not is_dynamo_compiling() and "torch.distributed.tensor" in sys.modules:
             register()
-        return getattr(torch.ops.liger, name).default(*args)
+        return getattr(torch.ops.liger, name).default(*args, **kwargs)
 
     return call
 
