@@ -355,8 +355,90 @@ def test_inputs_of_dimensions_in_which_a_norm_is_another_are_its_own(dim):
         assert ("rms_norm_fwd" in ran) is (dims not in (dim, 6))
 
 
+GROUP_NORMS = {
+    "groups": (3, 6, {}),
+    "one group": (1, 5, {}),
+    "a group a channel": (512, 512, {}),
+    "without affine": (5, 15, {"affine": False}),
+    "without bias": (2, 14, {"bias": False}),
+}
+
+
+class SpeltOut(nn.GroupNorm):
+    times = 1
+
+    def forward(self, x):
+        rows = x.float().reshape(len(x), self.num_groups, -1)
+        y = (rows - rows.mean(-1, keepdim=True)) * (rows.var(-1, correction=0, keepdim=True) + self.times * self.eps).rsqrt()
+        shape = self.num_channels, *[1] * (x.dim() - 2)
+        return (y.view(x.shape) * self.weight.float().view(shape) + self.bias.float().view(shape)).to(x.dtype)
+
+
+def group_norms(kind, groups, channels, **options):
+    """Two that are equal, whose parameters are no plain ones and zeros."""
+    norms = [kind(groups, channels, **options) for _ in range(2)]
+    for norm in norms:
+        for p in norm.parameters():
+            nn.init.normal_(p, 1, 0.3, generator=torch.Generator().manual_seed(3))
+    return norms
+
+
+@pytest.mark.parametrize(("groups", "channels", "options"), GROUP_NORMS.values(), ids=GROUP_NORMS)
+def test_a_group_norm_is_bound_and_given_back(groups, channels, options):
+    norm, plain = group_norms(nn.GroupNorm, groups, channels, **options)
+    assert [found[2:5] for found in liger_aot.bind(nn.Sequential(norm))] == [("group_norm", "bound", "group norm")]
+    assert isinstance(norm, nn.GroupNorm)
+    shape = (channels,) if norm.affine else None
+    assert repr(norm) == f"LigerGroupNorm({shape}, eps=1e-05, groups={groups}, was=GroupNorm)"
+    torch.testing.assert_close(dict(norm.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
+    for sizes in (7,), (5, 3), (3, 1, 5):
+        x = torch.randn(3, channels, *sizes, requires_grad=True)
+        dy = torch.randn_like(x)
+        with operators() as seen:
+            results = [(y, *torch.autograd.grad(y, [x, *m.parameters()], dy)) for m in (norm, plain) for y in (m(x),)]
+        torch.testing.assert_close(*results)
+        assert seen == ["group_norm_fwd", "group_norm_bwd"]
+    liger_aot.unbind(norm)
+    assert type(norm) is nn.GroupNorm
+
+
+@pytest.mark.parametrize(("times", "status"), {1: "bound", 2: "left"}.items())
+def test_a_group_norm_spelt_out_is_bound_by_its_numbers(times, status):
+    norm, _ = group_norms(type("Whatever", (SpeltOut,), {"times": times}), 3, 12)
+    assert [found.status for found in liger_aot.bind(nn.Sequential(norm))] == [status]
+
+
+def test_a_flag_keeps_group_norms():
+    norm, _ = group_norms(nn.GroupNorm, 3, 12)
+    assert not [*liger_aot.bind(nn.Sequential(norm), group_norm=False)]
+    assert type(norm) is nn.GroupNorm
+
+
+def test_a_group_norm_of_channels_that_are_last_keeps_them_so():
+    norm, plain = group_norms(nn.GroupNorm, 3, 12)
+    assert liger_aot.bind(nn.Sequential(norm)).bound
+    x = torch.randn(2, 12, 5, 3).to(memory_format=torch.channels_last)
+    y, expected = norm(x), plain(x)
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected)
+
+
+def calling_group_norm(channels):
+    """A norm of no class of torch's."""
+
+    def forward(self, x):
+        return nn.functional.group_norm(x, self.num_groups, self.weight, None, self.eps)
+
+    norm = type("Norm", (nn.Module,), {"forward": forward})()
+    norm.weight, norm.num_groups, norm.eps = nn.Parameter(torch.ones(channels)), 4, 1e-6
+    return norm
+
+
+WiderGroups = type("WiderGroups", (nn.GroupNorm,), {"forward": lambda self, input: nn.GroupNorm.forward(self, input)})
 NORMS = {
     "torch's LayerNorm": nn.LayerNorm,
+    "a subclass of GroupNorm": functools.partial(WiderGroups, 4),
+    "calling group_norm": calling_group_norm,
     "torch's RMSNorm": nn.RMSNorm,
     "a subclass": type("Wider", (nn.LayerNorm,), {"forward": lambda self, input: nn.LayerNorm.forward(self, input)}),
     "spelt out": norm_named("LlamaRMSNorm", llama),
@@ -373,7 +455,7 @@ def test_cudas_autocast_widens_what_it_widens_on_the_plain_model(kind, dtype):
     with FakeTensorMode():
         for norm in norms:
             fakes = {name: torch.empty(p.shape, dtype=p.dtype, device="cuda") for name, p in norm.named_parameters()}
-            x = torch.empty(2, 3, WIDTH, dtype=torch.bfloat16, device="cuda")
+            x = torch.empty(2, WIDTH, WIDTH, dtype=torch.bfloat16, device="cuda")
             try:
                 torch.set_autocast_enabled("cuda", True)
                 dtypes.append(torch.func.functional_call(norm, fakes, (x,)).dtype)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel
 from torch.distributed.tensor.parallel import SequenceParallel
 from torch.distributed.tensor.parallel import parallelize_module
@@ -349,6 +350,12 @@ def test_of_what_parallelize_module_distributes_norms_are_bound_and_the_head_is_
     results = [step(m, **batch()) for m in (model, plain)]
     check_equal(*({name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in each.items()} for each in results))
     assert not report.counts
+
+
+def test_a_group_norm_whose_weights_are_distributed_is_left(mesh):
+    norm = distribute_module(nn.GroupNorm(3, 12), mesh)
+    (found,) = liger_aot.bind(nn.Sequential(norm))
+    assert (found.status, found.why) == ("left", "its weights are torch.distributed.tensor.DTensor")
 
 
 class Int8Tensor(torch.Tensor):

@@ -29,6 +29,7 @@ CLASSES = {
     "DeepseekV4ForCausalLM": "rope: interleaved, last columns",
     "Gemma4ForConditionalGeneration": "rope: half, in parts; an image",
     "Llama4ForConditionalGeneration": "rope: complex, of text and, in a column, of an image",
+    "HubertForSequenceClassification": "group_norm; sound",
     "BartForConditionalGeneration": "logits with a bias; a loss in the model itself",
     "T5ForSequenceClassification": "no head that could be bound",
 }
@@ -64,6 +65,7 @@ def test_row_is_as_committed(name, table, places):
         "MoonshineForConditionalGeneration": {"swiglu"},
         "GteForMaskedLM": {"geglu"},
         "Qwen2VLForConditionalGeneration": {"rms_norm", "layer_norm", "rope"},
+        "HubertForSequenceClassification": {"group_norm", "layer_norm"},
     }.items(),
 )
 def test_kernels_compute_the_same(name, kernels, places, interpreted):

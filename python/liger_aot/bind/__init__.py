@@ -36,7 +36,7 @@ CLASSES = {
     "experts": (swaps.experts_class, try_module),
     "rope": (swaps.rope_class, try_rope),
 }
-LAYERS = ("rms_norm", "layer_norm", "rope", "swiglu", "geglu", "relu_squared")
+LAYERS = ("rms_norm", "layer_norm", "group_norm", "rope", "swiglu", "geglu", "relu_squared")
 
 PLAIN, DTENSOR = ("torch.nn.parameter.Parameter", "torch.Tensor"), "torch.distributed.tensor.DTensor"
 
@@ -46,6 +46,7 @@ def bind(
     *,
     rms_norm: bool = True,
     layer_norm: bool = True,
+    group_norm: bool = True,
     rope: bool = True,
     swiglu: bool = True,
     geglu: bool = True,
@@ -72,7 +73,7 @@ def bind(
     bound = sum(map(swaps.is_bound, model.modules()))
     if bound:
         raise ValueError(f"bind: model must not be bound yet, got one with {bound} bound modules; unbind(model) takes them off")
-    flags = rms_norm, layer_norm, rope, swiglu, geglu, relu_squared
+    flags = rms_norm, layer_norm, group_norm, rope, swiglu, geglu, relu_squared
     wanted = {name for name, flag in zip(LAYERS, flags, strict=True) if flag}
     operator = "cross_entropy" if cross_entropy else "linear_cross_entropy" if linear_cross_entropy else None
     device = next((p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")), torch.device("cpu"))
@@ -125,7 +126,8 @@ def layers(model, wanted, compile, device):
         found, cls = known[looks]
         if found.operator and found.operator not in wanted:
             continue
-        if cls and (why := unfit_weights(model, module, DTENSOR)):  # which row by row operators take
+        taken = () if found.operator == "group_norm" else (DTENSOR,)  # which row by row operators take
+        if cls and (why := unfit_weights(model, module, *taken)):
             found = found._replace(args=None, why=why)
         row = row_of(path, module, found)
         yield module, cls if row.status == "bound" else None, {}, row

@@ -18,6 +18,7 @@ from .._hooks import altered
 from .._hooks import hooked
 from ..ops._check import FLOATS
 from ..ops._check import under_autocast
+from ..ops.group_norm import group_norm
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
 from ..ops.rope import rope
@@ -68,13 +69,15 @@ def computing(original, compile, compute, parts=(), method="forward"):
 
 
 # What bound classes are called, by their operator.
-NAMES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "swiglu": "SwiGLU", "geglu": "GEGLU", "relu_squared": "ReLUSquared"}
+NAMES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "group_norm": "GroupNorm"}
+NAMES |= {"swiglu": "SwiGLU", "geglu": "GEGLU", "relu_squared": "ReLUSquared"}
 
 # What follows gives the name of a bound class, what its extra_repr adds, and its other members.
 
 
 def norm_class(original, compile, operator, place, one_dtype, dims, weights, offset=0.0, casting=""):
-    torchs = issubclass(original, (nn.LayerNorm, nn.RMSNorm)) or bool({"layer_norm", "rms_norm"} & {*called(original.forward)})
+    of_torch = issubclass(original, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
+    torchs = of_torch or bool({"layer_norm", "rms_norm", "group_norm"} & {*called(original.forward)})
 
     def eps_of(self):
         return getattr(self, place) if isinstance(place, str) else place
@@ -83,15 +86,19 @@ def norm_class(original, compile, operator, place, one_dtype, dims, weights, off
         weight, bias = (getattr(self, name) if name in weights else None for name in ("weight", "bias"))
         # Which CUDA's autocast widens to float32, and what a module spells out itself it does not.
         widened = torchs and x.is_cuda and x.dtype is not torch.float32 and under_autocast(x)
-        if widened or x.dim() not in dims or (one_dtype and x.dtype is not weight.dtype):
+        ordered = operator == "group_norm" and not x.is_contiguous()  # channels last, which torch's own keeps so
+        if widened or x.dim() not in dims or ordered or (one_dtype and x.dtype is not weight.dtype):
             return original.forward(self, x)
+        if operator == "group_norm":
+            return group_norm(x, self.num_groups, weight, bias, eps_of(self))
         if operator == "layer_norm":
             return layer_norm(x, weight, bias, eps_of(self))
         return rms_norm(x, weight, eps_of(self), offset=offset, casting=casting)
 
     def extra_repr(self):
         shape = tuple(self.weight.shape) if "weight" in weights else None
-        options = f", offset={offset}, casting={casting}" if casting else ""
+        groups = f", groups={self.num_groups}" if operator == "group_norm" else ""
+        options = f", offset={offset}, casting={casting}" if casting else groups
         return f"{shape}, eps={eps_of(self)}{options}, was={original.__name__}"
 
     return f"Liger{NAMES[operator]}", "", {"extra_repr": extra_repr, **computing(original, compile, compute)}

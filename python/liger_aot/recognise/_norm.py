@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
 from torch import nn
 
+from ..ops import group_norm
 from ..ops import layer_norm
 from ..ops import rms_norm
 from . import _probe as probe
@@ -23,10 +24,13 @@ WEIGHTED = {
     "layer norm": ("layer_norm",),
 }
 UNWEIGHTED = {"no weight": ("rms_norm", 0.0, "gemma"), "layer norm": ("layer_norm",)}
+GROUPED = {"group norm": ("group_norm",)}
 
 
-def reference(operator, offset=0.0, casting="gemma"):
+def reference(operator, offset=0.0, casting="gemma", groups=0):
     def of_operator(x, w, b, eps):
+        if operator == "group_norm":
+            return group_norm.forward_reference(x, groups, w, b, eps)[0]
         if operator == "layer_norm":
             return layer_norm.forward_reference(x, w, b, eps)[0]
         return rms_norm.forward_reference(x, w, eps, offset, rms_norm.CASTING[casting])[0]
@@ -61,18 +65,21 @@ def norm_like(module):
 
 def find_norm(module):
     weights, copy, generator = probe.weights_of(module), probe.shell(module), torch.Generator().manual_seed(0)
-    ours = WEIGHTED if "weight" in weights else UNWEIGHTED
-    n = next((p.shape[0] for p in weights.values()), (getattr(module, "normalized_shape", None) or [96])[-1])
+    groups = getattr(module, "num_groups", 0)  # of channels, which are the second dimension of what it takes
+    ours = GROUPED if groups else WEIGHTED if "weight" in weights else UNWEIGHTED
+    width = getattr(module, "num_channels", 96) if groups else (getattr(module, "normalized_shape", None) or [96])[-1]
+    n = next((p.shape[0] for p in weights.values()), width)
     places = {k: v for k, v in vars(module).items() if "eps" in k.lower() and isinstance(v, (float, int, types.NoneType))}
     places = places or {eps: eps for eps in (1e-6, 1e-5, 1e-8, 1e-12)}
-    formulas = {name: reference(*options) for name, options in ours.items()} | OTHERS
+    formulas = {name: reference(*options, groups=groups) for name, options in ours.items()} | OTHERS
     every = {
         (name, place): functools.partial(formulas[name], eps=rms_norm.DEFAULT_EPS if eps is None else eps)
         for name, (place, eps) in itertools.product(formulas, places.items())
     }
 
     def inputs(x_dtype, w_dtype, scale, dim=3):
-        x = probe.normal(generator, *[3] * (dim - 1), n, dtype=x_dtype, scale=scale, shift=0.1)
+        shape = (3, n, 16, 3, 2)[:dim] if groups else (*[3] * (dim - 1), n)
+        x = probe.normal(generator, *shape, dtype=x_dtype, scale=scale, shift=0.1)
         given = (probe.normal(generator, n, dtype=w_dtype, scale=0.5, shift=1.2) for _ in range(2))
         return x, *(p if name in weights else None for name, p in zip(("weight", "bias"), given, strict=True))
 

@@ -29,6 +29,7 @@ FLAGS = {
     "fused_linear_cross_entropy": "linear_cross_entropy",
     "rms_norm": "rms_norm",
     "layer_norm": "layer_norm",
+    "group_norm": "group_norm",
     "swiglu": "swiglu",
     "geglu": "geglu",
     "relu_squared": "relu_squared",
