@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearRMSNormGated
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNormGated
 
 import liger_aot
 
@@ -129,25 +133,76 @@ def test_a_norm_with_an_optional_second_argument_is_left():
         nn.Module.__init__(self)
         self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), 1e-6
 
-    def forward(self, hidden_states, gate=None):
-        if gate is not None:
-            hidden_states = hidden_states * nn.functional.silu(gate)
+    def forward(self, hidden_states, factor=None):
+        if factor is not None:
+            hidden_states = hidden_states * nn.functional.silu(factor)
         return llama(self, hidden_states)
 
     kind = type("LlamaRMSNorm", (nn.Module,), {"__init__": init, "forward": forward})
     check_left(with_norm(kind), "model.norm")
 
 
-@pytest.mark.parametrize("extra", [{}, {"mamba_rms_norm": True}], ids=str)
-def test_gated_norms_of_mamba_are_left(extra):
-    for family in "bamba", "falcon_h1":
-        options = extra if family == "falcon_h1" else {}
-        model = build(family, **options)
-        liger_aot.bind(model)
-        assert not [
-            m for m in model.modules() if "Gated" in type(m).__mro__[1].__name__ and type(m).__name__.startswith("Liger")
-        ]
+@pytest.mark.parametrize(("family", "options"), {"bamba": {}, "falcon_h1": {"mamba_rms_norm": True}}.items())
+def test_a_models_gated_norms_are_bound(family, options):
+    model = build(family, **options)
+    assert "gated_rms_norm" in {found.operator for found in liger_aot.bind(model).bound}
+    with operators() as seen:
         check_equal(step(model, **batch()), step(build(family, **options), **batch()))
+    assert {"gated_rms_norm_fwd", "gated_rms_norm_bwd"} <= {*seen}
+
+
+GATED_NORMS = {
+    "gate first, silu, llama, 4 groups": (MambaRMSNormGated, 48, 12),
+    "gate first, silu, llama": (MambaRMSNormGated, 48, 48),
+    "gate last, silu, llama": (Qwen3NextRMSNormGated, 48),
+    "gate last, sigmoid, none": (KimiLinearRMSNormGated, 48),
+    "gate first, silu, none, 3 groups": (FalconH1RMSNormGated, 48, 1e-5, 3, False),
+    "gate last, silu, none, 2 groups": (FalconH1RMSNormGated, 48, 1e-5, 2, True),
+}
+
+
+def gated_norms(kind, *args):
+    norms = [kind(*args) for _ in range(2)]
+    for norm in norms:
+        nn.init.normal_(norm.weight, 1, 0.3, generator=torch.Generator().manual_seed(3))
+    return norms
+
+
+@pytest.mark.parametrize(("formula", "made"), GATED_NORMS.items(), ids=GATED_NORMS)
+def test_a_gated_norm_is_bound_and_given_back(formula, made):
+    norm, plain = gated_norms(*made)
+    assert [found[2:5] for found in liger_aot.bind(nn.Sequential(norm))] == [("gated_rms_norm", "bound", formula)]
+    assert type(norm).__name__ == "LigerGatedRMSNorm"
+    x, gate, dy = (torch.randn(2, 3, 48, requires_grad=True) for _ in range(3))
+    for given in {"hidden_states": x, "gate": gate}, {"hidden_states": x.bfloat16(), "gate": gate.bfloat16()}:
+        expected = plain(**given)
+        for y in norm(*given.values()), norm(given["hidden_states"], gate=given["gate"]), norm(**given):
+            torch.testing.assert_close(y, expected)
+    with operators() as seen:
+        results = [torch.autograd.grad(m(x, gate), [x, gate, m.weight], dy) for m in (norm, plain)]
+    torch.testing.assert_close(*results)
+    assert seen == ["gated_rms_norm_fwd", "gated_rms_norm_bwd"]
+    liger_aot.unbind(norm)
+    assert type(norm) is made[0]
+
+
+def test_without_a_gate_that_fits_a_gated_norm_runs_as_its_own():
+    norm, plain = gated_norms(MambaRMSNormGated, 48, 12)
+    assert liger_aot.bind(nn.Sequential(norm)).bound
+    x, gate = torch.randn(2, 3, 48), torch.randn(3, 48)
+    for given in (x,), (x, None), (x, gate), (x, gate.bfloat16()):
+        with operators() as seen:
+            torch.testing.assert_close(norm(*given), plain(*given))
+        assert not seen
+
+
+def test_a_norm_with_another_gate_is_left():
+    def forward(self, x, gate):
+        return llama(self, x * torch.tanh(gate))
+
+    norm = norm_named("RMSNormGated", None, forward=forward)()
+    (found,) = liger_aot.bind(nn.Sequential(norm))
+    assert (found.status, found.why) == ("left", "equals no known formula")
 
 
 class ScaledNorm(nn.Module):
@@ -389,7 +444,7 @@ def test_a_group_norm_is_bound_and_given_back(groups, channels, options):
     assert [found[2:5] for found in liger_aot.bind(nn.Sequential(norm))] == [("group_norm", "bound", "group norm")]
     assert isinstance(norm, nn.GroupNorm)
     shape = (channels,) if norm.affine else None
-    assert repr(norm) == f"LigerGroupNorm({shape}, eps=1e-05, groups={groups}, was=GroupNorm)"
+    assert repr(norm) == f"LigerGroupNorm({shape}, eps=1e-05, num_groups={groups}, was=GroupNorm)"
     torch.testing.assert_close(dict(norm.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
     for sizes in (7,), (5, 3), (3, 1, 5):
         x = torch.randn(3, channels, *sizes, requires_grad=True)

@@ -30,6 +30,7 @@ CLASSES = {
     "Gemma4ForConditionalGeneration": "rope: half, in parts; an image",
     "Llama4ForConditionalGeneration": "rope: complex, of text and, in a column, of an image",
     "HubertForSequenceClassification": "group_norm; sound",
+    "Mamba2ForCausalLM": "gated_rms_norm: gate first, llama",
     "BartForConditionalGeneration": "logits with a bias; a loss in the model itself",
     "T5ForSequenceClassification": "no head that could be bound",
 }
@@ -66,6 +67,7 @@ def test_row_is_as_committed(name, table, places):
         "GteForMaskedLM": {"geglu"},
         "Qwen2VLForConditionalGeneration": {"rms_norm", "layer_norm", "rope"},
         "HubertForSequenceClassification": {"group_norm", "layer_norm"},
+        "Mamba2ForCausalLM": {"gated_rms_norm"},
     }.items(),
 )
 def test_kernels_compute_the_same(name, kernels, places, interpreted):

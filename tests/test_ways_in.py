@@ -50,7 +50,7 @@ from tiny import operators
 from tiny import step
 
 HERE = Path(__file__).parent
-LAYERS = {"rms_norm", "layer_norm", "group_norm", "rope", "swiglu", "geglu", "relu_squared"}
+LAYERS = {"rms_norm", "layer_norm", "group_norm", "gated_rms_norm", "rope", "swiglu", "geglu", "relu_squared"}
 
 
 def bound(report):

@@ -36,7 +36,7 @@ CLASSES = {
     "experts": (swaps.experts_class, try_module),
     "rope": (swaps.rope_class, try_rope),
 }
-LAYERS = ("rms_norm", "layer_norm", "group_norm", "rope", "swiglu", "geglu", "relu_squared")
+LAYERS = ("rms_norm", "layer_norm", "group_norm", "gated_rms_norm", "rope", "swiglu", "geglu", "relu_squared")
 
 PLAIN, DTENSOR = ("torch.nn.parameter.Parameter", "torch.Tensor"), "torch.distributed.tensor.DTensor"
 
@@ -47,6 +47,7 @@ def bind(
     rms_norm: bool = True,
     layer_norm: bool = True,
     group_norm: bool = True,
+    gated_rms_norm: bool = True,
     rope: bool = True,
     swiglu: bool = True,
     geglu: bool = True,
@@ -73,7 +74,7 @@ def bind(
     bound = sum(map(swaps.is_bound, model.modules()))
     if bound:
         raise ValueError(f"bind: model must not be bound yet, got one with {bound} bound modules; unbind(model) takes them off")
-    flags = rms_norm, layer_norm, group_norm, rope, swiglu, geglu, relu_squared
+    flags = rms_norm, layer_norm, group_norm, gated_rms_norm, rope, swiglu, geglu, relu_squared
     wanted = {name for name, flag in zip(LAYERS, flags, strict=True) if flag}
     operator = "cross_entropy" if cross_entropy else "linear_cross_entropy" if linear_cross_entropy else None
     device = next((p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")), torch.device("cpu"))

@@ -18,6 +18,7 @@ from .._hooks import altered
 from .._hooks import hooked
 from ..ops._check import FLOATS
 from ..ops._check import under_autocast
+from ..ops.gated_rms_norm import gated_rms_norm
 from ..ops.group_norm import group_norm
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
@@ -53,55 +54,55 @@ def untouched(module, parts):
     )
 
 
-def computing(original, compile, compute, parts=(), method="forward"):
-    """A method that computes from its one argument; called otherwise it does what the original does, which may be to raise."""
+def computing(original, compile, compute, parts=(), method="forward", count=1):
+    """A method that computes from so many arguments; called otherwise it does what the original does, which may be to raise."""
     own = getattr(original, method)
-    name = next(iter(parameters_of(own)[1:]), None)
+    names = parameters_of(own)[1:]
 
     @functools.wraps(own)
     def computed(self, *args, **kwargs):
-        x = args[0] if args else kwargs.get(name)
-        if x is None or len(args) + len(kwargs) != 1 or left(compile, x) or not untouched(self, parts):
+        xs = [*args, *(kwargs[name] for name in names[len(args) : count] if name in kwargs)]
+        complete = len(xs) == len(args) + len(kwargs) == count and all(x is not None for x in xs)
+        if not complete or left(compile, xs[0]) or not untouched(self, parts):
             return own(self, *args, **kwargs)
-        return compute(self, x)
+        return compute(self, *xs)
 
     return {method: computed}
 
 
 # What bound classes are called, by their operator.
-NAMES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "group_norm": "GroupNorm"}
+NAMES = {"rms_norm": "RMSNorm", "layer_norm": "LayerNorm", "group_norm": "GroupNorm", "gated_rms_norm": "GatedRMSNorm"}
 NAMES |= {"swiglu": "SwiGLU", "geglu": "GEGLU", "relu_squared": "ReLUSquared"}
+NORMS = {"rms_norm": rms_norm, "layer_norm": layer_norm, "group_norm": group_norm, "gated_rms_norm": gated_rms_norm}
 
 # What follows gives the name of a bound class, what its extra_repr adds, and its other members.
 
 
-def norm_class(original, compile, operator, place, one_dtype, dims, weights, offset=0.0, casting=""):
+def norm_class(original, compile, operator, place, one_dtype, dims, weights, options):
+    norm = functools.partial(NORMS[operator], **dict(options))
     of_torch = issubclass(original, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
     torchs = of_torch or bool({"layer_norm", "rms_norm", "group_norm"} & {*called(original.forward)})
 
     def eps_of(self):
         return getattr(self, place) if isinstance(place, str) else place
 
-    def compute(self, x):
+    def compute(self, x, *gate):
         weight, bias = (getattr(self, name) if name in weights else None for name in ("weight", "bias"))
         # Which CUDA's autocast widens to float32, and what a module spells out itself it does not.
         widened = torchs and x.is_cuda and x.dtype is not torch.float32 and under_autocast(x)
         ordered = operator == "group_norm" and not x.is_contiguous()  # channels last, which torch's own keeps so
-        if widened or x.dim() not in dims or ordered or (one_dtype and x.dtype is not weight.dtype):
-            return original.forward(self, x)
-        if operator == "group_norm":
-            return group_norm(x, self.num_groups, weight, bias, eps_of(self))
-        if operator == "layer_norm":
-            return layer_norm(x, weight, bias, eps_of(self))
-        return rms_norm(x, weight, eps_of(self), offset=offset, casting=casting)
+        unlike = any((g.shape, g.dtype) != (x.shape, x.dtype) for g in gate)
+        if widened or x.dim() not in dims or ordered or unlike or (one_dtype and x.dtype is not weight.dtype):
+            return original.forward(self, x, *gate)
+        return norm(x, *gate, weight=weight, eps=eps_of(self), **({} if bias is None else {"bias": bias}))
 
     def extra_repr(self):
         shape = tuple(self.weight.shape) if "weight" in weights else None
-        groups = f", groups={self.num_groups}" if operator == "group_norm" else ""
-        options = f", offset={offset}, casting={casting}" if casting else groups
-        return f"{shape}, eps={eps_of(self)}{options}, was={original.__name__}"
+        given = {"eps": eps_of(self), **dict(options), "was": original.__name__}
+        return ", ".join([str(shape), *(f"{key}={value}" for key, value in given.items())])
 
-    return f"Liger{NAMES[operator]}", "", {"extra_repr": extra_repr, **computing(original, compile, compute)}
+    count = 2 if operator == "gated_rms_norm" else 1
+    return f"Liger{NAMES[operator]}", "", {"extra_repr": extra_repr, **computing(original, compile, compute, count=count)}
 
 
 def glu_class(original, compile, kind, act, names, parts):

@@ -39,7 +39,7 @@ def refusal(own, ours, tensors, fixed=0):
 
 def try_module(module, cls, trial, device):
     """refusal of cls in the place of module's class, on that device and in module's dtypes, with the weights of a probe."""
-    probe, method, x = trial
+    probe, method, *xs = trial
     # Quantised weights are integers, and the linear layers' own business.
     known = {name: p.dtype for name, p in module.named_parameters() if p.dtype in FLOATS}
     dtype, weights = next(iter(known.values()), torch.float32), dict(probe.named_parameters())
@@ -47,11 +47,15 @@ def try_module(module, cls, trial, device):
     def of(kind):
         twin = copy.copy(probe)
         twin.__class__ = kind
-        return lambda x, *given: (
-            functional_call(twin, dict(zip(weights, given, strict=True)), x) if given else getattr(twin, method)(x)
-        )
 
-    tensors = [x.to(device, dtype), *(p.to(device, known.get(name, dtype)) for name, p in weights.items())]
+        def call(*tensors):
+            inputs, given = tensors[: len(xs)], tensors[len(xs) :]
+            known = dict(zip(weights, given, strict=True))
+            return functional_call(twin, known, inputs) if given else getattr(twin, method)(*inputs)
+
+        return call
+
+    tensors = [*(x.to(device, dtype) for x in xs), *(p.to(device, known.get(name, dtype)) for name, p in weights.items())]
     return refusal(of(type(module)), of(cls), tensors)
 
 

@@ -1,4 +1,4 @@
-"""Norms: what one computes of x, weight, bias and eps. Those that an operator computes are held to its reference."""
+"""Norms: what one computes of x, weight, bias, eps and a gate. Those that an operator computes are held to its reference."""
 
 import functools
 import itertools
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
 from torch import nn
 
+from ..ops import gated_rms_norm
 from ..ops import group_norm
 from ..ops import layer_norm
 from ..ops import rms_norm
@@ -16,26 +17,41 @@ from ._probe import BF16
 from ._probe import FP32
 from ._probe import Found
 
-# The operator, and of rms_norm the offset and casting.
+# The operator and its options.
 WEIGHTED = {
-    "llama": ("rms_norm", 0.0, "llama"),
-    "fp32 weight": ("rms_norm", 0.0, "gemma"),
-    "gemma": ("rms_norm", 1.0, "gemma"),
-    "layer norm": ("layer_norm",),
+    "llama": ("rms_norm", {"offset": 0.0, "casting": "llama"}),
+    "fp32 weight": ("rms_norm", {"offset": 0.0, "casting": "gemma"}),
+    "gemma": ("rms_norm", {"offset": 1.0, "casting": "gemma"}),
+    "layer norm": ("layer_norm", {}),
 }
-UNWEIGHTED = {"no weight": ("rms_norm", 0.0, "gemma"), "layer norm": ("layer_norm",)}
-GROUPED = {"group norm": ("group_norm",)}
+UNWEIGHTED = {"no weight": WEIGHTED["fp32 weight"], "layer norm": WEIGHTED["layer norm"]}
 
 
-def reference(operator, offset=0.0, casting="gemma", groups=0):
-    def of_operator(x, w, b, eps):
+def reference(operator, options):
+    def of_operator(x, w, b, *gate, eps):
         if operator == "group_norm":
-            return group_norm.forward_reference(x, groups, w, b, eps)[0]
+            return group_norm.forward_reference(x, options["num_groups"], w, b, eps)[0]
         if operator == "layer_norm":
             return layer_norm.forward_reference(x, w, b, eps)[0]
-        return rms_norm.forward_reference(x, w, eps, offset, rms_norm.CASTING[casting])[0]
+        cast = rms_norm.CASTING[options["casting"]]
+        if operator == "rms_norm":
+            return rms_norm.forward_reference(x, w, eps, options["offset"], cast)[0]
+        last, silu = not options["gate_first"], gated_rms_norm.ACTIVATIONS[options["activation"]]
+        return gated_rms_norm.forward_reference(x, *gate, w, options["groups"], eps, cast, last, silu)[0]
 
     return of_operator
+
+
+def gated(module, n):
+    """The same of gated norms, whose groups of columns, or the columns of one, are an attribute."""
+    sizes = [v for v in vars(module).values() if type(v) is int and v > 0 and n % v == 0]
+    counts = sorted({1, *sizes, *(n // v for v in sizes)})
+    found = {}
+    for groups, first, activation, casting in itertools.product(counts, (True, False), ("silu", "sigmoid"), ("llama", "none")):
+        name = f"gate {'first' if first else 'last'}, {activation}, {casting}" + (f", {groups} groups" if groups > 1 else "")
+        options = {"groups": groups, "gate_first": first, "activation": activation, "casting": casting}
+        found[name] = "gated_rms_norm", options
+    return found
 
 
 def rsqrt(x, eps):
@@ -44,7 +60,7 @@ def rsqrt(x, eps):
 
 # Known ones that no operator computes.
 OTHERS = {
-    "gemma, 1 + weight rounded": lambda x, w, b, eps: reference("rms_norm")(x, 1.0 + w, b, eps),
+    "gemma, 1 + weight rounded": lambda x, w, b, eps: reference(*WEIGHTED["fp32 weight"])(x, 1.0 + w, b, eps=eps),
     "no upcast": lambda x, w, b, eps: w * x * rsqrt(x, eps),
     "layer norm, 1 + weight": lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w + 1, b, eps),
     "no weight, rounded rsqrt": lambda x, w, b, eps: None if w is not None else x * rsqrt(x.float(), eps).to(x.dtype),
@@ -55,23 +71,32 @@ MIXED = (BF16, FP32, 1.0)
 
 
 def norm_like(module):
-    """One input; a weight and bias of one dimension, or none and "norm" in the name. Names only spare probes here."""
+    """One input, or one and a gate; a weight and bias of one dimension, or none and "norm" in the name.
+
+    Names only spare probes here.
+    """
     weights = probe.weights_of(module)
-    if any(True for _ in module.children()) or not probe.takes_one(module):
+    if any(True for _ in module.children()) or not (probe.takes_one(module) or takes_gate(module)):
         return False
     flat = all(name in ("weight", "bias") and p.dim() == 1 for name, p in weights.items())
     return flat and (bool(weights) or "norm" in type(module).__name__.lower())
 
 
+def takes_gate(module):
+    return probe.parameters_of(type(module).forward)[2:] == ["gate"]
+
+
 def find_norm(module):
     weights, copy, generator = probe.weights_of(module), probe.shell(module), torch.Generator().manual_seed(0)
-    groups = getattr(module, "num_groups", 0)  # of channels, which are the second dimension of what it takes
-    ours = GROUPED if groups else WEIGHTED if "weight" in weights else UNWEIGHTED
+    has_gate = takes_gate(module)
+    groups = 0 if has_gate else getattr(module, "num_groups", 0)  # of channels, the second dimension of what it takes
     width = getattr(module, "num_channels", 96) if groups else (getattr(module, "normalized_shape", None) or [96])[-1]
     n = next((p.shape[0] for p in weights.values()), width)
+    ours = gated(module, n) if has_gate else WEIGHTED if "weight" in weights else UNWEIGHTED
+    ours = {"group norm": ("group_norm", {"num_groups": groups})} if groups else ours
     places = {k: v for k, v in vars(module).items() if "eps" in k.lower() and isinstance(v, (float, int, types.NoneType))}
     places = places or {eps: eps for eps in (1e-6, 1e-5, 1e-8, 1e-12)}
-    formulas = {name: reference(*options, groups=groups) for name, options in ours.items()} | OTHERS
+    formulas = {name: reference(*each) for name, each in ours.items()} | OTHERS
     every = {
         (name, place): functools.partial(formulas[name], eps=rms_norm.DEFAULT_EPS if eps is None else eps)
         for name, (place, eps) in itertools.product(formulas, places.items())
@@ -81,13 +106,14 @@ def find_norm(module):
         shape = (3, n, 16, 3, 2)[:dim] if groups else (*[3] * (dim - 1), n)
         x = probe.normal(generator, *shape, dtype=x_dtype, scale=scale, shift=0.1)
         given = (probe.normal(generator, n, dtype=w_dtype, scale=0.5, shift=1.2) for _ in range(2))
-        return x, *(p if name in weights else None for name, p in zip(("weight", "bias"), given, strict=True))
+        given = [p if name in weights else None for name, p in zip(("weight", "bias"), given, strict=True)]
+        return x, *given, *([probe.normal(generator, *shape, dtype=x_dtype)] if has_gate else [])
 
-    def compute(x, *given):
-        for name, tensor in zip(("weight", "bias"), given, strict=True):
+    def compute(x, weight, bias, *gate):
+        for name, tensor in (("weight", weight), ("bias", bias)):
             if tensor is not None:
                 copy._parameters[name] = nn.Parameter(tensor)  # others patch register_parameter
-        return probe.steady(copy, x)
+        return probe.steady(copy, x, *gate)
 
     left, why = probe.survivors(compute, every, [inputs(*each) for each in INPUTS], probe.SAME)
     if not left:
@@ -99,7 +125,8 @@ def find_norm(module):
     # Where only a mixture of dtypes, or inputs of other dimensions, are computed otherwise, those are left to the module.
     found = {key: every[key]}
     dims = tuple(d for d in range(1, 6) if probe.survivors(compute, found, [inputs(FP32, FP32, 1.0, d)], probe.SAME)[0])
-    operator, *options = ours[name]
-    args = operator, place, not mixed, dims, tuple(weights), *options
-    trial = copy, "forward", inputs(*INPUTS[0])[0]
+    operator, options = ours[name]
+    args = operator, place, not mixed, dims, tuple(weights), tuple(options.items())
+    x, _, _, *gate = inputs(*INPUTS[0])
+    trial = copy, "forward", x, *gate
     return probe.one(name, operator, *args, trial=trial)._replace(why="" if mixed else "where x has the weight's dtype")

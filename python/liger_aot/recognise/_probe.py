@@ -92,9 +92,9 @@ def run(function, *args):
         return error
 
 
-def steady(module, x):
+def steady(module, *xs):
     """What a module computes, if that is the same in training and in evaluation; a dropout is not."""
-    trained, evaluated = module.train()(x.clone()), module.eval()(x)
+    trained, evaluated = module.train()(*(x.clone() for x in xs)), module.eval()(*xs)
     return trained if close(trained, evaluated, SAME) else None
 
 

@@ -30,6 +30,7 @@ FLAGS = {
     "rms_norm": "rms_norm",
     "layer_norm": "layer_norm",
     "group_norm": "group_norm",
+    "gated_rms_norm": "gated_rms_norm",
     "swiglu": "swiglu",
     "geglu": "geglu",
     "relu_squared": "relu_squared",
