@@ -186,6 +186,7 @@ def test_large_and_infinite_logits(path):
     rows = torch.full((2, 2000), -torch.inf)
     rows[0, :1030] = torch.nan
     assert cross_entropy(rows, torch.zeros(2, dtype=torch.int64), reduction="none").isnan().all()
+    assert cross_entropy(torch.tensor([[3e19, 0.0, -3e19]]), torch.tensor([0])) == 0  # whose square is inf
 
 
 def test_confident_rows_keep_their_digits(path):

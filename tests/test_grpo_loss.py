@@ -238,7 +238,9 @@ BAD = [
     ({"logits": torch.randn(BATCH, CLASSES)}, "logits must be (batch, length + 1, classes) in float32, float16 or bfloat16"),
     ({"logits": torch.randn(BATCH, 3, CLASSES).double()}, "got (4, 3, 50) in torch.float64"),
     ({"completion_ids": torch.zeros(BATCH, 3).long()}, "completion_ids: target must have shape (4, 6), got (4, 3)"),
-    ({"completion_ids": torch.full((BATCH, LENGTH), 50)}, "target must be in [0, 50) or ignore_index -100, got 50"),
+    ({"completion_ids": torch.full((BATCH, LENGTH), 50)}, "GrpoLossFunction: completion_ids must be in [0, 50), got 50"),
+    ({"completion_ids": None}, "GrpoLossFunction: completion_ids must be a tensor, got None"),
+    ({"advantages": None}, "GrpoLossFunction: advantages must be a tensor, got None"),
     ({"old_logp": torch.zeros(BATCH, 3)}, "GrpoLossFunction: old_logp must have shape (4, 6), got (4, 3)"),
     ({"completion_mask": torch.ones(BATCH)}, "GrpoLossFunction: completion_mask must have shape (4, 6), got (4,)"),
     ({"ref_logp": None}, "GrpoLossFunction: ref_logp must be given where beta is not 0, got None with beta 0.04"),
@@ -256,3 +258,17 @@ BAD = [
 def test_rejects(changes, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        (torch.zeros(BATCH).long(), "input_ids must be (batch, 6 or more), got (4,)"),
+        (torch.zeros(BATCH, 5).long(), "input_ids must be (batch, 6 or more), got (4, 5)"),
+        (torch.full((BATCH, LENGTH), -1), "input_ids must be in [0, 50), got -1"),
+    ],
+    ids=["one dimension", "short", "below 0"],
+)
+def test_selective_log_softmax_rejects(ids, text):
+    with pytest.raises(ValueError, match=re.escape(f"fused_selective_log_softmax: {text}")):
+        fused_selective_log_softmax(make()[0], ids)

@@ -11,6 +11,7 @@ import formulas
 from harness import DTYPES
 from harness import check
 from harness import check_operator
+from harness import fixed
 from harness import run
 
 mhc_coeffs = torch.ops.liger.mhc_coeffs.default
@@ -70,6 +71,17 @@ def test_coefficients_of_mixed_dtypes(path, dtype, others):
     results = check(of_few, formulas.mhc_coeffs(**FEW), *coeffs((3, 4, 24), dtype, others), slack=slack(dtype))
     assert [results[f"output {n}"].dtype for n in range(3)] == [torch.float32] * 3
     assert [results[f"gradient {n}"].dtype for n in range(3)] == [dtype, others, torch.float32]
+
+
+@pytest.mark.parametrize(("size", "upstream"), [(300.0, 1e-4), (0.01, 1e4)])
+def test_fp16_at_any_scale(path, size, upstream):
+    """1 / rms(x), a factor of the products' gradients, takes them out of fp16's range."""
+    x, *others = coeffs((64, 4, 8), torch.float16)
+
+    def scaled(function):
+        return lambda *tensors: tuple(upstream * y for y in function(*tensors))
+
+    check(scaled(of_few), scaled(formulas.mhc_coeffs(**FEW)), fixed(x * size), *others, slack=slack(torch.float16))
 
 
 def test_without_eps(path):

@@ -228,7 +228,8 @@ BAD = [
         lambda: apply(X, W, Y, selected_token_ids=SELECTED.int()),
         f"{NAME}: selected_token_ids must be int64 (K,), got torch.int32 (4,)",
     ),
-    (lambda: apply(X, W, Y, selected_token_ids=SELECTED + 10), "embedding: "),
+    (lambda: apply(X, W, Y, selected_token_ids=SELECTED + 10), f"{NAME}: selected_token_ids must be in [0, 100), got "),
+    (lambda: apply(X, W, Y, selected_token_ids=[1]), f"{NAME}: selected_token_ids must be int64 (K,), got [1]"),
     (
         lambda: L.liger_fused_linear_scaled_cross_entropy_tp(X, W, Y, None, tiles_per_reduce=3),
         "LigerFusedLinearScaledCrossEntropyTPFunction: tiles_per_reduce must be one of 1, 2, 4, got 3",

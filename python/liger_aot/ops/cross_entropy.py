@@ -53,7 +53,8 @@ def forward_reference(
     if label_smoothing:
         ws = z.new_ones(n) if weight is None else wide(weight)
         loss = (1 - label_smoothing) * loss + label_smoothing / n * (lse * ws.sum() - z @ ws)
-    loss = loss + lse_square_scale * lse.square()
+    if lse_square_scale:
+        loss = loss + lse_square_scale * lse.square()
     predicted = torch.where(valid, z.argmax(-1), -1) if predict else target.new_empty(0)
     return torch.where(valid, loss, 0.0), torch.where(valid, lse, 0.0), predicted
 

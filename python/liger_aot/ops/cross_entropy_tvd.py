@@ -24,10 +24,12 @@ from ._check import wide
 from ._divergence import BLOCK
 from ._divergence import kept
 from ._loss import check_classes
+from ._loss import check_target
 from ._loss import check_target_if_asked
 
 
 def forward_reference(logits, teacher, target, ignore_index):
+    check_target("cross_entropy_tvd", target, ignore_index, logits.shape[-1])
     loss, _, _ = cross_entropy.forward_reference(logits, target, None, ignore_index, 0.0, None, 0.0)
     lses = [torch.logsumexp(wide(x), -1) for x in (logits, teacher)]
     p, q = ((wide(x) - lse[:, None]).exp() for x, lse in zip((logits, teacher), lses, strict=True))

@@ -188,6 +188,8 @@ def mhc_coeffs_bwd(
         kernels.mhc_coeffs_dx[grid](ddots, dscale, by_head, xs, dx, rows, heads, width, TOKENS=DX_TOKENS, BLOCK=DX_BLOCK)
     if need_phi:
         xs, _ = factors(xs, phi)
+        if xs.dtype is torch.float16:
+            xs = xs.float()  # its range has no room for ddots, of which 1 / rms(x) is a factor
         accumulate(dphi, ddots.to(xs.dtype), xs, 0)
     return dx, dphi, column_sum(partial, count, parameters)
 
@@ -234,7 +236,8 @@ def mhc_coeffs(
 
     phi is (hc·n, hc² + 2·hc), its columns, and b's numbers, those of pre, post and res, row by row; the alphas are scalars. x
     and phi of one dtype are multiplied as they are, of two in fp32. tmax counts the times that columns are divided. Gradients
-    have their tensors' dtypes, sums in one order; that of phi takes those of the products in what was multiplied. Raises
+    have their tensors' dtypes, sums in one order; that of phi is multiplied in
+    what the products were, but in fp32 if that was fp16. Raises
     ValueError on dtypes other than fp32, fp16 and bf16, streams that are not 2, 4, 8 or 16, wrong shapes or devices, tmax < 1.
     """
     hc, n = check_streams("mhc_coeffs", x)

@@ -9,6 +9,8 @@ import torch
 from .._op import Function
 from ..functional import embedding
 from ..functional import linear_logprob
+from ..ops._check import check_indices
+from ..ops._check import looks_at
 from ..ops._linear import autocast
 from ..ops._loss import check_classes
 from ..ops._loss import check_target_if_asked
@@ -81,8 +83,12 @@ def scaled_cross_entropy(
     positive(op, "m_tiles_per_cluster", m_tiles_per_cluster)
     one_of(op, "return_entropy", return_entropy, (True, False))
     ids = selected_token_ids
-    if ids is not None and (ids.dtype is not torch.int64 or ids.dim() != 1):
-        raise ValueError(f"{op}: selected_token_ids must be int64 (K,), got {ids.dtype} {tuple(ids.shape)}")
+    if ids is not None:
+        if not torch.is_tensor(ids) or ids.dtype is not torch.int64 or ids.dim() != 1:
+            got = f"{ids.dtype} {tuple(ids.shape)}" if torch.is_tensor(ids) else repr(ids)
+            raise ValueError(f"{op}: selected_token_ids must be int64 (K,), got {got}")
+        if not torch.compiler.is_compiling() and looks_at(ids):
+            check_indices(op, "selected_token_ids", ids, weight.shape[0])
     logp, entropy, lse = linear_logprob(_input, weight, target, temperature=temperature, ignore_index=ignore_index)
     outputs = [-logp, entropy] if return_entropy else [-logp]
     if ids is not None:

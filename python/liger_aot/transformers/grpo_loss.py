@@ -7,6 +7,8 @@ from .._op import needs_grad
 from ..chunked_loss import grpo_loss as policy
 from ..chunked_loss._base import check_positive
 from ..ops._check import FLOATS
+from ..ops._check import check_indices
+from ..ops._check import looks_at
 from ..ops._loss import check_classes
 from ._names import one_of
 
@@ -30,8 +32,10 @@ class TokenLogprobFunction(Function):
         return cross_entropy_bwd(-dlogps, logits, ids, None, lse, None, IGNORED, 0.0, None, 0.0, ctx.scale), None, None
 
 
-def token_logps(op, logits, ids, temperature):
+def token_logps(op, name, logits, ids, temperature):
     """(batch, length): log softmax(logits / temperature) of ids, 0 where these are -100; the last token of logits has none."""
+    if not torch.compiler.is_compiling() and looks_at(ids):
+        check_indices(op, name, ids, logits.shape[-1], ignored=IGNORED)
     # That token is a row to ignore: without it the rows are not evenly spaced, and the kernel would get a copy of them.
     rows = torch.nn.functional.pad(ids, (0, 1), value=IGNORED).flatten()
     flat, scale = logits.flatten(0, 1), 1.0 / temperature
@@ -89,6 +93,9 @@ class GrpoLossFunction:
         one_of(op, "reduce", reduce, (True, False))
         check_logits(op, logits)
         batch, length = logits.shape[0], logits.shape[1] - 1
+        for name, needed in (("completion_ids", completion_ids), ("advantages", advantages)):
+            if needed is None:
+                raise ValueError(f"{op}: {name} must be a tensor, got None")
         ids = check_classes(f"{op}, completion_ids", completion_ids, (batch, length), logits)
         tokens = {"old_logp": old_logp, "ref_logp": ref_logp, "completion_mask": completion_mask}
         policy.check_values(op, (batch, length), advantages=advantages, vllm_is_ratio=vllm_is_ratio, **tokens)
@@ -102,7 +109,7 @@ class GrpoLossFunction:
 
         keep = torch.ones_like(ids, dtype=torch.bool) if completion_mask is None else completion_mask != 0
         ids, advantages, vllm_is_ratio = policy.masked(keep, ids, advantages, vllm_is_ratio)
-        logps = token_logps(op, logits, ids, temperature)
+        logps = token_logps(op, "completion_ids", logits, ids, temperature)
         weights = None if phi_seq is None else phi_seq.detach().reshape(batch, 1).float()
         how = loss_type, importance_sampling_level, (eps_low, eps_high, delta), slopes, beta, use_bias_correction_kl
         log_ratio = policy.log_ratios(logps, old_logp, keep)
@@ -121,13 +128,15 @@ def fused_selective_log_softmax(logits: torch.Tensor, input_ids: torch.Tensor, t
     check_positive(op, temperature=temperature)
     check_logits(op, logits)
     shape = logits.shape[0], logits.shape[1] - 1
+    if input_ids.dim() != 2 or input_ids.shape[1] < shape[1]:
+        raise ValueError(f"{op}: input_ids must be (batch, {shape[1]} or more), got {tuple(input_ids.shape)}")
     ids = input_ids[:, input_ids.shape[1] - shape[1] :]
     ids = check_classes(f"{op}, input_ids", ids, shape, logits)
     if mask is not None:
         mask = mask[:, mask.shape[1] - shape[1] :]
         policy.check_values(op, shape, mask=mask)
         ids = torch.where(mask != 0, ids, IGNORED)
-    return token_logps(op, logits, ids, temperature)
+    return token_logps(op, "input_ids", logits, ids, temperature)
 
 
 def triton_grpo_loss(
