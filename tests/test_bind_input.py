@@ -115,9 +115,9 @@ def test_strict_binds_where_nothing_is_left(model):
 
 def test_strict_says_nothing_of_what_no_operator_computes():
     """A gate of relu, MLPs without a gate, norms of other formulas."""
-    grouped = build()
-    grouped.extra = nn.GroupNorm(2, 4)
-    for model in build(hidden_act="relu"), build("gpt2"), grouped:
+    over_batches = build()
+    over_batches.extra = nn.BatchNorm1d(4)
+    for model in build(hidden_act="relu"), build("gpt2"), over_batches:
         report = liger_aot.bind(model, strict=True)
         assert report.bound
         assert report.left
