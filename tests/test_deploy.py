@@ -168,6 +168,7 @@ def test_selective_checkpointing_by_name(path, name):
 
 # What these compute is no part of their gradients: there is nothing to make anew.
 AS_THEY_COME = "rope", "swiglu", "geglu", "packed_glu", "moe_permute", "moe_unpermute", "relu_squared", "dyt", "embedding"
+AS_THEY_COME += "mhc_pre", "mhc_post_res"
 
 
 @pytest.mark.parametrize("name", [n for n in EXAMPLES if n not in AS_THEY_COME])
