@@ -190,10 +190,12 @@ def test_without_a_gate_that_fits_a_gated_norm_runs_as_its_own():
     norm, plain = gated_norms(MambaRMSNormGated, 48, 12)
     assert liger_aot.bind(nn.Sequential(norm)).bound
     x, gate = torch.randn(2, 3, 48), torch.randn(3, 48)
-    for given in (x,), (x, None), (x, gate), (x, gate.bfloat16()):
+    for given in (x,), (x, None), (x, gate), (x, gate.expand(2, 3, 48).bfloat16()):
         with operators() as seen:
             torch.testing.assert_close(norm(*given), plain(*given))
         assert not seen
+    with pytest.raises(TypeError, match="multiple values"):
+        norm(x, hidden_states=x)
 
 
 def test_a_norm_with_another_gate_is_left():
@@ -476,6 +478,17 @@ def test_a_group_norm_of_channels_that_are_last_keeps_them_so():
     y, expected = norm(x), plain(x)
     assert y.stride() == expected.stride()
     torch.testing.assert_close(y, expected)
+
+
+def test_inputs_of_dimensions_in_which_a_group_norm_is_another_are_its_own():
+    def forward(self, input):
+        return nn.GroupNorm.forward(self, input) * (-1 if input.dim() == 4 else 1)
+
+    norm, plain = group_norms(type("Turned", (nn.GroupNorm,), {"forward": forward}), 3, 12)
+    assert liger_aot.bind(nn.Sequential(norm)).bound
+    for sizes in (5,), (5, 3):
+        x = torch.randn(2, 12, *sizes)
+        torch.testing.assert_close(norm(x), plain(x))
 
 
 def calling_group_norm(channels):
