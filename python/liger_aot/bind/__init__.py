@@ -1,8 +1,8 @@
 """Bind the operators into a transformers model, and take them off again:  bind(model), unbind(model).
 
-No model is known by name. Modules are found by what they compute (recognise), and get a subclass of their own class (_swap), if
-that computes the same here (_trial); no class, function or module of anybody's is changed, so that other models in the process
-are untouched.
+No model is known by name. Modules are found by what they compute, and get a subclass of their own class (_swap), if that
+computes the same here (recognise). No class, function or module of anybody is changed: other models in the process are
+untouched.
 
 In training the loss is computed without logits: lm_head answers with LazyLogits (_lazy), which transformers' own loss code
 shifts and flattens, and whose cross_entropy is linear_cross_entropy. Whatever else is done with them makes real logits of them.
@@ -19,13 +19,13 @@ from ..ops._check import FLOATS
 from ..recognise import Found
 from ..recognise import recognise
 from ..recognise import weights_of
+from ..recognise._trial import try_loss
+from ..recognise._trial import try_module
+from ..recognise._trial import try_rope
 from . import _swap as swaps
 from ._report import Counts
 from ._report import Report
 from ._report import Row
-from ._trial import try_loss
-from ._trial import try_module
-from ._trial import try_rope
 
 __all__ = ["Report", "Row", "bind", "unbind"]
 

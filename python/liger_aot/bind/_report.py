@@ -36,13 +36,8 @@ class Report(list):
         super().__init__(rows)
         self.base, self.compile, self.counts = base, compile, Counts() if counts is None else counts
 
-    @property
-    def bound(self):
-        return [row for row in self if row.status == "bound"]
-
-    @property
-    def left(self):
-        return [row for row in self if row.status != "bound"]
+    bound = property(lambda self: [row for row in self if row.status == "bound"])
+    left = property(lambda self: [row for row in self if row.status != "bound"])
 
     def __str__(self):
         groups = collections.defaultdict(list)

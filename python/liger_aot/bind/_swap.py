@@ -101,8 +101,8 @@ def norm_class(original, compile, operator, place, one_dtype, dims, weights, opt
         given = {"eps": eps_of(self), **dict(options), "was": original.__name__}
         return ", ".join([str(shape), *(f"{key}={value}" for key, value in given.items())])
 
-    count = 2 if operator == "gated_rms_norm" else 1
-    return f"Liger{NAMES[operator]}", "", {"extra_repr": extra_repr, **computing(original, compile, compute, count=count)}
+    members = computing(original, compile, compute, count=2 if operator == "gated_rms_norm" else 1)
+    return f"Liger{NAMES[operator]}", "", {"extra_repr": extra_repr, **members}
 
 
 def glu_class(original, compile, kind, act, names, parts):
@@ -116,20 +116,16 @@ def glu_class(original, compile, kind, act, names, parts):
 
 
 def experts_class(original, compile, kind, act, parts):
-    from ..transformers.experts import experts_forward  # here, because it imports transformers
-    from ..transformers.experts import in_the_place_of
+    from ..transformers import experts  # here, because it imports transformers
 
     name, activate = operator_of(kind, act)
 
-    def compute(self, x):
-        return activate(x)
-
     @functools.wraps(original.forward)
     def forward(self, hidden_states, *args, **kwargs):
-        ours = in_the_place_of("grouped_mm", self) and not left(compile, hidden_states)
-        return (experts_forward if ours else original.forward)(self, hidden_states, *args, **kwargs)
+        ours = experts.in_the_place_of("grouped_mm", self) and not left(compile, hidden_states)
+        return (experts.experts_forward if ours else original.forward)(self, hidden_states, *args, **kwargs)
 
-    members = {"forward": forward, **computing(original, compile, compute, parts, "_apply_gate")}
+    members = {"forward": forward, **computing(original, compile, lambda self, x: activate(x), parts, "_apply_gate")}
     return f"Liger{NAMES[name]}Experts", f"experts, {kind}, {act}, was={original.__name__}", members
 
 

@@ -13,7 +13,7 @@ from ..ops._linear import autocast
 from ..ops._linear import check_linear
 from ..ops._linear import logits_of
 from ..ops._loss import check_classes
-from ..ops.linear_cross_entropy import linear_cross_entropy_scale
+from ..ops.linear_cross_entropy import scaled
 from ..ops.linear_logprob import logprob_bwd
 from ..ops.linear_logprob import logprob_fwd
 from ._base import Loss
@@ -74,11 +74,7 @@ class DistillationFunction(Function):
     def backward(ctx, dloss, *_):
         Function.once("distillation")
         count, *made = ctx.saved_tensors
-        scaled = (
-            linear_cross_entropy_scale(dloss / count, g, dtype) if need else None
-            for g, dtype, need in zip(made, ctx.dtypes, ctx.needed, strict=True)
-        )
-        return *scaled, *[None] * 8
+        return *scaled(dloss / count, made, ctx.dtypes, ctx.needed), *[None] * 8
 
 
 def check_options(op, beta, temperature, chunk_size):

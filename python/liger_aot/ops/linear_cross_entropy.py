@@ -133,6 +133,16 @@ def linear_cross_entropy_scale(factor: Tensor, gradient: Tensor, dtype: torch.dt
     return torch.mul(gradient, factor.view(1), out=torch.empty_like(gradient, dtype=dtype))
 
 
+def scaled(factor, gradients, dtypes, needed):
+    """The needed gradients times factor, rounded once to the dtypes of their inputs."""
+    parts = zip(gradients, dtypes, needed, strict=True)
+    return [linear_cross_entropy_scale(factor, g, dtype) if need else None for g, dtype, need in parts]
+
+
+def rounded(gradients, dtypes, needed):
+    return [g.to(dtype) if need else None for g, dtype, need in zip(gradients, dtypes, needed, strict=True)]
+
+
 class LinearCrossEntropyFunction(Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, bias, class_weight, options, mean, dtype, stats):
@@ -157,14 +167,10 @@ class LinearCrossEntropyFunction(Function):
             arguments = hidden, weight, target, bias, class_weight, lse, *ctx.options, *ctx.needed
             made = linear_cross_entropy_bwd(dloss.float(), *arguments)
             dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-            gradients = [g.to(t) if need else None for g, t, need in zip(made, dtypes, ctx.needed, strict=True)]
+            gradients = rounded(made, dtypes, ctx.needed)
         else:
             totals, *made = ctx.saved_tensors
-            factor = dloss.float() * totals[1]
-            gradients = [
-                linear_cross_entropy_scale(factor, g, t) if need else None
-                for g, t, need in zip(made, ctx.dtypes, ctx.needed, strict=True)
-            ]
+            gradients = scaled(dloss.float() * totals[1], made, ctx.dtypes, ctx.needed)
         dhidden, dweight, dbias = gradients
         return dhidden, dweight, None, dbias, None, None, None, None, None
 

@@ -34,7 +34,8 @@ from ._linear import fake_gradients
 from ._linear import logits_of
 from ._loss import result_dtype
 from .kl_div import reduced
-from .linear_cross_entropy import linear_cross_entropy_scale
+from .linear_cross_entropy import rounded
+from .linear_cross_entropy import scaled
 
 
 def forward_reference(student, teacher, labels, ignore_index, beta, temperature):
@@ -200,6 +201,14 @@ def linear_jsd_bwd(
     return *gradients[0].results, *gradients[1].results
 
 
+def gradients_of(ctx, dloss, rows_bwd):
+    """The needed gradients: those that forward made, of the sum, times the reduction's factor, or those for each row's loss."""
+    factor, *saved = ctx.saved_tensors
+    if factor is None:
+        return rounded(rows_bwd(dloss.float(), *saved, *ctx.options, *ctx.needed), ctx.dtypes, ctx.needed)
+    return scaled(dloss.float() * factor, saved, ctx.dtypes, ctx.needed)
+
+
 class LinearJSDFunction(Function):
     @staticmethod
     def forward(ctx, student_input, student_weight, student_bias, teacher_input, teacher_weight, teacher_bias, *rest):
@@ -220,17 +229,7 @@ class LinearJSDFunction(Function):
     @staticmethod
     def backward(ctx, dloss):
         Function.once("linear_jsd")
-        factor, *saved = ctx.saved_tensors
-        if factor is None:
-            made = linear_jsd_bwd(dloss.float(), *saved, *ctx.options, *ctx.needed)
-            gradients = [g.to(t) if need else None for g, t, need in zip(made, ctx.dtypes, ctx.needed, strict=True)]
-        else:
-            factor = dloss.float() * factor
-            gradients = [
-                linear_cross_entropy_scale(factor, g, t) if need else None
-                for g, t, need in zip(saved, ctx.dtypes, ctx.needed, strict=True)
-            ]
-        return *gradients, None, None, None, None
+        return *gradients_of(ctx, dloss, linear_jsd_bwd), None, None, None, None
 
 
 @public

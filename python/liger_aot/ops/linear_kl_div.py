@@ -32,7 +32,7 @@ from ._linear import fake_gradients
 from ._linear import logits_of
 from ._loss import result_dtype
 from .kl_div import reduced
-from .linear_cross_entropy import linear_cross_entropy_scale
+from .linear_jsd import gradients_of
 
 
 def forward_reference(logits, target, labels, ignore_index, eps, temperature):
@@ -175,17 +175,7 @@ class LinearKLDivFunction(Function):
     @staticmethod
     def backward(ctx, dloss):
         Function.once("linear_kl_div")
-        factor, *saved = ctx.saved_tensors
-        if factor is None:
-            made = linear_kl_div_bwd(dloss.float(), *saved, *ctx.options, *ctx.needed)
-            gradients = [g.to(t) if need else None for g, t, need in zip(made, ctx.dtypes, ctx.needed, strict=True)]
-        else:
-            factor = dloss.float() * factor
-            gradients = [
-                linear_cross_entropy_scale(factor, g, t) if need else None
-                for g, t, need in zip(saved, ctx.dtypes, ctx.needed, strict=True)
-            ]
-        return *gradients, None, None, None, None, None
+        return *gradients_of(ctx, dloss, linear_kl_div_bwd), None, None, None, None, None
 
 
 @public

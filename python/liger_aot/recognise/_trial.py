@@ -1,4 +1,4 @@
-"""What is about to be bound against the model's own code: on its device, in its dtypes, with gradients."""
+"""What may take the place of a module, a function or a loss, held to that: on its device, in its dtypes, with gradients."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.func import functional_call
 from ..functional import cross_entropy
 from ..functional import linear_cross_entropy
 from ..ops._check import FLOATS
-from ..recognise import _probe as probes
+from . import _probe as probes
 
 
 def outcome(function, tensors, fixed):
