@@ -273,6 +273,7 @@ HELD_BY_BITS = [
     *((behaviour.cuda_graph, name) for name in ("fused_add_rms_norm", "swiglu", "linear_logprob")),
     *((behaviour.two_streams, name) for name in ("rms_norm", "geglu", "linear_cross_entropy")),
     *((behaviour.same_bits, name) for name in ("rms_norm", "swiglu", "mhc_pre", "mhc_post_res")),
+    *((behaviour.in_place, activation) for activation in ("silu", "gelu")),
     *((behaviour.beyond_31_bits, name) for name in behaviour.ROW_WISE),
     *((behaviour.autocast, name) for name in behaviour.LINEAR),
     *((behaviour.from_a_cpu, name) for name in ("rms_norm", "cross_entropy_stats", "linear_jsd")),

@@ -163,6 +163,19 @@ def test_what_is_launched(interpreted):
     assert interpreted.launched == [*forward, *backward, "moe_unpermute_fwd"]
 
 
+def test_gradient_takes_the_place_of_what_the_activation_had(interpreted):
+    given = [t.tensor if isinstance(t, fixed) else t.requires_grad_() for t in make(torch.float32, INDICES["many"]())]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        loss = moe_experts(*given).sum()
+    before = [t.detach().clone() for t in saved]
+    want = torch.autograd.grad(loss, given[:3], retain_graph=True)
+    assert all(torch.equal(t, b) for t, b in zip(saved, before, strict=True))
+    for got, expected in zip(torch.autograd.grad(loss, given[:3]), want, strict=True):
+        assert torch.equal(got, expected)
+    assert sum(not torch.equal(t, b) for t, b in zip(saved, before, strict=True)) == 1
+
+
 def test_routing_has_the_shapes_of_its_arguments_alone():
     """On a device nothing is read back: on meta tensors there would be nothing to read."""
     for given in (torch.randint(8, (9, 3)), torch.randint(8, (9, 3)).int()):

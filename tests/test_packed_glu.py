@@ -3,6 +3,8 @@ import re
 import pytest
 import torch
 
+from liger_aot.ops.packed_glu import packed_glu_in_place
+
 import formulas
 from harness import DTYPES
 from harness import check
@@ -40,6 +42,65 @@ def test_one_launch_each_way(interpreted):
     packed_glu(torch.randn(3, 20, requires_grad=True)).sum().backward()
     packed_glu(torch.randn(3, 20, requires_grad=True), "gelu").sum().backward()
     assert interpreted.launched == ["swiglu_fwd", "swiglu_bwd", "geglu_fwd", "geglu_bwd"]
+
+
+def gradient(x, activation, **options):
+    """Of a leaf, through x which is made of it, and x afterwards."""
+    leaf = x.clone().requires_grad_()
+    x = leaf * 1
+    (got,) = torch.autograd.grad(packed_glu_in_place(x, activation).square().sum(), leaf, **options)
+    return got, x.detach()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradient_takes_the_place_of_what_nobody_else_reads(interpreted, activation):
+    x = torch.randn(3, 7, 1100)
+    leaf = x.clone().requires_grad_()
+    (want,) = torch.autograd.grad(packed_glu(leaf, activation).square().sum(), leaf)
+    got, place = gradient(x, activation)
+    assert torch.equal(got, want)
+    assert torch.equal(place, want)
+
+
+def test_gradient_of_a_kept_graph_is_elsewhere(interpreted):
+    x = torch.randn(3, 14)
+    got, place = gradient(x, "silu", retain_graph=True)
+    assert torch.equal(place, x)
+    assert torch.equal(got, gradient(x, "silu")[0])
+
+
+def test_who_else_needs_what_was_overwritten_is_told(interpreted):
+    leaf = torch.randn(3, 14, requires_grad=True)
+    x = leaf * 1
+    sooner = x.square().sum()  # whose gradient is computed later
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (packed_glu_in_place(x).sum() + sooner).backward()
+
+
+@pytest.mark.parametrize("given", ["leaf", "view", "subclass"])
+def test_gradient_of_what_is_not_its_own_is_elsewhere(interpreted, given):
+    leaf = torch.randn(4, 14, requires_grad=True)
+    made = {
+        "leaf": lambda: leaf,
+        "view": lambda: (leaf * 1)[:, 2:12],
+        "subclass": lambda: (leaf * 1).as_subclass(type("Named", (torch.Tensor,), {})),
+    }
+    x = made[given]()
+    before = x.detach().clone()
+    packed_glu_in_place(x).sum().backward()
+    assert torch.equal(x.detach(), before)
+    want = torch.autograd.grad(packed_glu(x := made[given]()).sum(), leaf)[0]
+    assert torch.equal(leaf.grad, want)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_whoever_asks_ligers_function_for_it_gets_it(interpreted, asked):
+    from liger_aot.transformers._functions import LigerFusedGateUpSiLUMulFunction as Fused
+
+    leaf = torch.randn(3, 14, requires_grad=True)
+    x = leaf * 1
+    Fused.apply(x, in_place=asked).sum().backward()
+    assert torch.equal(x.detach(), leaf.grad if asked else leaf.detach())
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 8), (3, 0), (2, 0, 8)], ids=str)

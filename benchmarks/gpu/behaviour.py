@@ -21,6 +21,8 @@ from liger_aot import _op
 from liger_aot import export
 from liger_aot._runtime import kernels
 from liger_aot.functional import moe_route
+from liger_aot.functional import packed_glu
+from liger_aot.ops.packed_glu import packed_glu_in_place
 
 import examples
 from examples import EXAMPLES
@@ -281,6 +283,19 @@ def same_bits(machine, name):
             machine.same(outcome(function, calls[name]), want)
 
 
+def in_place(machine, activation):
+    """A gradient written over what it is the gradient of has the bits of one that lies elsewhere."""
+    rows, n = (7, 96) if machine.dry else (4099, 4097)
+    with torch.device(machine.device):
+        leaf = torch.randn(rows, 2 * n).bfloat16().requires_grad_()
+    with machine.launching(machine.launcher()):
+        want = outcome(lambda x: [packed_glu(x, activation)], [leaf])
+        for _ in range(TIMES):
+            x = leaf * 1
+            machine.same(outcome(lambda _, x=x: [packed_glu_in_place(x, activation)], [leaf]), want)
+            machine.same([x.detach()], want[1:])
+
+
 ONE_TENSOR = "rms_norm", "layer_norm", "packed_glu", "relu_squared", "softmax", "sparsemax"
 ROW_WISE = (
     *ONE_TENSOR,
@@ -499,6 +514,7 @@ CHECKS = [
     (back_ends, "rms_norm"),
     (other_device, "rms_norm"),
     *((same_bits, name) for name in (*ROW_WISE, "group_norm", "attn_res", "mhc_pre", "mhc_post_res", "embedding")),
+    *((in_place, activation) for activation in ("silu", "gelu", "gelu_tanh")),
     *((from_a_cpu, name) for name in _op.PUBLIC),
     (lowered, "rms_norm"),
     *((opcheck, name) for name in EXAMPLES),

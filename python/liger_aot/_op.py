@@ -107,6 +107,14 @@ def {name}({parameters}):
         return body_({passed})
     return overload_({passed})
 """
+
+
+def plain(*tensors):
+    """Whether a body may be called on these without the dispatcher, which is what the calls that direct() makes ask."""
+    alone = (DIRECT_ON_CPU or tensors[0].is_cuda) and not _len_torch_dispatch_stack() and maybe_current_level() is None
+    return alone and all(type(t) in TENSORS and not t.is_neg() for t in tensors)
+
+
 # Dynamo traces neither exec nor a function whose code changes meanwhile.
 FIRST_CALL = (lambda *args, **kwargs: (overload_ if tracing_() else compiled_())(*args, **kwargs)).__code__  # noqa: F821
 

@@ -10,7 +10,7 @@ from ._check import FLOATS
 from ._linear import autocast
 from .moe_permute import moe_permute
 from .moe_unpermute import moe_unpermute
-from .packed_glu import packed_glu
+from .packed_glu import packed_glu_in_place
 
 ROW = 16  # bytes that the rows of what torch's grouped product multiplies must be divisible by
 
@@ -82,7 +82,7 @@ def moe_experts(
 
 def activated(x, activation, width):
     if not callable(activation):
-        return packed_glu(x, activation)
+        return packed_glu_in_place(x, activation)
     y = activation(x)
     if y.shape != (x.shape[0], width):
         raise ValueError(

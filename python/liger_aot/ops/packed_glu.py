@@ -6,10 +6,13 @@ it. The kernels are those of swiglu and geglu, which read and write the two halv
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.compiler import is_dynamo_compiling
 
 from .._op import Function
 from .._op import needs_grad
 from .._op import op
+from .._op import plain
 from .._op import public
 from .._runtime import cdiv
 from .._runtime import kernels
@@ -55,9 +58,14 @@ def packed_glu_fwd(x: Tensor, activation: str) -> Tensor:
 
 @op(cpu=backward_reference)
 def packed_glu_bwd(dy: Tensor, x: Tensor, activation: str) -> Tensor:
+    return backward_into(None, dy, x, activation)
+
+
+def backward_into(dx, dy, x, activation):
+    """The gradient of x, written to dx, contiguous, which may be x itself: each number is read before it is written."""
     dy, dy_stride, rows, n = rows_of(dy)
     x, stride, _, _ = rows_of(x)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if dx is None else dx
     grid, given = (rows * cdiv(n, BLOCK),), (dy, *halves(x), *halves(dx), rows * n, dy_stride, stride, stride, 2 * n, n)
     if activation == "silu":
         kernels.swiglu_bwd[grid](*given, 1.0, 1.0, BLOCK=BLOCK)
@@ -79,6 +87,39 @@ class PackedGLUFunction(Function):
         return packed_glu_bwd(dy, *ctx.saved_tensors, ctx.activation), None
 
 
+class InPlaceFunction(PackedGLUFunction):
+    @staticmethod
+    def backward(ctx, dy):
+        Function.once("packed_glu")
+        (x,) = ctx.saved_tensors
+        # A graph that is kept will want x again.
+        if not plain(dy, x) or torch._C._autograd._get_current_graph_task_keep_graph():
+            return packed_glu_bwd(dy, x, ctx.activation), None
+        increment_version(x)  # so that torch names whoever else had saved it
+        x = x.detach()
+        return backward_into(x, dy, x, ctx.activation), None
+
+
+def packed_glu_in_place(x, activation="silu"):
+    """packed_glu for an x that nobody reads afterwards: on a GPU its gradient is written in its place.
+
+    Not in a graph that is kept, compiled or exported, nor for a leaf, or an x that is not contiguous: there nothing differs.
+    """
+    check(x, activation)
+    if is_dynamo_compiling() or x.is_leaf or not x.is_contiguous() or not plain(x) or not needs_grad("packed_glu", x):
+        return packed_glu(x, activation)
+    return InPlaceFunction.apply(x, activation)
+
+
+def check(x, activation):
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"packed_glu: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if x.dtype not in FLOATS:
+        raise ValueError(f"packed_glu: x must be float32, float16 or bfloat16, got {x.dtype}")
+    if not x.dim() or x.shape[-1] % 2:
+        raise ValueError(f"packed_glu: the last dimension of x must be even, gate and up, got shape {tuple(x.shape)}")
+
+
 @public
 def packed_glu(x: Tensor, activation: str = "silu") -> Tensor:
     """f(x[..., :n]) · x[..., n:] of x (..., 2 n) in fp32, fp16 or bf16, the dtype of the result.
@@ -86,10 +127,5 @@ def packed_glu(x: Tensor, activation: str = "silu") -> Tensor:
     activation is "silu", "gelu" or "gelu_tanh". Arithmetic in fp32, rounded once. Rows are read where they lie. Raises
     ValueError on other dtypes and activations, and on an odd last dimension.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"packed_glu: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if x.dtype not in FLOATS:
-        raise ValueError(f"packed_glu: x must be float32, float16 or bfloat16, got {x.dtype}")
-    if not x.dim() or x.shape[-1] % 2:
-        raise ValueError(f"packed_glu: the last dimension of x must be even, gate and up, got shape {tuple(x.shape)}")
+    check(x, activation)
     return PackedGLUFunction.apply(x, activation) if needs_grad("packed_glu", x) else packed_glu_fwd(x, activation)

@@ -8,6 +8,7 @@ from ..functional import embedding
 from ..functional import moe_experts
 from ..functional import packed_glu
 from ..functional import swiglu
+from ..ops.packed_glu import packed_glu_in_place
 from ..ops.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from . import functional as L  # noqa: N812
 from . import fused_linear_scaled_cross_entropy as scaled
@@ -67,7 +68,7 @@ class LigerFusedGateUpSiLUMulFunction:
     @staticmethod
     def apply(y, in_place=False):
         one_of("LigerFusedGateUpSiLUMulFunction", "in_place", in_place, (True, False))
-        return packed_glu(y)
+        return packed_glu_in_place(y) if in_place else packed_glu(y)
 
 
 class LigerFusedMoEFunction:
