@@ -79,7 +79,7 @@ def require(holds, name, what):
 
 
 def check_widths(cubins, arch):
-    """Raise SystemExit with the name of the first of [(name, kernel, cubin)], aligned variants, that moves least by 128 bits."""
+    """Raise SystemExit with the name of the first of [(name, kernel, cubin)], aligned variants, whose accesses are narrow."""
     codes = listings([(kernel.__name__, cubin) for _, kernel, cubin in cubins], arch)
     for (name, kernel, _), lines in zip(cubins, codes, strict=True):
         for what, widths in zip(("loads", "stores"), global_widths(lines), strict=True):
