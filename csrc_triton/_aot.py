@@ -33,14 +33,15 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 FOLDER = pathlib.Path(__file__).resolve().parent
 
 
-def variants(where=lambda: True, scalar=(), **spec):
+def variants(where=lambda: True, scalar=(), mixed=(), **spec):
     """Declare the forms of a kernel to build, one keyword per kernel parameter.
 
     A string is a Triton type ("*bf16", "i32", "fp32"). A list is a constexpr, or a name standing in types, to try value
     by value. num_warps, num_stages and maxnreg are numbers or functions of the lists; `where` drops forms.
 
     Every form is built twice: for any arguments, and faster for pointers and "i32:16" integers divisible by 16.
-    `scalar` names "loads" or "stores" where the kernel moves single numbers only, so that none can be 128 bits wide.
+    `scalar` names "loads" or "stores" where the kernel moves single numbers only, so that none can be 128 bits wide; `mixed`,
+    where beside those that are it looks up so many single numbers that they are the most.
     """
 
     def attach(kernel):
@@ -48,7 +49,7 @@ def variants(where=lambda: True, scalar=(), **spec):
         if unknown:
             raise TypeError(f"{kernel.__name__}: {', '.join(unknown)} is neither a parameter, an option nor a list")
         kernel.variants = list(_expand(kernel.arg_names, where, spec))
-        kernel.scalar = scalar
+        kernel.scalar, kernel.mixed = scalar, mixed
         kernel.parameters = {p: spec[p] for p in kernel.arg_names if not isinstance(spec[p], list)}
         pointers = [t.startswith("*") for t in kernel.parameters.values()]
         if pointers != sorted(pointers, reverse=True):
@@ -123,7 +124,7 @@ def ptx_version():
 def min_driver(arch):
     """The oldest CUDA driver API version (12090 is 12.9) that loads what this ptxas writes for arch."""
     major, minor = map(int, ptxas_version().split(".")[:2])
-    if major == 12 and arch in ("75", "80", "90"):
+    if major == 12 and int(arch.rstrip("af")) <= 90:  # which CUDA 12.0 knew
         return 12000
     return 1000 * major + 10 * minor
 

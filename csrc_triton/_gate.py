@@ -15,6 +15,7 @@ SIZES = {"i32": 4, "i64": 8, "fp32": 4}
 EIATTR_KPARAM_INFO = 0x17
 LONG_FORM = 4  # an attribute whose value has a length of its own; every other form holds two bytes
 INSTRUCTION = 16  # bytes, from Volta on
+WIDE = 128  # bits: what a thread moves best at once
 
 
 def expected_parameters(types):
@@ -78,11 +79,17 @@ def require(holds, name, what):
 
 
 def check_widths(cubins, arch):
-    """Raise SystemExit with the name of the first of [(name, kernel, cubin)], aligned variants, without 128-bit accesses."""
+    """Raise SystemExit with the name of the first of [(name, kernel, cubin)], aligned variants, whose accesses are narrow."""
     codes = listings([(kernel.__name__, cubin) for _, kernel, cubin in cubins], arch)
     for (name, kernel, _), lines in zip(cubins, codes, strict=True):
         for what, widths in zip(("loads", "stores"), global_widths(lines), strict=True):
-            require(what in kernel.scalar or 128 in widths, name, f"no 128-bit global {what}, only {widths}")
+            narrow, wide = (sum(b * n for b, n in widths.items() if (b >= WIDE) is w) for w in (False, True))
+            enough = wide > 0 and (what in kernel.mixed or wide >= narrow)
+            require(
+                what in kernel.scalar or enough,
+                name,
+                f"too few 128-bit global {what}, the instructions of each width are {widths}",
+            )
 
 
 def check(name, cubin, metadata, report, kernel, types, aligned):

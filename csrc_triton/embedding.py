@@ -42,6 +42,7 @@ def embedding_fwd(weight, indices, y, weight_stride, classes, n, BLOCK: tl.const
     BLOCK=[128],
     num_warps=4,
     scalar=("stores",),
+    mixed=("loads",),  # each row's key and place
 )
 @triton.jit
 def embedding_shares(dy, key, order, share, rows, n, CHUNK: tl.constexpr, BLOCK: tl.constexpr):

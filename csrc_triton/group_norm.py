@@ -28,6 +28,7 @@ AXES = {
     eps="fp32",
     has_weight="i32",
     has_bias="i32",
+    mixed=("loads",),  # each number's channel has a weight and a bias
     **AXES,
 )
 @triton.jit
@@ -105,6 +106,7 @@ def group_norm_sums(dy, x, mean, rstd, partial, size, channels, groups, BLOCK: t
     size="i32:16",
     groups="i32",
     has_weight="i32",
+    mixed=("loads",),  # as there
     **AXES,
 )
 @triton.jit

@@ -303,6 +303,7 @@ def mhc_pre_bwd(dy, x, h, dx, dh, hc, n, BLOCK: tl.constexpr):
     P=P,
     BLOCK=[1024],
     num_warps=4,
+    mixed=("loads",),  # a token's coefficients
 )
 @triton.jit
 def mhc_post_res_fwd(x, f, post, res, y, hc, n, P: tl.constexpr, BLOCK: tl.constexpr):

@@ -153,6 +153,7 @@ def turn(
     num_warps=num_warps,
     # Without a bound of its own, ptxas spills one or two numbers to fit more programs.
     maxnreg=lambda PLAIN: 72 if PLAIN else 128,
+    mixed=("loads",),  # angles, which may lie anywhere
     where=declared,
 )
 @triton.jit

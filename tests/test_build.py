@@ -95,24 +95,29 @@ BAD_CUBINS = {
     "spilled loads": ({"report": GOOD.replace("0 bytes spill loads", "4 bytes spill loads")}, SPILLS),
     "local memory": ({"report": GOOD + "\n16 bytes lmem"}, SPILLS),
     "no report": ({"report": "Used 32 registers"}, SPILLS),
-    "narrow loads": ({"form": "any"}, r"no 128-bit global loads, only \{"),
-    "narrow stores": ({"scalar": ()}, r"no 128-bit global stores, only \{"),
+    "narrow loads": ({"form": "any"}, r"too few 128-bit global loads, the instructions of each width are \{"),
+    "narrow stores": ({"scalar": ()}, r"too few 128-bit global stores, .* are \{"),
+    "mostly narrow": ({"widths": {128: 1, 32: 5}}, r"too few 128-bit global loads, .* are \{128: 1, 32: 5\}"),
+    "none wide": ({"widths": {64: 8}, "mixed": ("loads",)}, r"too few 128-bit global loads, .* are \{64: 8\}"),
 }
 
 
-def hold(form="aligned", types=None, metadata=None, report=GOOD, scalar=("stores",), aligned=True):
+def hold(form="aligned", types=None, metadata=None, report=GOOD, scalar=("stores",), mixed=(), widths=None, aligned=True):
     pack = pack_of(min(_runtime.pack_paths()))
     cubin = pack.read(f"column_sum-fp32-fp32-ROWS32-BLOCK128-{form}.cubin")
     types = types or dict(pack.parameters("column_sum"))
-    kernel = SimpleNamespace(__name__="column_sum", scalar=scalar)
+    kernel = SimpleNamespace(__name__="column_sum", scalar=scalar, mixed=mixed)
     registers = gate.check("that one", cubin, SimpleNamespace(**METADATA | (metadata or {})), report, kernel, types, aligned)
     if aligned:
-        gate.check_widths([("that one", kernel, cubin)], pack.arch)
+        with pytest.MonkeyPatch.context() as patch:
+            if widths:
+                patch.setattr(gate, "global_widths", lambda lines: (widths, {}))
+            gate.check_widths([("that one", kernel, cubin)], pack.arch)
     return registers
 
 
 def test_the_gate_lets_good_cubins_pass():
-    assert hold() == 32
+    assert hold() == hold(widths={128: 1, 32: 3}) == hold(widths={128: 1, 32: 9}, mixed=("loads",)) == 32
     assert hold(form="any", aligned=False, report=GOOD.replace("0 bytes", "8 bytes")) == 32
 
 
@@ -196,6 +201,8 @@ def test_the_same_again(tmp_path):
         ("12.4.131", "80", 12000, 84),
         ("12.8.93", "90", 12000, 87),
         ("12.9.86", "75", 12000, 88),
+        ("12.9.86", "86", 12000, 88),
+        ("12.9.86", "90a", 12000, 88),
         ("12.9.86", "100f", 12090, 88),
         ("12.9.86", "120f", 12090, 88),
         ("13.0.48", "80", 13000, 90),

@@ -314,6 +314,34 @@ def test_the_version_that_saved_a_program_is_named(tmp_path):
         export.load(before)
 
 
+def test_a_program_that_cannot_be_saved_replaces_nothing(tmp_path, monkeypatch):
+    path = saved(tmp_path / "program.pt2", lambda known: None)
+    before = path.read_bytes()
+    module, tensors = example("softmax")
+    lowered = torch.export.export(module, tensors)
+    monkeypatch.setattr(export, "triton_kernel_wrapper_functional", torch.ops.liger.softmax.default)
+    with pytest.raises(ValueError, match=r"save: program must hold no Triton kernels, .*, got a lowered one; save it"):
+        export.save(lowered, path)
+    monkeypatch.undo()
+
+    def fail(program, path, **options):
+        path.write_bytes(b"half")
+        raise OSError("no space left on the device")
+
+    monkeypatch.setattr(torch.export, "save", fail)
+    with pytest.raises(OSError, match="no space left"):
+        export.save(lowered, path)
+    assert path.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "program.first"}
+
+
+def test_torchs_options_of_save_and_load_are_passed_on(tmp_path):
+    module, tensors = example("softmax")
+    export.save(torch.export.export(module, tensors), path := tmp_path / "program.pt2", extra_files={"notes.txt": "by us"})
+    export.load(path, extra_files=(files := {"notes.txt": ""}))
+    assert (files["notes.txt"], files[export.VERSION]) == ("by us", liger_aot.__version__)
+
+
 def test_a_program_goes_through_memory():
     """As save leaves the buffer: at its end."""
     buffer, (module, tensors) = io.BytesIO(), example("softmax")

@@ -14,7 +14,9 @@ import textwrap
 
 import pytest
 import torch
+import triton.language as tl
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch.library import wrap_triton
 from transformers import LlamaConfig
 from transformers import LlamaForCausalLM
 from triton.runtime.jit import JITFunction
@@ -311,6 +313,29 @@ def test_a_number_of_multiprocessors_that_is_none_is_refused(lower, count):
 
 def grids(program):
     return {node.kwargs["grid"][0][0] for node in kernels_of(program)}
+
+
+@JITFunction  # whatever Triton does in this process
+def double(x, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(x + at, 2 * tl.load(x + at, at < n), at < n)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x):
+        y = torch.ops.liger.softmax(x) + 1
+        wrap_triton(double)[(1,)](y, y.numel(), BLOCK=64)
+        return y
+
+
+def test_a_kernel_that_the_program_brought_still_writes_in_place(lower):
+    lowered = lower(torch.export.export(Doubled(), (torch.ones(3, 8),)))
+    assert [export.is_ours(node) for node in kernels_of(lowered)] == [True, False]
+    *_, launch, result = (node for node in lowered.graph.nodes if node.op == "call_function")
+    assert launch.kwargs["tensors_to_clone"] == ["x"]
+    (out,) = lowered.graph.output_node().args[0]
+    assert out is result
+    assert result.args == (launch, "x")
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "dyt", "poly_norm"])

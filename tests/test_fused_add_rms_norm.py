@@ -105,6 +105,15 @@ def test_a_frozen_weight_gets_no_work(interpreted):
     assert residual.grad is None
 
 
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)], ids=str)
+def test_the_sum_requires_a_gradient_where_x_or_residual_does(path, needed):
+    x, residual, weight = (i.requires_grad_() for i in make((3, 100), torch.float32, torch.float32))
+    y, s = fused_add_rms_norm(x.requires_grad_(needed[0]), residual.requires_grad_(needed[1]), weight)
+    assert s.requires_grad is (x + residual).requires_grad
+    (want,) = torch.autograd.grad(rms_norm(x + residual, weight).sum(), weight)
+    assert torch.equal(torch.autograd.grad(y.sum(), weight)[0], want)
+
+
 def test_x_added_to_itself(path):
     x, _, weight = make((9, 300), torch.float32, torch.float32)
     check(lambda x, w: fused_add_rms_norm(x, x, w, 1e-6), lambda x, w: formula(x, x, w), x, weight)

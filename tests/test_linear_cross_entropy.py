@@ -277,7 +277,41 @@ def test_a_mean_does_not_depend_on_the_size_of_class_weights(path, size):
     torch.testing.assert_close(grads[1], grads[0], rtol=4e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("reduction", "class_weight", "options"),
+    [
+        ("sum", 1e5, {"label_smoothing": 0.1}),
+        ("sum", 1e5, {"lse_square_scale": 1e6}),
+        ("sum", 1.0, {"lse_square_scale": 1e5}),
+        ("mean", None, {"lse_square_scale": 1e5}),
+        ("mean", 1e5, {"scale": -1e5}),
+        ("sum", None, {"scale": 1e5}),
+    ],
+    ids=str,
+)
+def test_fp16_holds_what_backward_makes_small(path, reduction, class_weight, options):
+    """A loss that is divided by the size of its weights afterwards, as by their sum, has gradients that fp16 holds."""
+    scale = abs(options.get("scale", 1.0))
+    size = max(class_weight or 1.0, scale, options.get("lse_square_scale", 1.0))
+    hidden, weight, target, *_ = make(7, 24, 50, torch.float16)
+    class_weights = None if class_weight is None else fixed(class_weight * torch.rand(50))
+    every = {"reduction": reduction, **options}
+
+    def smaller(loss):
+        return lambda *inputs: loss(*inputs) / size
+
+    check(smaller(ours(**every)), smaller(formula(**every)), hidden / scale, weight, target, None, class_weights, slack=SLACK)
+
+
 REFUSED = [
+    (
+        lambda h, w, t: linear_cross_entropy(h[0], torch.randn(7, 3, 24), torch.zeros(7, dtype=torch.int64)),
+        "input must be (N, H) where linear_weight has more than two dimensions, got (24,); add a batch of one, input[None]",
+    ),
+    (
+        lambda h, w, t: linear_cross_entropy(h[0], torch.randn(7, 3, 24), torch.rand(7, 3)),
+        "input must be (N, H) where linear_weight has more than two dimensions, got (24,); add a batch of one, input[None]",
+    ),
     (lambda h, w, t: linear_cross_entropy(h.view(2, 3, 24), w, torch.rand(2, 3, 50)), "input must be (H,) or (N, H) where"),
     (lambda h, w, t: linear_cross_entropy(h, w, t, loss_dtype=torch.int64), "loss_dtype must be float32, float16 or bfloat16"),
     (

@@ -379,7 +379,7 @@ def test_a_manifest_that_is_none_is_refused(packs, capsys, fault):
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in (entries | {"manifest.json": json.dumps(wrong) if wrong else ""}).items():
             archive.writestr(name, data)
-    text = rf"{re.escape(str(path))} is damaged: manifest\.json cannot be read \({why}\); install liger-aot again"
+    text = rf"{re.escape(str(path))} is damaged: manifest\.json cannot be read \({why}\); make the pack again, or unset LIGER"
     with stubbed() as stub, pytest.raises(RuntimeError, match=text):
         sum_up()
     assert not stub.called("cuLibraryLoadData")
@@ -427,7 +427,7 @@ def test_an_entry_that_is_none_is_refused(packs, capsys, fault):
         entries["column_sum.json"] = json.dumps(change(json.loads(entries["column_sum.json"]))).encode()
 
     path = copy_pack(packs, rewrite)
-    text = rf"{re.escape(str(path))} is damaged: column_sum\.json cannot be read \({why}\); install liger-aot again"
+    text = rf"{re.escape(str(path))} is damaged: column_sum\.json cannot be read \({why}\); make the pack again, or unset LIGER"
     with stubbed() as stub:
         for call in (sum_up, sum_up, liger_aot.preload):
             with pytest.raises(RuntimeError, match=text):
@@ -449,8 +449,24 @@ DAMAGES = {
 def test_a_damaged_pack_is_refused(packs, damage):
     path = copy_pack(packs)
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
-    with stubbed(), pytest.raises(RuntimeError, match=r"sm_90\.zip is damaged: .*; install liger-aot again"):
+    with (
+        stubbed(),
+        pytest.raises(RuntimeError, match=r"sm_90\.zip is damaged: .*; make the pack again, or unset LIGER"),
+    ):
         sum_up()
+
+
+def test_whose_pack_is_damaged_is_said(packs, monkeypatch, capsys):
+    """The package's own, which somebody's in LIGER_AOT_PACKS stands in for; verify reads both."""
+    whole = copy_pack(packs)
+    (own := packs / "installed").mkdir()
+    (own / whole.name).write_bytes(whole.read_bytes()[:-100])
+    monkeypatch.setattr(_runtime, "FOLDER", own)
+    monkeypatch.setattr(_verify, "FOLDER", own)
+    assert main(["verify"]) == 1
+    text = capsys.readouterr().out
+    assert f"sm_90: {_verify.GOOD}\n" in text
+    assert re.search(rf"{own / whole.name}: bad\n.* is damaged: .*; install liger-aot again\n", text)
 
 
 def test_a_cubin_with_one_wrong_bit_is_never_loaded(packs):
@@ -498,8 +514,10 @@ def test_preload(stub):
     assert {name for name, _ in stub.calls[before:]} == {"cuLaunchKernel"}
     assert liger_aot.preload("column_sum", device=1) == 6
     assert (stub.context, {context for _, context in stub.loaded}) == (CONTEXT, {CONTEXT, CONTEXT + 1})
-    with pytest.raises(NotImplementedError, match=r"nonsense: not in sm_90\.zip"):
-        liger_aot.preload("nonsense")
+    with pytest.raises(ValueError, match=r"preload: names must be of kernels, .*, got rms_norm; liger_aot\.explain says which"):
+        liger_aot.preload("column_sum", "rms_norm")
+    with pytest.raises(ValueError, match="preload: device must be a CUDA device, got cpu"):
+        liger_aot.preload(device="cpu")
 
 
 def in_a_process(code):

@@ -42,8 +42,13 @@ def preload(*names, device=None):
     What is loaded before a CUDA graph is captured need not be loaded during it.
     """
     launcher = kernels.launcher
-    index = device if isinstance(device, int) or device is None else torch.device(device).index
+    index = device if isinstance(device, int) or device is None else cuda_index(device)
     found = launcher.at(launcher.find_driver().current_device() if index is None else index)
+    if unknown := [name for name in names if name not in found.pack.manifest["kernels"]]:
+        raise ValueError(
+            f"preload: names must be of kernels, {', '.join(found.pack.manifest['kernels'])}, got {', '.join(unknown)}; "
+            "liger_aot.explain says which ones an operator launches"
+        )
     count = 0
     for kernel in names or found.pack.manifest["kernels"]:
         for key, variant in found.pack.table(kernel).items():
@@ -51,6 +56,13 @@ def preload(*names, device=None):
                 found.plan(kernel).load(found, kernel, key)
                 count += 1
     return count
+
+
+def cuda_index(device):
+    device = torch.device(device)
+    if device.type != "cuda":
+        raise ValueError(f"preload: device must be a CUDA device, got {device}")
+    return device.index
 
 
 def explain(op, *args, arch=None, **kwargs):
@@ -91,7 +103,7 @@ def capability(arch):
     """(major, minor) of a GPU architecture by name."""
     digits = re.fullmatch(r"(\d+)\.?(\d)[af]?", str(arch))
     if not digits:
-        raise ValueError(f"explain: arch must be a GPU architecture like '90', '100f' or '8.6', got {arch!r}")
+        raise ValueError(f"arch must be a GPU architecture like '90', '100f' or '8.6', got {arch!r}")
     return int(digits[1]), int(digits[2])
 
 

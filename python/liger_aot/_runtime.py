@@ -21,8 +21,12 @@ from types import MethodType
 
 import torch
 
-from . import _build
 from . import _driver
+
+try:
+    from . import _build
+except ImportError as error:
+    raise ImportError("liger_aot: the sources that Python found were not built; pip install . in their folder") from error
 
 FOLDER = pathlib.Path(__file__).parent / "cubins"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i64": torch.int64}
@@ -79,7 +83,8 @@ class Pack:
                 f"liger_aot: {what} of {self.path} cannot be read ({error}); let this user read it, or start the process again "
                 "if the file was replaced meanwhile"
             )
-        return RuntimeError(f"liger_aot: {self.path} is damaged: {what} cannot be read ({error}); install liger-aot again")
+        remedy = "install liger-aot again" if own(self.path) else "make the pack again, or unset LIGER_AOT_PACKS"
+        return RuntimeError(f"liger_aot: {self.path} is damaged: {what} cannot be read ({error}); {remedy}")
 
     def read(self, name):
         with self.lock:  # a ZipFile has one file position
@@ -278,6 +283,11 @@ def pack_paths():
     folders = [FOLDER, *filter(None, [os.environ.get("LIGER_AOT_PACKS")])]
     found = [p for folder in folders for p in sorted(pathlib.Path(folder).glob("sm_*.zip"))]
     return {p.stem.removeprefix("sm_"): p for p in found if re.fullmatch(r"sm_\d+[af]?", p.stem)}
+
+
+def own(path):
+    """Whether a pack is the package's, and not somebody's in LIGER_AOT_PACKS."""
+    return path.parent == FOLDER
 
 
 open_pack = functools.cache(Pack)

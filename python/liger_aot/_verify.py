@@ -7,6 +7,7 @@ import struct
 from ._info import missing
 from ._info import recorded
 from ._info import wrong_folder
+from ._runtime import FOLDER
 from ._runtime import code
 from ._runtime import open_pack
 from ._runtime import pack_paths
@@ -88,8 +89,10 @@ def add_arguments(parser):
 
 
 def main(args):
-    paths = pack_paths()
-    results = {f"sm_{arch}": problems(path) for arch, path in paths.items()}
+    paths = {f"sm_{arch}": path for arch, path in pack_paths().items()}
+    # For which LIGER_AOT_PACKS has another.
+    paths |= {str(path): path for path in sorted(FOLDER.glob("sm_*.zip")) if path not in paths.values()}
+    results = {name: problems(path) for name, path in paths.items()}
     results |= {name: [about["error"]] for name, about in (wrong_folder() | missing()).items()}
     if args.json:
         print(json.dumps(results, indent=1))

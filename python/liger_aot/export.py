@@ -18,9 +18,11 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import zipfile
 
 import torch
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.export import ExportedProgram
@@ -121,7 +123,7 @@ def sources():
 class Tracer:
     """A launcher that puts launches into the graph that is being traced, with as many warps as the kernel is built with.
 
-    torch takes no limit of registers, which one of them is built with too: that costs time, not numbers.
+    torch takes no limit of registers, which some kernels are built with too: that costs time, not numbers.
     """
 
     def __init__(self, multiprocessors):
@@ -150,7 +152,9 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
     and run anywhere. A program is lowered where it lies, and the linear losses take other chunks and matmuls on a CPU: move one
     that was exported there first, with torch.export.passes.move_to_device_pass. Where the number of rows is dynamic, the
     backward kernels of norms and dyt, whose programs are counted while the graph is made, are one program each: right, and
-    slow. Raises ValueError on what is no exported program or no number of multiprocessors, and NotImplementedError, with the
+    slow. Kernels that the program brought stay as they are. Other threads must not run operators meanwhile.
+
+    Raises ValueError on what is no exported program or no number of multiprocessors, and NotImplementedError, with the
     operator's name, for one whose body a graph cannot hold: the linear losses where the number of rows is dynamic, since they
     take as many steps as there are chunks; norms over the last dimension, softmax and rope where that dimension is dynamic,
     since their tiles are chosen by it.
@@ -176,7 +180,7 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
             f"lower: the graph still holds {', '.join(sorted(left))}, which has no form as Triton kernels"
         )
     for node in nodes(program):
-        if node.target is triton_kernel_wrapper_functional:
+        if node.target is triton_kernel_wrapper_functional and is_ours(node):
             # Triton finds what a kernel writes only where there is a GPU, and says everything elsewhere: we allocate it.
             given = node.kwargs["kwargs"]
             written = [key for key, value in given.items() if allocated(value)]
@@ -188,6 +192,12 @@ def lower(program: ExportedProgram, *, multiprocessors: int = 132) -> ExportedPr
     for graph in graphs(program):
         graph.recompile()
     return program
+
+
+def is_ours(node):
+    """Whether a node launches a kernel of ours, around which torch puts one that says how many warps, or one of the program."""
+    kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+    return any(own is kernel.fn for own in sources().values())
 
 
 def graphs(program):
@@ -242,20 +252,35 @@ def body_of(name):
     return traced
 
 
-def save(program: ExportedProgram, path):
-    """torch.export.save(program, path), with the schemas of the program's operators and our version.
+def save(program: ExportedProgram, path, **options):
+    """torch.export.save(program, path, **options), with the schemas of the program's operators and our version.
 
     torch writes down the arguments that a call gives, and no defaults: without this a load cannot see that one has changed.
+    A file that is there already is replaced when the new one is whole. Raises ValueError on what is no exported program or has
+    been lowered: torch has no form for Triton kernels in a file.
     """
     if not isinstance(program, ExportedProgram):
         raise ValueError(f"save: program must be a torch.export.ExportedProgram, got {type(program).__name__}; export it first")
+    if any(node.target is triton_kernel_wrapper_functional for node in nodes(program)):
+        raise ValueError(
+            "save: program must hold no Triton kernels, which torch does not write to a .pt2 file, got a lowered one; save it "
+            "before lower(), or compile it with torch._inductor.aoti_compile_and_package"
+        )
     used = {node.target for node in nodes(program) if str(node.target).startswith("liger.")}
     schemas = {overload._schema.name.partition("::")[2]: str(overload._schema) for overload in used}
-    torch.export.save(program, path, extra_files={SCHEMAS: json.dumps(schemas, sort_keys=True), VERSION: _build.VERSION})
+    ours = {SCHEMAS: json.dumps(schemas, sort_keys=True), VERSION: _build.VERSION}
+    options["extra_files"] = {**(options.get("extra_files") or {}), **ours}
+    if not isinstance(path, str | os.PathLike):
+        torch.export.save(program, path, **options)
+        return
+    path = pathlib.Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        torch.export.save(program, whole := pathlib.Path(folder, path.name), **options)
+        whole.replace(path)
 
 
-def load(path):
-    """torch.export.load(path), or aoti_load_package(path) of a package, of a whole file whose operators are this version's.
+def load(path, **options):
+    """torch.export.load(path, **options), or aoti_load_package, of a whole file whose operators are this version's.
 
     torch itself drops an argument that an operator no longer has, gives one to another where one was put before it, and reads
     weights without their checksums: the program computes something else then. Raises RuntimeError with the operator, what the
@@ -287,7 +312,7 @@ def load(path):
         )
     if not isinstance(path, str | os.PathLike):
         path.seek(0)  # from where a save or the look into the archive left it, torch would read on
-    return torch.export.load(path) if models else torch._inductor.aoti_load_package(path)
+    return (torch.export.load if models else torch._inductor.aoti_load_package)(path, **options)
 
 
 def calls_in(part):

@@ -58,6 +58,8 @@ class FusedAddRMSNormFunction(Function):
         y, s, rstd = fused_add_rms_norm_fwd(x, residual, weight, eps, offset, cast)
         ctx.save_for_backward(s, weight, rstd)
         ctx.offset, ctx.cast = offset, cast
+        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+            ctx.mark_non_differentiable(s)
         return y, s
 
     @staticmethod

@@ -2,8 +2,8 @@
 
 The signature is torch.nn.functional.linear_cross_entropy's, the idea Liger-Kernel's (arXiv 2410.10989): the logits are made
 a chunk of rows at a time, 1024 or more on a GPU, in fp32, and for a mean or sum the gradients are made from them on the spot.
-What is kept is the gradient of the summed loss, of numbers near 1 that 16 bits hold well; backward multiplies it by what the
-mean and the upstream gradient ask for.
+What is kept is the gradient of the summed loss, of numbers near 1 that 16 bits hold well, or of what `largest` divides it by;
+backward multiplies it by what the mean and the upstream gradient ask for.
 """
 
 import math
@@ -62,7 +62,7 @@ def linear_cross_entropy_fwd(
     """(loss, logsumexp, predicted class) of each row of hidden (rows, width), and the needed gradients of the losses' sum.
 
     mean None: the rows' losses hold the z-loss, and no gradient is computed. For a mean the gradients are those of the weighted
-    sum over the mean weight, so that 16 bits hold them whatever the size of the weights.
+    sum over the mean weight, so that 16 bits hold them whatever the size of the weights. fp16's are divided by `largest`.
     """
     rows_of_hidden, classes = hidden.shape[0], weight.shape[0]
     check_target_if_asked("linear_cross_entropy", target, ignore_index, classes)
@@ -70,6 +70,9 @@ def linear_cross_entropy_fwd(
     predicted = target.new_empty(rows_of_hidden if predict else 0)
     gradients = Gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
     one, factors = hidden.new_ones((), dtype=torch.float32), None
+    most = largest(weight.dtype, class_weight, lse_square_scale, scale, mean)
+    if most is not None and any(gradients.needed):
+        one = one / most
     if mean and class_weight is not None:
         zeros = torch.zeros_like(lse)
         arguments = predicted[:0], ignore_index, 0.0, True, classes, torch.float32
@@ -87,6 +90,16 @@ def linear_cross_entropy_fwd(
             gradients.add(rows, cross_entropy_bwd(one, logits, part, *arguments))
         del logits  # before the next chunk's are made
     return losses, lse, predicted, *gradients.results
+
+
+def largest(dtype, class_weight, lse_square_scale, scale, mean):
+    """How large a gradient of the logits may get, but for logsumexp, where fp16, which ends at 65504, holds it; None for 1."""
+    if dtype is not torch.float16:
+        return None
+    of_loss, of_logits = max(1.0, 2 * abs(lse_square_scale)), max(1.0, abs(scale))
+    if class_weight is not None and not mean:
+        return class_weight.abs().amax().clamp(min=of_loss) * of_logits
+    return None if of_loss == of_logits == 1 else of_loss * of_logits
 
 
 def fake_bwd(dloss, hidden, weight, target, bias, class_weight, lse, ignore_index, smoothing, softcap, z_scale, scale, *needed):
@@ -155,7 +168,8 @@ class LinearCrossEntropyFunction(Function):
             ctx.save_for_backward(hidden, weight, target, bias, class_weight, lse)
         else:
             ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-            ctx.save_for_backward(totals, *gradients)
+            factor, most = totals.select(0, 1), largest(weight.dtype, class_weight, *options[3:], mean)
+            ctx.save_for_backward(factor if most is None else factor * most, *gradients)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -169,8 +183,8 @@ class LinearCrossEntropyFunction(Function):
             dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
             gradients = rounded(made, dtypes, ctx.needed)
         else:
-            totals, *made = ctx.saved_tensors
-            gradients = scaled(dloss.float() * totals[1], made, ctx.dtypes, ctx.needed)
+            factor, *made = ctx.saved_tensors
+            gradients = scaled(dloss.float() * factor, made, ctx.dtypes, ctx.needed)
         dhidden, dweight, dbias = gradients
         return dhidden, dweight, None, dbias, None, None, None, None, None
 
@@ -225,6 +239,11 @@ def run(name, input, linear_weight, target, linear_bias, weight, options, reduct
 def whole(name, input, linear_weight, target, linear_bias, weight, options, reduction, dtype):
     """The loss for probabilities or a weight (V, d1, ..., H), from logits that exist whole, as torch's own are there."""
     ignore_index, label_smoothing, softcap, z_scale, scale = options
+    if input.dim() == 1 and linear_weight.dim() > 2:
+        raise ValueError(
+            f"{name}: input must be (N, H) where linear_weight has more than two dimensions, got {tuple(input.shape)}; "
+            "add a batch of one, input[None] and target[None]"
+        )
     if input.dim() > 2:
         raise ValueError(
             f"{name}: input must be (H,) or (N, H) where targets are probabilities or linear_weight has more than two "
