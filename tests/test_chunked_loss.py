@@ -288,19 +288,84 @@ def test_module_is_the_function(name):
 # --- Compiling, and memory
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("dpo", False), ("grpo", False), ("grpo", True), ("jsd", False)])
+ROWS = "student_input", "teacher_input", "true_labels"
+COMPILED = [(name, dynamic) for name in ("grpo", "jsd", "cosine") for dynamic in (False, True)]
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [("dpo", False), *COMPILED])
 def test_compiles_whole(name, dynamic):
-    inputs = plain(make(name, torch.float32))
-    leaves = [[*inputs.values()][n].requires_grad_() for n in (0, 1)]
-    function = ours(Case(name), inputs)
-    want = function(*inputs.values())
+    """Also for other numbers of tokens, between which the loss is called as it is."""
+    inputs, distils = plain(make(name, torch.float32)), name in ("jsd", "cosine")
+    function = ours(Case(name, {"chunk_size": 7} if distils else {}), inputs)
     torch._dynamo.reset()
-    got = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")(*inputs.values())
-    for out in got, want:
-        for leaf, gradient in zip(leaves, torch.autograd.grad(out[0], leaves), strict=True):
-            leaf.seen = [*getattr(leaf, "seen", []), gradient]
-    for a, b in [*zip(got, want, strict=True), *(leaf.seen for leaf in leaves)]:
-        assert torch.equal(a, b)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for taken in (24, 18, 15) if distils else (LENGTH,):
+        part = [v[:taken] if distils and k in ROWS else v for k, v in inputs.items()]
+        leaves = [part[n].detach().requires_grad_() for n in (0, 1)]
+        part[:2] = leaves
+        got, want = compiled(*part), function(*part)
+        pairs = zip(*(torch.autograd.grad(out[0], leaves) for out in (got, want)), strict=True)
+        for a, b in [*zip(got, want, strict=True), *pairs]:
+            assert torch.equal(a, b)
+
+
+def test_operator_of_distillation():
+    inputs = plain(make("jsd", torch.bfloat16))
+    names = (f"{whose}_{what}" for whose in ("student", "teacher") for what in ("input", "weight", "bias"))
+    tensors = [*(inputs[name] for name in names), inputs["true_labels"]]
+    for soft in "jsd", "cosine":
+        options = soft, 0.3, 2.0, -100, 0.2, 0.8, 7, True, True
+        torch.library.opcheck(torch.ops.liger.linear_distillation_fwd.default, (*tensors, *options, True, True, True))
+        torch.library.opcheck(torch.ops.liger.linear_distillation_fwd.default, (*tensors, *options, False, True, False))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_classes_that_nobody_takes(beta):
+    """Their bias is -inf in both heads; else nothing is another than without them."""
+    inputs = plain(make("jsd", torch.float32))
+    options, leaves = {"beta": beta}, ("student_input", "student_weight", "student_bias")
+    inputs["true_labels"] %= 40
+
+    def results(inputs):
+        given = {k: v.detach().requires_grad_(k in leaves) for k, v in inputs.items()}
+        loss = functional.liger_fused_linear_jsd(**given, **options)
+        return loss, *torch.autograd.grad(loss, [given[k] for k in leaves])
+
+    want = results({k: v[:40] if k.endswith(("weight", "bias")) else v for k, v in inputs.items()})
+    for whose in "student", "teacher":
+        inputs[f"{whose}_bias"][40:] = -torch.inf
+    for got, expected in zip(results(inputs), want, strict=True):
+        torch.testing.assert_close(got if got.shape == expected.shape else got[:40], expected)
+
+
+@pytest.mark.parametrize("part", ["hard", "soft"])
+def test_a_part_without_weight_is_not_made(part):
+    """Be it infinite, as the cross entropy is where a label's class has a bias of -inf."""
+    inputs = plain(make("jsd", torch.float32))
+    inputs["true_labels"] = inputs["true_labels"].where(inputs["true_labels"] != 0, 1)
+    for whose in "student", "teacher":
+        inputs[f"{whose}_bias"][0] = -torch.inf
+    inputs["student_weight"].requires_grad_()
+    other = {"hard": "soft", "soft": "hard"}[part]
+    options = {f"weight_{part}_loss": 0.0, f"weight_{other}_loss": 1.0}
+    want = functional.liger_fused_linear_jsd(**inputs, **options)
+    if part == "soft":
+        inputs["teacher_bias"][:] = torch.nan
+    else:
+        inputs["true_labels"][inputs["true_labels"] != -100] = 0
+    got = functional.liger_fused_linear_jsd(**inputs, **options)
+    assert got.isfinite()
+    assert torch.equal(got, want)
+    assert torch.autograd.grad(got, inputs["student_weight"])[0].isfinite().all()
+
+
+def test_no_weight_at_all():
+    """The loss is 0, and so are its gradients."""
+    inputs = plain(make("jsd", torch.float32))
+    inputs["student_weight"].requires_grad_()
+    loss = functional.liger_fused_linear_jsd(**inputs, weight_hard_loss=0.0, weight_soft_loss=0.0)
+    assert loss == 0
+    assert not torch.autograd.grad(loss, inputs["student_weight"])[0].any()
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +387,8 @@ def test_peak_memory_grows_with_the_chunk_and_not_with_the_tokens(name, memory, 
     assert whole[1] - whole[0] > more * classes * 4
     monkeypatch.setattr(_linear, "TILE", 64)  # rows of a chunk on a CPU, 128 before
     smaller = memory(name, 512, classes, **({"chunk_size": 192} if name == "JSD" else {}))
-    assert 64 * classes * 4 < peaks[0] - smaller < 64 * classes * 4 * 10
+    # On a CPU the divergence is a formula of torch's, each of whose steps is kept for a moment.
+    assert 64 * classes * 4 < peaks[0] - smaller < 64 * classes * 4 * (20 if name == "JSD" else 10)
 
 
 def in_a_process(rank, file, inputs):

@@ -262,6 +262,15 @@ def test_tracing_before_the_first_call():
     assert torch.equal(traced, rms_norm_fwd(x, None, 1e-6, 0.0, False)[0])
 
 
+def test_tracing_between_calls():
+    """A call that is not traced lies between two that are, of other shapes: what Dynamo knows of the function still holds."""
+    fresh = _op.direct(rms_norm_fwd.__wrapped__, _op.BODIES["rms_norm_fwd"])
+    compiled = torch.compile(fresh, fullgraph=True, backend="eager")
+    for rows in 2, 3, 4:
+        x = torch.randn(rows, 8)
+        assert torch.equal(compiled(x, None, 1e-6, 0.0, False)[0], fresh(x, None, 1e-6, 0.0, False)[0])
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", ["packed_glu", "softmax", "rms_norm"])
 def test_tracing_after_kernels_have_been_launched(name, dynamic):

@@ -115,8 +115,9 @@ def plain(*tensors):
     return alone and all(type(t) in TENSORS and not t.is_neg() for t in tensors)
 
 
-# Dynamo traces neither exec nor a function whose code changes meanwhile.
-FIRST_CALL = (lambda *args, **kwargs: (overload_ if tracing_() else compiled_())(*args, **kwargs)).__code__  # noqa: F821
+FIRST_CALL = (lambda *args, **kwargs: compiled_()(*args, **kwargs)).__code__  # noqa: F821
+# What Dynamo traces, which traces neither exec nor a function whose code has changed: it keeps the parameters it has seen.
+TRACED = (lambda *args, **kwargs: overload_(*args, **kwargs)).__code__  # noqa: F821
 
 
 def direct(function, body):
@@ -143,10 +144,10 @@ def direct(function, body):
         "level_": maybe_current_level,
         "body_": body,
         "overload_": _sharding.aware(function.__name__),
-        "tracing_": is_dynamo_compiling,
         "__builtins__": builtins,  # which Dynamo looks for; exec would put it there
     }
     call = types.FunctionType(FIRST_CALL, scope)
+    call._torchdynamo_inline = types.FunctionType(TRACED, scope)
 
     def compiled():  # not before the first call: all of them would take 5 ms of the import
         exec(CALL.format_map(words), scope)

@@ -46,6 +46,7 @@ from .ops import tvd as _tvd
 from .ops import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
 from .ops._experts import moe_experts as moe_experts
 from .ops._experts import moe_route as moe_route
+from .ops._linear_distillation import linear_distillation_fwd as linear_distillation_fwd  # which saved programs name
 
 # What torch 2.13 added; before it, nothing is an instance.
 OPTIONS = getattr(torch.nn, "LinearCrossEntropyOptions", ())

@@ -1,71 +1,34 @@
 """Losses between the distributions of a student and a teacher: over all classes, so made from a chunk of logits at a time.
 
-The gradients are made with the losses, from the same logits: those of the summed loss, of numbers near 1 that 16 bits hold
-well. Backward multiplies them by what the mean and the upstream gradient ask for.
+The operator gives the gradients of the summed loss with it. Backward multiplies them by what the mean and the upstream gradient
+ask for.
 """
-
-import torch
 
 from .._op import Function
 from .._op import needs_grad
-from ..ops._linear import Gradients
 from ..ops._linear import autocast
 from ..ops._linear import check_linear
-from ..ops._linear import logits_of
+from ..ops._linear_distillation import linear_distillation_fwd
 from ..ops._loss import check_classes
 from ..ops.linear_cross_entropy import scaled
-from ..ops.linear_logprob import logprob_bwd
-from ..ops.linear_logprob import logprob_fwd
 from ._base import Loss
 from ._base import check_positive
 
 
-def losses_of(logits, teacher, target, soft, options, need_hard, dtype):
-    """((soft, hard), summed over a chunk's rows that are not ignored, the gradient of their weighted sum in dtype or None).
-
-    The logits of both are overwritten.
-    """
-    ignore_index, temperature, hard_weight, soft_weight = options
-    valid, hard, more = target != ignore_index, logits.new_zeros(()), 0.0
-    if need_hard:
-        logp, entropy, lse = logprob_fwd(logits, target, ignore_index, 1.0)
-        hard, none = -logp.sum(), torch.zeros_like(lse)
-    if need_hard and dtype:
-        upstream = torch.full_like(lse, -hard_weight), none, none
-        more = logprob_bwd(*upstream, logits, target, lse, entropy, ignore_index, 1.0, torch.float32)
-    each, gradient = soft(logits.div_(temperature), teacher.div_(temperature))
-    sums = torch.stack((torch.where(valid, each, 0.0).sum(), hard))
-    if not dtype:
-        return sums, None
-    return sums, gradient.mul_((soft_weight / temperature * valid)[:, None]).add_(more).to(dtype)
-
-
-def compute(student, weight, bias, teacher, teacher_weight, teacher_bias, target, soft, chunk_size, options, need_hard, needed):
+def compute(*arguments):
     """((loss, soft loss, hard loss), the number of rows that they are means over, the gradients of the loss's sum)."""
-    gradients = Gradients(student, weight, bias, *needed)
-    sums = student.new_zeros(2, dtype=torch.float32)
-    for start in range(0, student.shape[0], chunk_size):
-        rows = slice(start, min(start + chunk_size, student.shape[0]))
-        logits = logits_of(student[rows], weight, bias)
-        others = logits_of(teacher[rows], teacher_weight, teacher_bias)
-        both, gradient = losses_of(
-            logits, others, target[rows], soft, options, need_hard, weight.dtype if any(needed) else None
-        )
-        sums += both
-        if any(needed):
-            gradients.add(rows, gradient)
-        del logits, others, gradient  # before the next chunk's are made
-    ignore_index, _, hard_weight, soft_weight = options
+    target, _, _, _, ignore_index, hard_weight, soft_weight = arguments[6:13]
+    sums, *gradients = linear_distillation_fwd(*arguments)
     count = (target != ignore_index).sum().clamp(min=1)
-    soft_loss, hard_loss = (sums / count).unbind()
-    return (hard_weight * hard_loss + soft_weight * soft_loss, soft_loss, hard_loss), count, gradients.results
+    hard, soft = (sums / count).unbind()
+    return (hard_weight * hard + soft_weight * soft, soft, hard), count, gradients
 
 
 class DistillationFunction(Function):
     @staticmethod
     def forward(ctx, *arguments):
         ctx.needed, ctx.dtypes = ctx.needs_input_grad[:3], [None if t is None else t.dtype for t in arguments[:3]]
-        losses, count, gradients = compute(*arguments, ctx.needed)
+        losses, count, gradients = compute(*arguments, *ctx.needed)
         ctx.save_for_backward(count, *gradients)
         ctx.mark_non_differentiable(*losses[1:])
         return losses
@@ -74,7 +37,7 @@ class DistillationFunction(Function):
     def backward(ctx, dloss, *_):
         Function.once("distillation")
         count, *made = ctx.saved_tensors
-        return *scaled(dloss / count, made, ctx.dtypes, ctx.needed), *[None] * 8
+        return *scaled(dloss / count, made, ctx.dtypes, ctx.needed), *[None] * 13
 
 
 def check_options(op, beta, temperature, chunk_size):
@@ -86,6 +49,7 @@ def check_options(op, beta, temperature, chunk_size):
 def distillation_loss(
     op,
     soft,
+    beta,
     student_input,
     student_weight,
     teacher_input,
@@ -100,10 +64,9 @@ def distillation_loss(
     chunk_size,
     return_soft_hard_loss,
 ):
-    """hard_weight · cross entropy + soft_weight · soft(student's logits / temperature, teacher's), means over valid rows.
+    """hard_weight · cross entropy + soft_weight · soft, one of ops._linear_distillation's, means over valid rows.
 
-    soft gives the losses of the rows and the gradient of each with respect to its first argument. Also the soft and the hard
-    loss, which have no gradient, if return_soft_hard_loss.
+    Also the soft and the hard loss, which have no gradient, if return_soft_hard_loss.
     """
     check_linear(op, "student_input", student_input, student_weight, student_bias, "student_")
     check_linear(op, "teacher_input", teacher_input, teacher_weight, teacher_bias, "teacher_")
@@ -120,12 +83,15 @@ def distillation_loss(
     target = check_classes(f"{op}, true_labels", target, student_input.shape[:-1], student_input)
     student = autocast(student_input.flatten(0, -2), student_weight, student_bias)
     teacher = autocast(*(t if t is None else t.detach() for t in (teacher_input.flatten(0, -2), teacher_weight, teacher_bias)))
-    options = ignore_index, temperature, hard_weight, soft_weight
-    arguments = *student, *teacher, target.flatten(), soft, chunk_size, options, hard_weight != 0 or return_soft_hard_loss
+    # A part of no weight is not made, be it infinite; where both have none, the gradients are those of the soft part.
+    need_hard = hard_weight != 0 or return_soft_hard_loss
+    need_soft = soft_weight != 0 or not need_hard or return_soft_hard_loss
+    options = soft, beta, temperature, ignore_index, hard_weight, soft_weight, chunk_size, need_hard, need_soft
+    arguments = *student, *teacher, target.flatten(), *options
     if needs_grad(op, *student):
         results = DistillationFunction.apply(*arguments)
     else:
-        results, _, _ = compute(*arguments, (False, False, False))
+        results, _, _ = compute(*arguments, False, False, False)
     return results if return_soft_hard_loss else results[0]
 
 

@@ -7,14 +7,6 @@ from ._distillation import check_options
 from ._distillation import distillation_loss
 
 
-def cosine(student, teacher, beta):
-    """β · (1 - cos(student, teacher)) of each row of logits, and its gradient for the student; both are overwritten."""
-    size, other = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (student, teacher))
-    u, v = student.div_(size), teacher.div_(other)
-    cos = (u * v).sum(-1, keepdim=True)
-    return beta * (1 - cos[:, 0]), v.sub_(u.mul_(cos)).mul_(-beta / size)
-
-
 def liger_fused_linear_cosine(
     student_input: Tensor,
     student_weight: Tensor,
@@ -41,7 +33,7 @@ def liger_fused_linear_cosine(
     check_options(op, beta, temperature, chunk_size)
     tensors = student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias, teacher_bias
     options = weight_hard_loss, weight_soft_loss, ignore_index, temperature, chunk_size, return_soft_hard_loss
-    return distillation_loss(op, lambda student, teacher: cosine(student, teacher, beta), *tensors, *options)
+    return distillation_loss(op, "cosine", beta, *tensors, *options)
 
 
 class LigerFusedLinearCosineSimilarityFunction:

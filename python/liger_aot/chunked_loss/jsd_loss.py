@@ -1,33 +1,10 @@
 """Distillation by the generalised Jensen-Shannon divergence (arXiv:2306.13649)."""
 
-import math
-
 from torch import Tensor
-from torch import logaddexp
 
 from ._distillation import DistillationLoss
 from ._distillation import check_options
 from ._distillation import distillation_loss
-
-
-def jsd(student, teacher, beta):
-    """β · KL(t ‖ m) + (1 - β) · KL(s ‖ m), m = β · t + (1 - β) · s, of each row of logits; and its gradient for the student.
-
-    β = 0 stands for KL(t ‖ s), β = 1 for KL(s ‖ t): the limits, divided by β and 1 - β. Both arguments are overwritten.
-    """
-    s, t = (x.sub_(x.logsumexp(-1, keepdim=True)) for x in (student, teacher))
-    p = s.exp()
-    if beta == 0:
-        q = t.exp()
-        return t.sub_(s).mul_(q).sum(-1), p.sub_(q)
-    if beta == 1:
-        less = s.sub_(t)
-        losses = (p * less).sum(-1)
-        return losses, less.sub_(losses[:, None]).mul_(p)
-    m = logaddexp(s + math.log1p(-beta), t + math.log(beta))
-    own, other = s.sub_(m).mul_(p).mul_(1 - beta), t.exp().mul_(t.sub_(m)).mul_(beta)
-    total = own.sum(-1)
-    return total + other.sum(-1), own.sub_(p.mul_(total[:, None]))
 
 
 def liger_fused_linear_jsd(
@@ -56,7 +33,7 @@ def liger_fused_linear_jsd(
     check_options(op, beta, temperature, chunk_size)
     tensors = student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias, teacher_bias
     options = weight_hard_loss, weight_soft_loss, ignore_index, temperature, chunk_size, return_soft_hard_loss
-    return distillation_loss(op, lambda student, teacher: jsd(student, teacher, beta), *tensors, *options)
+    return distillation_loss(op, "jsd", beta, *tensors, *options)
 
 
 class LigerFusedLinearJSDFunction:
