@@ -79,6 +79,10 @@ def scale(x, eps, dim=-1):
     return x.float() * torch.rsqrt(x.float().square().mean(dim, keepdim=True) + eps)
 
 
+def within(most, x, dtype):
+    return x.clamp(-most, most) if x.dtype is dtype else x
+
+
 IMPOSTORS = {
     "offset 2": lambda m, x: ((2.0 + m.weight.float()) * unit(x, m.variance_epsilon)).to(x.dtype),
     "no eps": lambda m, x: llama(m, x, unit(x, 0.0)),
@@ -97,6 +101,12 @@ IMPOSTORS = {
     "dropout": lambda m, x: llama(m, x, nn.functional.dropout(unit(x, m.variance_epsilon), 0.05, m.training)),
     "weight unused": lambda m, x: llama(m, x, weight=1 + 0 * m.weight),
     "square of the weight": lambda m, x: llama(m, x, weight=m.weight**2),
+    "the mean clamped": lambda m, x: llama(
+        m, x, x * torch.rsqrt(x.float().square().mean(-1, keepdim=True).clamp(max=1e6) + m.variance_epsilon)
+    ),
+    "clamped in float32": lambda m, x: llama(m, x, unit(within(100, x, torch.float32), m.variance_epsilon)),
+    "clamped in bfloat16": lambda m, x: llama(m, x, unit(within(100, x, torch.bfloat16), m.variance_epsilon)),
+    "clamped in float16": lambda m, x: llama(m, x, unit(within(100, x, torch.float16), m.variance_epsilon)),
     "another rounding": lambda m, x: m.weight * x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype),
 }
 
@@ -302,6 +312,20 @@ def test_every_activation_is_bound_as_itself_or_left(act):
     found = row(report, "model.layers.0.mlp")
     assert (found.status, found.operator) == (("bound", operator) if operator else ("left", None))
     check_equal(step(model, **batch()), step(build(hidden_act=act), **batch()))
+
+
+CLAMPED = {
+    "clamped": lambda x: nn.functional.silu(x).clamp(max=500),
+    "clamped in float16": lambda x: nn.functional.silu(within(2, x, torch.float16)),
+}
+
+
+@pytest.mark.parametrize("compute", CLAMPED.values(), ids=CLAMPED)
+def test_an_activation_that_clamps_is_left(compute):
+    model = build()
+    model.model.layers[0].mlp.act_fn = type("Act", (nn.Module,), {"forward": lambda self, x: compute(x)})()
+    report = liger_aot.bind(model)
+    assert [row(report, f"model.layers.{n}.mlp").status for n in (0, 1)] == ["left", "bound"]
 
 
 @pytest.mark.parametrize(("act", "operator"), {"relu2": "relu_squared", "relu": None, "silu": None, "gelu": None}.items())

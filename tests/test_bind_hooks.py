@@ -91,6 +91,29 @@ def test_a_hook_on_the_head_is_counted():
     assert report.counts == {"materialised: a hook on the head": 1}
 
 
+@pytest.mark.parametrize("register", ["register_module_full_backward_hook", "register_module_full_backward_pre_hook"])
+def test_a_hook_on_everybodys_backward_sees_what_it_does_on_the_plain_model(register):
+    seen = {}
+    for binding in (False, True):
+        model = build("llama")
+        report = liger_aot.bind(model) if binding else None
+        names = {module: name for name, module in model.named_modules() if name == "lm_head" or name.endswith("act_fn")}
+        calls = seen[binding] = []
+
+        def hook(module, *gradients, names=names, calls=calls):
+            if module in names:
+                calls.append((names[module], gradients[-1][0].shape))
+
+        handle = getattr(torch.nn.modules.module, register)(hook)
+        try:
+            step(model, **batch())
+        finally:
+            handle.remove()
+    assert seen[True] == seen[False]
+    assert len(seen[True]) == 3
+    assert report.counts == {"materialised: a hook on the head": 1}
+
+
 def test_a_dropout_switched_on_after_bind_is_one():
     model = build("llama")
     mlp = model.model.layers[0].mlp

@@ -259,6 +259,35 @@ def test_a_forward_that_hands_logits_to_an_autograd_function_is_told(flags):
     check_equal(step(model, **batch()), step(plain, **batch()))
 
 
+class OfViews(torch.autograd.Function):
+    """Nothing that is made inside requires a gradient."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        ctx.shape = logits.shape
+        return flat(logits.float(), labels)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream.expand(ctx.shape), None
+
+
+WITHIN = {
+    "autograd.Function": OfViews.apply,
+    "reentrant checkpoint": lambda z, y: torch.utils.checkpoint.checkpoint(flat, z, y, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("loss", WITHIN.values(), ids=WITHIN)
+def test_logits_viewed_within_an_autograd_function_are_told_of(loss):
+    model = with_loss(made(), lambda logits, labels, **_: loss(logits, labels))
+    liger_aot.bind(model)
+    with pytest.raises(RuntimeError, match=r"bind: an autograd.Function must be given tensors.*logits \+ 0"):
+        model(**batch())
+    with torch.no_grad():
+        model(**batch())
+
+
 def keeping(kept):
     def loss_function(logits, labels, vocab_size, **kwargs):
         kept.append(logits)

@@ -184,7 +184,8 @@ IMPOSTORS = {
     "scaled": lambda q, k, cos, sin: tuple(1.01 * x for x in apply_rotary_pos_emb(q, k, cos, sin)),
     "tokens backwards": lambda q, k, cos, sin: apply_rotary_pos_emb(q, k, cos.flip(-2), sin.flip(-2)),
     "the first of the batch": lambda q, k, cos, sin: apply_rotary_pos_emb(q, k, cos[:1], sin[:1]),
-    "in bfloat16 otherwise": lambda q, k, cos, sin: apply_rotary_pos_emb(q, k, cos, sin if q.dtype is torch.float32 else -sin),
+    "in bfloat16 otherwise": lambda q, k, cos, sin: apply_rotary_pos_emb(q, k, cos, -sin if q.dtype is torch.bfloat16 else sin),
+    "in float16 otherwise": lambda q, k, cos, sin: apply_rotary_pos_emb(q, k, cos, -sin if q.dtype is torch.float16 else sin),
     "narrow angles turn the last columns": lambda q, k, cos, sin: tuple(
         torch.cat([x[..., : -cos.shape[-1]], y], -1)
         for x, y in zip((q, k), apply_rotary_pos_emb(q[..., -cos.shape[-1] :], k[..., -cos.shape[-1] :], cos, sin), strict=True)

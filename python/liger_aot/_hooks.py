@@ -6,7 +6,12 @@ import torch
 def hooked(module):
     """Whether anybody's hooks see a call of module, but for those that only gather its weights."""
     own = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    everybodys = torch.nn.modules.module._global_forward_pre_hooks, torch.nn.modules.module._global_forward_hooks
+    everybodys = (
+        torch.nn.modules.module._global_forward_pre_hooks,
+        torch.nn.modules.module._global_forward_hooks,
+        torch.nn.modules.module._global_backward_pre_hooks,
+        torch.nn.modules.module._global_backward_hooks,
+    )
     hooks = [hook for hooks in (*own, *everybodys) for hook in hooks.values()]
     return any(not getattr(hook, "__module__", "").startswith(("torch.distributed.", "deepspeed.")) for hook in hooks)
 

@@ -108,6 +108,7 @@ class LazyLogits:
         self.value, self.children, self.grad = None, [], torch.is_grad_enabled()
         self.autocast = autocast_of(form.hidden) if parent is None else parent.autocast
         self.made = (form.hidden, versions(head, form.hidden)) if parent is None else parent.made
+        self.tracked = self.grad if parent is None else parent.tracked
         if parent is not None and not torch.compiler.is_compiling():
             parent.children.append(weakref.ref(self))
 
@@ -154,7 +155,7 @@ class LazyLogits:
 
     def at_head(self, use):
         """use(head, hidden) with the head's weights at hand, if they are those of the forward that made these logits."""
-        if self.grad and within_function():
+        if self.tracked and within_function():  # where what is made of them has no grad of its own
             raise RuntimeError(
                 "bind: an autograd.Function must be given tensors, the only things it has gradients for, got a bound head's "
                 "logits; give it logits + 0, or bind(model, linear_cross_entropy=False)"

@@ -13,6 +13,7 @@ from ..ops.relu_squared import relu_squared
 from ..ops.swiglu import swiglu
 from . import _probe as probe
 from ._probe import BF16
+from ._probe import FP16
 from ._probe import FP32
 from ._probe import Found
 
@@ -60,7 +61,7 @@ def gated(kind, act):
 
 def inputs_of(*shape):
     """A clamp shows where x is large."""
-    generator, sizes = torch.Generator().manual_seed(0), ((FP32, 1.0), (FP32, 30.0), (BF16, 1.0))
+    generator, sizes = torch.Generator().manual_seed(0), ((FP32, 1.0), (FP32, 1e3), (BF16, 1.0), (FP16, 1.0))
     return [(probe.normal(generator, *shape, dtype=dtype, scale=scale),) for dtype, scale in sizes]
 
 

@@ -14,6 +14,7 @@ from ..ops import layer_norm
 from ..ops import rms_norm
 from . import _probe as probe
 from ._probe import BF16
+from ._probe import FP16
 from ._probe import FP32
 from ._probe import Found
 
@@ -65,9 +66,13 @@ OTHERS = {
     "layer norm, 1 + weight": lambda x, w, b, eps: F.layer_norm(x, x.shape[-1:], w + 1, b, eps),
     "no weight, rounded rsqrt": lambda x, w, b, eps: None if w is not None else x * rsqrt(x.float(), eps).to(x.dtype),
 }
-# dtypes of x and weight, and the size of x: eps shows where x is small. Then a mixture of dtypes.
-INPUTS = [(FP32, FP32, 1.0), (FP32, FP32, 1e-3), (FP32, FP32, 1e-6), (BF16, BF16, 1.0), (BF16, BF16, 1e-3)]
-MIXED = (BF16, FP32, 1.0)
+# dtypes of x and weight, and the size of x: eps shows where x is small, a clamp where it is large. Then mixtures of dtypes.
+INPUTS = [
+    *((FP32, FP32, scale) for scale in (1.0, 1e-3, 1e-6, 1e4)),
+    *((BF16, BF16, scale) for scale in (1.0, 1e-3, 1e4)),
+    *((FP16, FP16, scale) for scale in (1.0, 1e3)),
+]
+MIXED = [(BF16, FP32, 1.0), (FP16, FP32, 1.0)]
 
 
 def norm_like(module):
@@ -118,7 +123,7 @@ def find_norm(module):
     left, why = probe.survivors(compute, every, [inputs(*each) for each in INPUTS], probe.SAME)
     if not left:
         return Found(None, "", why)
-    mixed, _ = probe.survivors(compute, left, [inputs(*MIXED)], probe.SAME)
+    mixed, _ = probe.survivors(compute, left, [inputs(*each) for each in MIXED], probe.SAME)
     name, place = key = next(iter(mixed or left))
     if name in OTHERS:
         return probe.one(name, None)

@@ -98,9 +98,9 @@ def steady(module, *xs):
     return trained if close(trained, evaluated, SAME) else None
 
 
-# How far apart two ways to compute one formula are, as a share of its norm. In fp32 by the order of their sums; in bfloat16
+# How far apart two ways to compute one formula are, as a share of its norm. In fp32 by the order of their sums; in 16 bits
 # where they round at the same places by an element in a hundred, elsewhere, as the operators round once in the end, by more.
-SAME = {FP32: 2.0**-17, BF16: 2.0**-11}
+SAME = {FP32: 2.0**-17, FP16: 2.0**-14, BF16: 2.0**-11}
 ROUNDED = {FP32: 1e-5, FP16: 2.0**-8, BF16: 2.0**-5}
 
 

@@ -13,6 +13,7 @@ import torch
 from ..ops.rope import forward_reference
 from . import _probe as probe
 from ._probe import BF16
+from ._probe import FP16
 from ._probe import FP32
 from ._probe import Found
 
@@ -119,7 +120,7 @@ def find_rope(function):
         return probe.survivors(compute, every, [inputs_of(layout, heads, turns, r, *each) for each in dtypes])
 
     layouts = [layout for layout in LAYOUTS if bool(layout[2]) == ("position_ids" in needed)]
-    why, plain = "", [(FP32, FP32), (BF16, BF16)]
+    why, plain = "", [(FP32, FP32), (BF16, BF16), (FP16, FP16)]
     for r, layout in itertools.product((16, 8), layouts):
         found, said = fitting(layout, ROTATIONS, r, *plain)
         why = why if why and found is None else said  # a layout that it takes says more than one that it does not
@@ -130,7 +131,7 @@ def find_rope(function):
     else:
         return Found(None, "", why)
     form = next(iter(forms))
-    mixed = bool(fitting(layout, [form], r, (BF16, FP32))[0])
+    mixed = bool(fitting(layout, [form], r, (BF16, FP32), (FP16, FP32))[0])
     marks = ["complex"] * (len(turns) == 1) + ["partial"] * bool(narrow) + ["one tensor"] * (count == 1)
     formula = ", ".join([form, "cast back" if mixed else "promote", *marks])
     fits = [each for each in layouts if fitting(each, [form], r, *plain)[0]]
