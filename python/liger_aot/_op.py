@@ -115,8 +115,9 @@ def plain(*tensors):
     return alone and all(type(t) in TENSORS and not t.is_neg() for t in tensors)
 
 
-FIRST_CALL = (lambda *args, **kwargs: compiled_()(*args, **kwargs)).__code__  # noqa: F821
-# What Dynamo traces, which traces neither exec nor a function whose code has changed: it keeps the parameters it has seen.
+# Dynamo does not trace exec.
+FIRST_CALL = (lambda *args, **kwargs: (overload_ if tracing_() else compiled_())(*args, **kwargs)).__code__  # noqa: F821
+# What it traces where it inlines the call: of a function whose code has changed it would take the parameters it has seen.
 TRACED = (lambda *args, **kwargs: overload_(*args, **kwargs)).__code__  # noqa: F821
 
 
@@ -144,6 +145,7 @@ def direct(function, body):
         "level_": maybe_current_level,
         "body_": body,
         "overload_": _sharding.aware(function.__name__),
+        "tracing_": is_dynamo_compiling,
         "__builtins__": builtins,  # which Dynamo looks for; exec would put it there
     }
     call = types.FunctionType(FIRST_CALL, scope)

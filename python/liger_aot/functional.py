@@ -23,6 +23,7 @@ from .ops import jsd as _jsd
 from .ops import kl_div as _kl_div
 from .ops import layer_norm as _layer_norm
 from .ops import linear_cross_entropy as _linear_cross_entropy
+from .ops import linear_distillation as _linear_distillation  # noqa: F401 (saved programs name its operator)
 from .ops import linear_jsd as _linear_jsd
 from .ops import linear_kl_div as _linear_kl_div
 from .ops import linear_logprob as _linear_logprob
@@ -46,7 +47,6 @@ from .ops import tvd as _tvd
 from .ops import vocab_parallel_cross_entropy as _vocab_parallel_cross_entropy
 from .ops._experts import moe_experts as moe_experts
 from .ops._experts import moe_route as moe_route
-from .ops._linear_distillation import linear_distillation_fwd as linear_distillation_fwd  # which saved programs name
 
 # What torch 2.13 added; before it, nothing is an instance.
 OPTIONS = getattr(torch.nn, "LinearCrossEntropyOptions", ())

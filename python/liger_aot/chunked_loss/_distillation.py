@@ -8,9 +8,9 @@ from .._op import Function
 from .._op import needs_grad
 from ..ops._linear import autocast
 from ..ops._linear import check_linear
-from ..ops._linear_distillation import linear_distillation_fwd
 from ..ops._loss import check_classes
 from ..ops.linear_cross_entropy import scaled
+from ..ops.linear_distillation import linear_distillation_fwd
 from ._base import Loss
 from ._base import check_positive
 
@@ -64,7 +64,7 @@ def distillation_loss(
     chunk_size,
     return_soft_hard_loss,
 ):
-    """hard_weight · cross entropy + soft_weight · soft, one of ops._linear_distillation's, means over valid rows.
+    """hard_weight · cross entropy + soft_weight · soft, one of ops.linear_distillation's, means over valid rows.
 
     Also the soft and the hard loss, which have no gradient, if return_soft_hard_loss.
     """

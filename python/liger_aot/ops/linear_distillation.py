@@ -1,6 +1,6 @@
 """Distillation of a linear head:  loss = hard · cross entropy + soft · what the teacher's logits say, summed over rows.
 
-The soft part is ops.jsd's divergence of the softmax of both over temperature, or β · (1 - cos) of the logits themselves.
+The soft part is ops.jsd's divergence (arXiv 2306.13649) of both softmaxes over temperature, or β · (1 - cos) of the logits.
 Neither head's logits ever exist whole: they are made chunk_size rows at a time, in fp32, and the gradients from them on the
 spot: those of the summed loss, of numbers near 1, which 16 bits hold well.
 """
@@ -18,7 +18,7 @@ from .linear_logprob import logprob_bwd
 from .linear_logprob import logprob_fwd
 
 
-def hard(logits, target, ignore_index, weight, need):
+def hard_part(logits, target, ignore_index, weight, need):
     """(the cross entropy summed over a chunk's rows, weight times its gradient, in fp32, if needed)."""
     logp, entropy, lse = logprob_fwd(logits, target, ignore_index, 1.0)
     if not need:
@@ -27,7 +27,7 @@ def hard(logits, target, ignore_index, weight, need):
     return -logp.sum(), logprob_bwd(upstream, none, none, logits, target, lse, entropy, ignore_index, 1.0, torch.float32)
 
 
-def jsd(logits, others, target, ignore_index, beta, temperature, weight, need):
+def jsd_part(logits, others, target, ignore_index, beta, temperature, weight, need):
     losses, *made, _ = softmax_jsd_fwd(logits, others, target, ignore_index, beta, temperature)
     if not need:
         return losses.sum(), None
@@ -35,7 +35,7 @@ def jsd(logits, others, target, ignore_index, beta, temperature, weight, need):
     return losses.sum(), softmax_jsd_bwd(logits.new_full((), weight), *saved, *options)
 
 
-def cosine(logits, others, target, ignore_index, beta, temperature, weight, need):
+def cosine_part(logits, others, target, ignore_index, beta, temperature, weight, need):
     """Both logits are overwritten; a temperature does not change an angle."""
     size, other = (x.norm(dim=-1, keepdim=True).clamp(min=1e-12) for x in (logits, others))
     u, v = logits.div_(size), others.div_(other)
@@ -44,7 +44,7 @@ def cosine(logits, others, target, ignore_index, beta, temperature, weight, need
     return loss, v.sub_(u.mul_(cos)).mul_(-weight * beta / size).masked_fill_(ignored, 0.0) if need else None
 
 
-SOFT = {"jsd": jsd, "cosine": cosine}
+SOFT = {"jsd": jsd_part, "cosine": cosine_part}
 
 
 def fake_fwd(student, weight, bias, teacher, teacher_weight, teacher_bias, *rest):
@@ -83,7 +83,7 @@ def linear_distillation_fwd(
         rows, parts = slice(start, min(start + chunk_size, student.shape[0])), []
         logits = logits_of(student[rows], weight, bias)
         if need_hard:
-            loss, dlogits = hard(logits, target[rows], ignore_index, hard_weight, need)
+            loss, dlogits = hard_part(logits, target[rows], ignore_index, hard_weight, need)
             sums[0] += loss
             parts.append(dlogits)
         if need_soft:
