@@ -1,4 +1,4 @@
-# Each target sets up what it needs, alone, from nothing but Python 3.11+, pip and make.
+# Each target sets up what it needs, alone, from nothing but Python 3.11+ (demo: 3.10+), pip and make.
 
 PYTHON ?= python3
 VENV := .venv

@@ -1,5 +1,6 @@
 """What the build makes, what it refuses, and that it makes the same again, of what changed only."""
 
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -10,6 +11,8 @@ import zipfile
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import liger_aot
 from liger_aot import _build
@@ -329,6 +332,24 @@ def test_pins():
     assert {"include-group": "build"} in project["dependency-groups"]["demo"]
     assert {"include-group": "demo"} in project["dependency-groups"]["test"]
     assert [re.split(r"[=<>~]", r)[0] for r in project["project"]["dependencies"]] == ["torch"]
+
+
+def test_the_demo_takes_no_package_that_the_oldest_python_cannot_have():
+    """Of those that are pinned and are here, whose own metadata says what they take."""
+    tomllib = pytest.importorskip("tomllib")
+    project, seen = tomllib.loads((ROOT / "pyproject.toml").read_text()), []
+    oldest = project["project"]["requires-python"].removeprefix(">=")
+    groups = project["dependency-groups"]
+    for requirement in map(Requirement, (r for r in (*groups["build"], *groups["demo"]) if isinstance(r, str))):
+        taken = requirement.marker is None or requirement.marker.evaluate({"python_version": oldest})
+        pins = [s.version for s in requirement.specifier if s.operator == "=="]
+        if taken and pins:
+            distribution = importlib.metadata.distribution(requirement.name)
+            if distribution.version in pins:
+                assert SpecifierSet(distribution.metadata["Requires-Python"]).contains(oldest), requirement
+        seen += [requirement.name] * taken
+    assert len(seen) == len({*seen}), "each package once"
+    assert "transformers" in seen
 
 
 def test_nothing_of_the_build_is_needed_to_run():

@@ -105,6 +105,44 @@ def test_a_sequence_without_tokens_has_no_part():
     assert functional.liger_fused_linear_cpo(**inputs)[0] == torch.tensor(2.0).log()
 
 
+@pytest.mark.parametrize("lacking", [[0], [3], [0, 2]])
+def test_a_pair_that_lacks_tokens_has_no_odds(lacking):
+    """Of a sequence without tokens, whose log-probability is 0, they are infinite; each loss is that of equal odds."""
+    inputs = plain(make("orpo", torch.float32))
+    leaves = [inputs[name].requires_grad_() for name in ("_input", "weight", "bias")]
+    pair = lacking[0] % 2
+    without = {k: v[[1 - pair, 3 - pair]] if k in ("_input", "target") else v for k, v in inputs.items()}
+    inputs["target"][lacking] = -100
+    both, one = (functional.liger_fused_linear_orpo(**i, compute_nll_loss=False)[0] for i in (inputs, without))
+    torch.testing.assert_close(both, (one + 0.1 * torch.tensor(2.0).log()) / 2)
+    for got, want in zip(*(torch.autograd.grad(loss, leaves) for loss in (2 * both, one)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", ["dpo", "cpo", "orpo", "simpo", "kto"])
+def test_a_batch_without_sequences(name):
+    """The mean over nothing, as torch's, and no gradient of the head."""
+    inputs = plain(make(name, torch.float32))
+    inputs = {k: v if k.endswith(("weight", "bias")) else v[:0] for k, v in inputs.items()}
+    leaves = [inputs[k].requires_grad_() for k in ("_input", "weight", "bias")]
+    loss, metrics = getattr(functional, f"liger_fused_linear_{name}")(**inputs)
+    assert loss.isnan()
+    assert metrics[0].numel() == (name == "kto")
+    for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(leaf))
+
+
+def test_a_kl_of_one_number():
+    """Python's, a scalar, one of one number, or one for each sequence."""
+    inputs = plain(make("kto", torch.float32))
+    losses = [
+        functional.liger_fused_linear_kto(**inputs, kl=kl)[0]
+        for kl in (0.8, torch.tensor(0.8), torch.tensor([0.8]), torch.full((BATCH,), 0.8))
+    ]
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    assert not torch.equal(losses[0], functional.liger_fused_linear_kto(**inputs)[0])
+
+
 @pytest.mark.parametrize("loss_type", GRPO)
 def test_what_the_mask_leaves_out_has_no_part(loss_type):
     """Infinite numbers and ids that no class has, which leave none of Liger's clipped losses finite."""

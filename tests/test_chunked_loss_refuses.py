@@ -76,6 +76,7 @@ REFUSED = [
     ),
     (call("dpo", target=lambda t: t[:, 1:]), "dpo: target must have shape (4, 6), got (4, 5)", False),
     (call("dpo", target=lambda t: t.int()), "dpo: target must be class indices in int64, got torch.int32", True),
+    (call("dpo", target=None), "dpo: target must be a tensor of class indices in int64, got NoneType", False),
     (call("dpo", target=lambda t: t + 50), "target must be in [0, 50) or ignore_index -100, got ", False),
     (
         call("dpo", weight=lambda w: w[:, 1:]),
@@ -118,6 +119,18 @@ REFUSED = [
         False,
     ),
     (
+        call("kto", preference_labels=[True] * BATCH),
+        "kto: preference_labels must be torch.bool (4,), true where desirable, got [True, True, True, True]",
+        False,
+    ),
+    (
+        call("kto", kl=torch.ones(BATCH, 1)),
+        "kto: kl must be a number, or have shape () or (1,) or (4,), got (4, 1)",
+        True,
+    ),
+    (call("kto", kl=torch.ones(3)), "kto: kl must be a number, or have shape () or (1,) or (4,), got (3,)", False),
+    (call("kto", kl=[0.5]), "kto: kl must be a number, or have shape () or (1,) or (4,), got [0.5]", False),
+    (
         call("kto", {"use_ref_model": False}, ref_bias=None),
         "kto: ref_input, ref_weight must be None where use_ref_model is False; set use_ref_model=True",
         True,
@@ -151,6 +164,8 @@ REFUSED = [
         False,
     ),
     (call("grpo", attention_mask=lambda m: m[:, 1:]), "grpo: attention_mask must have shape (4, 6), got (4, 5)", False),
+    (call("grpo", attention_mask=None), "grpo: attention_mask must have shape (4, 6), got None", False),
+    (call("grpo", advantages=None), "grpo: advantages must have shape (4,), got None", False),
     (call("grpo", advantages=lambda a: a[:, None]), "grpo: advantages must have shape (4,), got (4, 1)", True),
     (
         call("grpo", vllm_is_ratio=torch.ones(3)),

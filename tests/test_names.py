@@ -6,9 +6,12 @@ import pathlib
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
+import triton.language as tl
+from triton.runtime import interpreter
 
 import liger_aot
 import liger_aot.transformers as names
@@ -16,6 +19,7 @@ import liger_aot.transformers.functional as L  # noqa: N812
 from liger_aot.functional import CrossEntropyOutput
 
 import formulas
+from harness import check
 from harness import run
 
 # Beyond `__all__`, what stands in Liger's modules of these paths.
@@ -324,6 +328,19 @@ def test_experts():
         assert build("LigerExperts", SimpleNamespace(**sizes)).gate_up_proj.shape == (5, 40, 8)
 
 
+@pytest.mark.parametrize(
+    "config",
+    ["Ernie4_5_MoeConfig", "LongcatFlashConfig", "MixtralConfig", "Qwen3MoeConfig", "DeepseekV2Config", "DeepseekV3Config"],
+)
+def test_experts_of_configurations_of_transformers(config):
+    """Some have these names for other attributes of theirs, or of their class."""
+    theirs = pytest.importorskip("liger_kernel.transformers", reason="liger-kernel, to compare with, is not installed")
+    config = getattr(pytest.importorskip("transformers"), config)()
+    with torch.device("meta"):
+        ours, theirs = build("LigerExperts", config), theirs.LigerExperts(config)
+    assert {k: p.shape for k, p in ours.named_parameters()} == {k: p.shape for k, p in theirs.named_parameters()}
+
+
 def test_gate_and_up_of_one_tensor():
     y = torch.randn(3, 24)
     for in_place in (False, True):
@@ -613,9 +630,78 @@ def test_divergences_by_position():
     ):
         assert not got.requires_grad
         torch.testing.assert_close(got, want.detach())
-    half = x.bfloat16()
-    losses = L.liger_kl_div(half, half.exp()), L.liger_tvd(half.exp(), half.exp()), L.liger_jsd(half, half)
-    assert [loss.dtype for loss in losses] == [torch.float32, torch.float32, torch.bfloat16]  # as Liger's are
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, x, y, h, w, labels: m.liger_cross_entropy(x, labels),
+        lambda m, x, y, h, w, labels: m.liger_fused_linear_cross_entropy(h, w, labels),
+        lambda m, x, y, h, w, labels: m.liger_jsd(x.log_softmax(-1), y.log_softmax(-1), labels),
+        lambda m, x, y, h, w, labels: m.liger_tvd(x.softmax(-1), y.softmax(-1), labels),
+        lambda m, x, y, h, w, labels: m.liger_fused_linear_jsd(h, w, h, w, labels),
+        lambda m, x, y, h, w, labels: m.liger_fused_linear_kl_div(h, w, y.softmax(-1), labels),
+    ],
+    ids=["cross_entropy", "fused_linear_cross_entropy", "jsd", "tvd", "fused_linear_jsd", "fused_linear_kl_div"],
+)
+def test_no_row_that_counts(call):
+    """NaN, torch's mean over nothing, and gradients of 0: docs/names.md."""
+    inputs = [torch.randn(shape).requires_grad_() for shape in ((5, 4), (5, 4), (5, 3), (4, 3))]
+    loss = call(L, *inputs, torch.full((5,), -100))
+    assert loss.isnan()
+    gradients = torch.autograd.grad(loss, inputs, allow_unused=True)
+    assert not any(g.any() for g in gradients if g is not None)
+
+
+LABELS = torch.tensor([3, 1, -100, 0, 2])
+FUNCTIONAL, SCALED = "transformers.functional", {"use_token_scaling": True}
+LOSSES = [
+    *(
+        (FUNCTIONAL, "liger_cross_entropy", lambda f, o, x, y, h, w: f(x, LABELS, **o), {"reduction": r})
+        for r in ("mean", "none")
+    ),
+    *(
+        (FUNCTIONAL, "liger_fused_linear_cross_entropy", lambda f, o, x, y, h, w: f(h, w, LABELS, **o), options)
+        for options in ({}, {"reduction": "none"}, SCALED, SCALED | {"reduction": "none"})
+    ),
+    ("ops", "LigerFusedLinearCrossEntropyFunction", lambda f, o, x, y, h, w: f.apply(h, w, LABELS), {}),
+    ("transformers", "LigerFusedLinearCrossEntropyLoss", lambda f, o, x, y, h, w: f()(w, h, LABELS), {}),
+    *(
+        (FUNCTIONAL, name, lambda f, o, x, y, h, w: f(x.softmax(-1), y.softmax(-1), **o), {"reduction": r})
+        for name in ("liger_kl_div", "liger_tvd")
+        for r in ("mean", "none")
+    ),
+    (FUNCTIONAL, "liger_jsd", lambda f, o, x, y, h, w: f(x.log_softmax(-1), y.log_softmax(-1), LABELS), {}),
+    (
+        FUNCTIONAL,
+        "liger_fused_linear_jsd",
+        lambda f, o, x, y, h, w: f(h, w, y, w.detach() @ h[:4].detach().mT @ y[:4], LABELS),
+        {},
+    ),
+    (FUNCTIONAL, "liger_fused_linear_kl_div", lambda f, o, x, y, h, w: f(h, w, y.softmax(-1), LABELS), {}),
+    ("ops", "LigerFusedCETVDFunction", lambda f, o, x, y, h, w: f.apply(x, y, LABELS), {}),
+    ("ops", "LigerFusedLinearScaledCrossEntropyFunction", lambda f, o, x, y, h, w: f.apply(h, w, LABELS), {}),
+    ("transformers", "LigerVocabParallelCrossEntropy", lambda f, o, x, y, h, w: f()(x[:, None], LABELS[:, None]), {}),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "call", "options"), LOSSES, ids=[f"{e[1]} {e[3]}" for e in LOSSES])
+def test_losses_and_gradients_have_ligers_dtypes(module, name, call, options, monkeypatch):
+    """In 16 bits; None where a target or a teacher gets no gradient."""
+    theirs = pytest.importorskip(f"liger_kernel.{module}", reason="liger-kernel, to compare with, is not installed")
+    widen = interpreter._implicit_cvt  # which leaves a Python float that a kernel takes without a method that it calls
+    number = lambda x: tl.tensor(interpreter.TensorHandle(np.array([x], np.float32), tl.float32), tl.float32)  # noqa: E731
+    monkeypatch.setattr(interpreter, "_implicit_cvt", lambda x: number(x) if type(x) is float else widen(x))
+    inputs = [torch.randn(shape).half() for shape in ((5, 4), (5, 4), (5, 3), (4, 3))]
+
+    def dtypes(function):
+        given = [t.clone().requires_grad_() for t in inputs]
+        out = call(function, options, *given)
+        results = out if isinstance(out, tuple) else (out,)
+        gradients = torch.autograd.grad(results[0].sum(), given, allow_unused=True)
+        return [t if t is None else t.dtype for t in (*results, *gradients)]
+
+    assert dtypes(getattr(importlib.import_module(f"liger_aot.{module}"), name)) == dtypes(getattr(theirs, name))
 
 
 def test_cross_entropy_and_distance_by_position():
@@ -717,8 +803,27 @@ def test_token_scaling(reduction, weighted):
         torch.testing.assert_close(out.loss, reference(x, w, b) + out.z_loss)
 
 
+def test_token_scaling_of_16_bits():
+    """The probability is that of the logits in fp32, not of a loss that was rounded."""
+    x, w = torch.randn(64, 16).bfloat16(), torch.randn(99, 16).bfloat16()
+    target = F.linear(x, w).argmax(1)
+
+    def reference(x, w):
+        loss = F.cross_entropy(F.linear(x, w), target, reduction="none")
+        return loss * (-loss.detach()).exp()
+
+    options = {"reduction": "none", "use_token_scaling": True}
+    # A loss carries the rounding of its lse; dlogits are rounded to 16 bits before the matmuls, and the gradients after them.
+    carries = F.linear(x.float(), w.float()).logsumexp(-1).max().item()
+    check(lambda *t: L.liger_fused_linear_cross_entropy(*t, target, **options), reference, x, w, slack=4.0, carries=carries)
+
+
 X, W, Y = torch.randn(4, 8), torch.randn(8), torch.randint(8, (4,))
 BAD = [
+    (
+        lambda: build("LigerExperts", SimpleNamespace(hidden_size=8, intermediate_size=8, hidden_act="silu")),
+        "LigerExperts: the config must have one of num_experts, num_local_experts, n_routed_experts, got SimpleNamespace",
+    ),
     (lambda: L.liger_rms_norm(X, W, 1e-6, 0.0, "lama"), "rms_norm: casting must be one of none, gemma, llama, got 'lama'"),
     (lambda: L.liger_rms_norm(X, W, 1e-6, in_place="yes"), "liger_rms_norm: in_place must be one of True, False, got 'yes'"),
     (lambda: build("LigerRMSNorm", 8, row_mode=3), "LigerRMSNorm: row_mode must be one of None, True, False, got 3"),
@@ -752,6 +857,10 @@ BAD = [
     (
         lambda: L.liger_rope(X[None, None], X[None, None], X, X, rotary_dim=3),
         "rope: rotary_dim must be 8 or 16, as cos is 8 wide, got 3",
+    ),
+    (
+        lambda: names.liger_llama4_text_rotary_pos_emb(*torch.ones(2, 1, 3, 2, 4), torch.ones(1, 5, 2, dtype=torch.complex64)),
+        "liger_llama4_text_rotary_pos_emb: freqs_cis must have 3 rows, one a token, got (1, 5, 2); cut it to the sequence",
     ),
     (
         lambda: liger_aot.ops.LigerLlama4RopeFunction.apply(X, X, X, 64),

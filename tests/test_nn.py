@@ -11,6 +11,7 @@ import liger_aot
 from liger_aot.functional import CrossEntropyOutput
 from liger_aot.nn import _LinearCrossEntropyLoss
 
+from harness import fixed
 from harness import run
 
 torch.manual_seed(0)  # every process that collects the tests must see the same ones
@@ -109,8 +110,80 @@ def test_own_options():
     assert torch.equal(loss(logs, x.softmax(-1), target), want)
 
 
+TWO = torch.randn(2, 3, 6)
+NORM = {"offset": 1.0, "casting": "llama"}
+GLU = {"gate_multiplier": 2.0, "down_multiplier": 4.0}
+Q, K, ANGLES = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8), fixed(torch.randn(5, 4))
+FORM = {"rotary_dim": 8, "order": "interleaved", "sections": None, "parts": 1, "last": True, "reverse": True}
+HEAD = {"temperature": 0.5, "ignore_index": 2}
+# name, arguments, ours of the module's parameters and the inputs, those inputs, the module's repr
+OF_OURS = [
+    (
+        "FusedAddRMSNorm",
+        ((6, 1e-3), NORM),
+        lambda x, residual, weight: liger_aot.fused_add_rms_norm(x, residual, weight, 1e-3, **NORM),
+        list(TWO),
+        "FusedAddRMSNorm((6,), eps=0.001, elementwise_affine=True, offset=1.0, casting=llama)",
+    ),
+    (
+        "SwiGLU",
+        ((), GLU),
+        lambda *i: liger_aot.swiglu(*i, **GLU),
+        list(TWO),
+        "SwiGLU(gate_multiplier=2.0, down_multiplier=4.0)",
+    ),
+    ("GEGLU", (("none",), {}), lambda *i: liger_aot.geglu(*i, approximate="none"), list(TWO), "GEGLU(approximate=none)"),
+    (
+        "Rope",
+        ((2,), FORM),
+        lambda *i: liger_aot.rope(*i, unsqueeze_dim=2, **FORM),
+        [Q, K, ANGLES, ANGLES],
+        "Rope(unsqueeze_dim=2, rotary_dim=8, order=interleaved, sections=None, parts=1, last=True, reverse=True)",
+    ),
+    (
+        "LinearLogprob",
+        ((5, 7), HEAD | {"bias": True}),
+        lambda x, target, weight, bias: liger_aot.linear_logprob(x, weight, target, bias=bias, **HEAD),
+        [LOGITS, CLASSES],
+        "LinearLogprob(\n  temperature=0.5, ignore_index=2\n  (linear): Linear(in_features=5, out_features=7, bias=True)\n)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "made", "function", "inputs", "text"), OF_OURS, ids=[case[0] for case in OF_OURS])
+def test_what_torch_has_no_module_for(name, made, function, inputs, text):
+    args, options = made
+    module = getattr(liger_aot.nn, name)(*args, **options)
+    for p in module.parameters():
+        nn.init.normal_(p)
+    parameters = [p.detach() for p in module.parameters()]
+    want = list(run(function, [*inputs, *parameters]).values())
+    got = list(everything(module, inputs).values())
+    assert len(got) == len(want) > 2
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+    assert repr(module) == text
+    assert torch.equal(everything(copy.deepcopy(module), inputs)["output 0"], got[0])
+    torch._dynamo.reset()
+    plain = [i.tensor if isinstance(i, fixed) else i for i in inputs]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(*plain)
+    torch.testing.assert_close(compiled, module(*plain), rtol=0, atol=0)
+
+
+def test_modules_of_one_dtype():
+    assert liger_aot.nn.FusedAddRMSNorm(6, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+    assert list(liger_aot.nn.LinearLogprob(5, 7, dtype=torch.bfloat16).state_dict()) == ["linear.weight"]
+    assert liger_aot.nn.LinearLogprob(5, 7, dtype=torch.bfloat16).linear.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["FusedAddRMSNorm", "ModulatedRMSNorm"])
+def test_norms_of_the_last_dimension_take_no_other(name):
+    with pytest.raises(ValueError, match=rf"{name}: hidden_size must be the size of the last dimension, got \(2, 6\)"):
+        getattr(liger_aot.nn, name)((2, 6))
+
+
 def test_unknown_option_is_an_error():
-    for name, args in ("RMSNorm", (4,)), ("CrossEntropyLoss", ()), ("LinearCrossEntropyLoss", (4, 5)):
+    for name, args in ("RMSNorm", (4,)), ("CrossEntropyLoss", ()), ("LinearCrossEntropyLoss", (4, 5)), ("Rope", ()):
         with pytest.raises(TypeError, match="sofcap"):
             getattr(liger_aot.nn, name)(*args, sofcap=2.0)
 

@@ -23,13 +23,22 @@ class RMSNorm(torch.nn.RMSNorm):
         return f"{super().extra_repr()}, offset={self.offset}, casting={self.casting}"
 
 
-class ModulatedRMSNorm(RMSNorm):
-    """liger_aot.modulated_rms_norm over the last dimension, with the weight of an RMSNorm."""
-
+class _OfLastDimension(RMSNorm):
     def __init__(self, hidden_size: int, *args, **kwargs):
         if not isinstance(hidden_size, int):
-            raise ValueError(f"ModulatedRMSNorm: hidden_size must be the size of the last dimension, got {hidden_size!r}")
+            raise ValueError(f"{type(self).__name__}: hidden_size must be the size of the last dimension, got {hidden_size!r}")
         super().__init__(hidden_size, *args, **kwargs)
+
+
+class FusedAddRMSNorm(_OfLastDimension):
+    """liger_aot.fused_add_rms_norm, with the weight of an RMSNorm: (the norm of the sum, the sum)."""
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return F.fused_add_rms_norm(input, residual, self.weight, self.eps, offset=self.offset, casting=self.casting)
+
+
+class ModulatedRMSNorm(_OfLastDimension):
+    """liger_aot.modulated_rms_norm over the last dimension, with the weight of an RMSNorm."""
 
     def forward(self, input: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
         return F.modulated_rms_norm(input, scale, shift, self.weight, self.eps, offset=self.offset, casting=self.casting)
@@ -75,6 +84,59 @@ class GroupNorm(torch.nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class Rope(torch.nn.Module):
+    """liger_aot.rope, whose keywords this takes; cos and sin are given with q and k."""
+
+    def __init__(
+        self,
+        unsqueeze_dim: int = 1,
+        *,
+        rotary_dim: int | None = None,
+        order: str = "half",
+        sections: list[int] | None = None,
+        parts: int = 1,
+        last: bool = False,
+        reverse: bool = False,
+    ):
+        super().__init__()
+        self.options = {"unsqueeze_dim": unsqueeze_dim, "rotary_dim": rotary_dim, "order": order, "sections": sections}
+        self.options |= {"parts": parts, "last": last, "reverse": reverse}
+
+    def forward(self, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return F.rope(q, k, cos, sin, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+
+
+class SwiGLU(torch.nn.Module):
+    """liger_aot.swiglu."""
+
+    def __init__(self, gate_multiplier: float = 1.0, down_multiplier: float = 1.0):
+        super().__init__()
+        self.gate_multiplier, self.down_multiplier = gate_multiplier, down_multiplier
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.swiglu(gate, up, gate_multiplier=self.gate_multiplier, down_multiplier=self.down_multiplier)
+
+    def extra_repr(self) -> str:
+        return f"gate_multiplier={self.gate_multiplier}, down_multiplier={self.down_multiplier}"
+
+
+class GEGLU(torch.nn.Module):
+    """liger_aot.geglu."""
+
+    def __init__(self, approximate: str = "tanh"):
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.geglu(gate, up, approximate=self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"approximate={self.approximate}"
 
 
 class Softmax(torch.nn.Softmax):
@@ -243,6 +305,32 @@ class LinearCrossEntropyLoss(_Options, getattr(torch.nn, "LinearCrossEntropyLoss
             options=self.options,
             **self.ours,
         )
+
+
+class LinearLogprob(torch.nn.Module):
+    """liger_aot.linear_logprob of a linear layer of its own: (log-probability of target, entropy, logsumexp)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        temperature: float = 1.0,
+        ignore_index: int = -100,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.linear = torch.nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.temperature, self.ignore_index = temperature, ignore_index
+
+    def forward(self, input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        options = {"temperature": self.temperature, "ignore_index": self.ignore_index}
+        return F.linear_logprob(input, self.linear.weight, target, bias=self.linear.bias, **options)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, ignore_index={self.ignore_index}"
 
 
 class KLDivLoss(torch.nn.KLDivLoss):

@@ -32,7 +32,7 @@ def preference_loss(
         others = reference_logps(op, *reference, target, ignore_index=ignore_index)
         ratios = sequences - sequence_logps(others, valid, average)
     each, *more = losses(ratios[:pairs], ratios[pairs:])
-    loss, nll_loss = each.mean(), torch.zeros_like(sequences[0])
+    loss, nll_loss = each.mean(), sequences.new_zeros(())
     if nll and nll_target is None:
         nll_loss = -logps[:pairs].sum() / valid[:pairs].sum().clamp(min=1)
     elif nll:

@@ -39,8 +39,9 @@ def check_values(op, shape, **tensors):
     accepted = {"advantages": [(batch,)], "vllm_is_ratio": [(batch,), (batch, 1), (batch, length)]}
     for name, tensor in tensors.items():
         shapes = accepted.get(name, [(batch, length)])
-        if tensor is not None and tuple(tensor.shape) not in shapes:
-            raise ValueError(f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {tuple(tensor.shape)}")
+        got = None if tensor is None else tuple(tensor.shape)
+        if got not in shapes and not (got is None and name not in ("advantages", "attention_mask")):
+            raise ValueError(f"{op}: {name} must have shape {' or '.join(map(str, shapes))}, got {got}")
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Odds ratio preference optimisation (arXiv:2403.07691): no reference, the odds of mean log-probabilities."""
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -26,11 +27,13 @@ def liger_fused_linear_orpo(
     """NLL of the chosen, of nll_target if given, plus the mean over pairs of -β · log σ(log odds(chosen) - log odds(rejected)).
 
     odds = p / (1 - p), log p the mean log-probability of a sequence's tokens. _input is (2 · pairs, length, H), chosen then
-    rejected; target and nll_target (2 · pairs, length). Metrics: those of DPO, then the mean log σ and the mean log odds ratio.
+    rejected; target and nll_target (2 · pairs, length). In a pair that lacks tokens both odds are taken to be the same, without
+    gradients. Metrics: those of DPO, then the mean log σ and the mean log odds ratio.
     """
 
     def losses(chosen, rejected):
-        ratio = log_odds(chosen) - log_odds(rejected)
+        lacking = (target == ignore_index).all(-1).view(2, -1).any(0)  # a log-probability of 0 has infinite odds
+        ratio = torch.sub(*(log_odds(torch.where(lacking, -1.0, logp)) for logp in (chosen, rejected)))
         each = logsigmoid(ratio)
         return -beta * each, beta * chosen, beta * rejected, each.mean(), ratio.mean()
 

@@ -37,6 +37,8 @@ def check_options(op, reduction, label_smoothing, softcap, lse_square_scale, sca
 
 def check_classes(op, target, shape, x, name="target"):
     """target as int64: class indices of this shape, on x's device. torch takes uint8 too."""
+    if not isinstance(target, torch.Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor of class indices in int64, got {type(target).__name__}")
     if target.dtype is not torch.int64 and target.dtype is not torch.uint8:
         raise ValueError(f"{op}: {name} must be class indices in int64, got {target.dtype}; convert it with .long()")
     if target.shape != shape:

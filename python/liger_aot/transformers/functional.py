@@ -1,6 +1,7 @@
 """Liger-Kernel's functions by their names and positional arguments: liger_kernel.transformers.functional.
 
-Nothing is computed in place: in_place is accepted, and has no effect. Results have the dtype of X, as Liger's have.
+Nothing is computed in place: in_place is accepted, and has no effect. Results have the dtypes that Liger's have: X's, but fp32
+for the losses of linear heads, liger_kl_div and liger_tvd. Targets and teachers get no gradient, as in Liger.
 """
 
 import torch
@@ -268,14 +269,14 @@ def liger_fused_linear_cross_entropy(
     return_predicted_tokens: bool = False,
     chunk_mem_const: int = 1,
 ):
-    """The chunks have the operator's own size, and sums are fp32: chunk_mem_const and accum_dtype have no effect.
+    """The chunks have the operator's own size, sums and the loss are fp32: chunk_mem_const and accum_dtype have no effect.
 
     use_token_scaling multiplies each token's loss by the probability of its target, a constant, at the price of a second pass.
     """
     name = "liger_fused_linear_cross_entropy"
     one_of(name, "accum_dtype", accum_dtype, ACCUMULATE)
     positive(name, "chunk_mem_const", chunk_mem_const)
-    logits = {"linear_bias": bias, "ignore_index": ignore_index, "softcap": softcap}
+    logits = {"linear_bias": bias, "ignore_index": ignore_index, "softcap": softcap, "loss_dtype": torch.float32}
     options = {
         "weight": ce_weight,
         "lse_square_scale": lse_square_scale,
@@ -293,13 +294,13 @@ def liger_fused_linear_cross_entropy(
             f"{name}: use_token_scaling must have reduction sum or none with both ce_weight and lse_square_scale, got mean"
         )
     with torch.no_grad():
-        probability = torch.exp(-F.linear_cross_entropy(input, weight, target, reduction="none", **logits).float())
+        probability = torch.exp(-F.linear_cross_entropy(input, weight, target, reduction="none", **logits))
     out = F.linear_cross_entropy(input, weight, target, reduction="none", **logits, **options)
     keep = target != ignore_index
     count = keep.sum()
 
     def reduce(x, divisor):
-        x = x * probability.to(x.dtype)
+        x = x * probability
         return x if reduction == "none" else x.sum() if reduction == "sum" else x.sum() / divisor
 
     total = count if ce_weight is None else ce_weight[target.where(keep, 0)].where(keep, 0).sum()
@@ -326,7 +327,7 @@ def liger_kl_div(
     """size_average and reduce, which torch has given up, have no effect, as in Liger. The loss is fp32."""
     one_of("liger_kl_div", "size_average", size_average, (True, False, None))
     one_of("liger_kl_div", "reduce", reduce, (True, False, None))
-    return F.kl_div(input, target, reduction=reduction, log_target=log_target, eps=eps, loss_dtype=torch.float32)
+    return F.kl_div(input, target.detach(), reduction=reduction, log_target=log_target, eps=eps, loss_dtype=torch.float32)
 
 
 def liger_jsd(
@@ -336,7 +337,7 @@ def liger_jsd(
     beta: float = 0.5,
     ignore_index: int = -100,
 ):
-    return F.jsd(input, target, shift_labels, beta=beta, ignore_index=ignore_index)
+    return F.jsd(input, target.detach(), shift_labels, beta=beta, ignore_index=ignore_index)
 
 
 def liger_tvd(
@@ -347,7 +348,7 @@ def liger_tvd(
     ignore_index: int = -100,
 ):
     """The loss is fp32."""
-    return F.tvd(input, target, shift_labels, reduction=reduction, ignore_index=ignore_index, loss_dtype=torch.float32)
+    return F.tvd(input, target.detach(), shift_labels, reduction=reduction, ignore_index=ignore_index, loss_dtype=torch.float32)
 
 
 def liger_fused_linear_jsd(
@@ -363,8 +364,8 @@ def liger_fused_linear_jsd(
 ):
     """Sums are fp32: accum_dtype has no effect. So is the loss."""
     one_of("liger_fused_linear_jsd", "accum_dtype", accum_dtype, ACCUMULATE)
-    heads, options = (student_input, student_weight, teacher_input, teacher_weight), {"loss_dtype": torch.float32}
-    options |= {"beta": jsd_beta, "ignore_index": ignore_index, "temperature": temperature}
+    heads = student_input, student_weight, teacher_input.detach(), teacher_weight.detach()
+    options = {"beta": jsd_beta, "ignore_index": ignore_index, "temperature": temperature, "loss_dtype": torch.float32}
     return F.linear_jsd(*heads, shift_labels, **options)
 
 
@@ -379,7 +380,7 @@ def liger_fused_linear_kl_div(
     eps: float = 1e-10,
     accum_dtype: torch.dtype | None = None,
 ):
-    """Sums are fp32: accum_dtype has no effect. So is the loss. The target gets no gradient."""
+    """Sums are fp32: accum_dtype has no effect. So is the loss."""
     one_of("liger_fused_linear_kl_div", "accum_dtype", accum_dtype, ACCUMULATE)
     one_of("liger_fused_linear_kl_div", "reduction", reduction, ("batchmean", "mean", "sum"))
     options = {"reduction": reduction, "ignore_index": ignore_index, "temperature": temperature, "eps": eps}

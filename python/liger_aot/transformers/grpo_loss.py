@@ -93,9 +93,6 @@ class GrpoLossFunction:
         one_of(op, "reduce", reduce, (True, False))
         check_logits(op, logits)
         batch, length = logits.shape[0], logits.shape[1] - 1
-        for name, needed in (("completion_ids", completion_ids), ("advantages", advantages)):
-            if needed is None:
-                raise ValueError(f"{op}: {name} must be a tensor, got None")
         ids = check_classes(f"{op}, completion_ids", completion_ids, (batch, length), logits)
         tokens = {"old_logp": old_logp, "ref_logp": ref_logp, "completion_mask": completion_mask}
         policy.check_values(op, (batch, length), advantages=advantages, vllm_is_ratio=vllm_is_ratio, **tokens)

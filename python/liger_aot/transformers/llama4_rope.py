@@ -11,6 +11,11 @@ def liger_llama4_text_rotary_pos_emb(
     freqs_cis: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """apply_rotary_emb: xq and xk (batch, length, heads, d), freqs_cis (batch or 1, length, d / 2) or without a batch."""
+    if xq.dim() == 4 and freqs_cis.shape[-2:-1] != xq.shape[1:2]:
+        raise ValueError(
+            f"liger_llama4_text_rotary_pos_emb: freqs_cis must have {xq.shape[1]} rows, one a token, got "
+            f"{tuple(freqs_cis.shape)}; cut it to the sequence"
+        )
     return rope(xq, xk, freqs_cis, unsqueeze_dim=2, order="interleaved")
 
 

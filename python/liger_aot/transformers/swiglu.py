@@ -14,6 +14,14 @@ def require_silu(activation):
         raise ValueError(f"SwiGLU: the config's activation must be silu or swish, got {activation!r}")
 
 
+def first_of(config, *names):
+    """Through getattr: a configuration of transformers has names that are other attributes, or its class's."""
+    for name in names:
+        if (value := getattr(config, name, None)) is not None:
+            return value
+    raise ValueError(f"LigerExperts: the config must have one of {', '.join(names)}, got {type(config).__name__}")
+
+
 class LigerSwiGLUMLP(torch.nn.Module):
     """down_proj(silu(gate_proj(x)) · up_proj(x)), with biases where config.mlp_bias says so (Liger leaves them out)."""
 
@@ -71,10 +79,8 @@ class LigerExperts(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
         require_silu(config.hidden_act)
-        sizes = vars(config)
-        self.num_experts = next(sizes[n] for n in ("num_experts", "num_local_experts", "n_routed_experts") if n in sizes)
-        wide = "moe_intermediate_size" if "moe_intermediate_size" in sizes else "intermediate_size"
-        self.intermediate_dim = sizes[wide]
+        self.num_experts = first_of(config, "num_experts", "num_local_experts", "n_routed_experts")
+        self.intermediate_dim = first_of(config, "moe_intermediate_size", "intermediate_size")
         self.hidden_dim = config.hidden_size
         self.gate_up_proj = Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
         self.down_proj = Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
