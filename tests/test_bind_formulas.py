@@ -383,6 +383,53 @@ def test_float64_models_are_left_with_their_reason():
     assert all(found.why for found in report.left)
 
 
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_without_a_weight_refuses_another_width(kind):
+    norm = kind(WIDTH, elementwise_affine=False)
+    assert row(liger_aot.bind(nn.Sequential(norm)), "0").status == "bound"
+    with operators() as seen:
+        norm(torch.randn(2, WIDTH))
+    assert len(seen) == 1
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        norm(torch.randn(2, 2 * WIDTH))
+
+
+def test_a_norm_without_a_weight_that_takes_any_width_is_the_operators_at_each():
+    norm = norm_named("L2Norm", lambda m, x: unit(x, 1e-6).to(x.dtype), __init__=nn.Module.__init__)()
+    assert row(liger_aot.bind(nn.Sequential(norm)), "0").status == "bound"
+    with operators() as seen:
+        norm(torch.randn(2, WIDTH)), norm(torch.randn(2, 2 * WIDTH))
+    assert len(seen) == 2
+
+
+LEFT = {
+    "over 2 dimensions": (nn.LayerNorm((4, 8)), "is over 2 dimensions"),
+    "over 2 dimensions, without a weight": (nn.RMSNorm((4, 8), elementwise_affine=False), "is over 2 dimensions"),
+    "with buffers": (nn.BatchNorm1d(8), "has buffers: running_mean, running_var, num_batches_tracked"),
+}
+
+
+@pytest.mark.parametrize(("norm", "why"), LEFT.values(), ids=LEFT)
+def test_norms_of_other_forms_are_left_for_a_reason(norm, why):
+    (found,) = liger_aot.bind(nn.Sequential(norm), strict=True)
+    assert (found.status, found.operator, found.why) == ("left", None, why)
+
+
+def test_a_buffer_that_is_not_used_does_not_stand_in_the_way():
+    norm = norm_named("LlamaRMSNorm", lambda m, x: llama(m, x if m.absent is None else 2 * x))()
+    norm.register_buffer("steps", torch.zeros(()))
+    norm.register_buffer("absent", None)
+    assert row(liger_aot.bind(nn.Sequential(norm)), "0").status == "bound"
+
+
+def test_a_shape_may_be_a_number():
+    norm = norm_named(
+        "LayerNorm", lambda m, x: nn.functional.layer_norm(x, (m.normalized_shape,), eps=1e-6), __init__=nn.Module.__init__
+    )()
+    norm.normalized_shape = WIDTH
+    assert row(liger_aot.bind(nn.Sequential(norm)), "0").formula == "layer norm"
+
+
 def test_one_norm_used_twice_is_bound_once(model):
     model.model.layers[0].post_attention_layernorm = model.model.layers[0].input_layernorm
     plain = build()

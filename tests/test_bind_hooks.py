@@ -1,18 +1,22 @@
 """What others do to a model's parts, before bind, after it and in other threads: the bound model follows as the plain one."""
 
 import collections
+import dataclasses
 import threading
+import types
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook
 from accelerate.hooks import add_hook_to_module
+from transformers import LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import liger_aot
 from liger_aot.bind._lazy import lazy_logits
 from liger_aot.bind._swap import without_lazy
 
+from tiny import VOCABULARY
 from tiny import WIDTH
 from tiny import batch
 from tiny import build
@@ -206,6 +210,30 @@ def test_outputs_keep_their_types(drop):
         assert ("LazyLogits" in repr(plain), "None" in repr(plain)) == (False, drop)
 
 
+@dataclasses.dataclass(frozen=True)
+class Output:
+    loss: torch.Tensor
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Output, types.SimpleNamespace])
+@pytest.mark.parametrize("options", [{}, {"keep_logits": True}], ids=str)
+def test_outputs_that_are_no_mappings_have_no_lazy_logits(kind, options):
+    class Own(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None):
+            logits = self.lm_head(self.model(input_ids=input_ids).last_hidden_state)
+            return kind(loss=self.loss_function(logits, labels, VOCABULARY), logits=logits)
+
+    model = build("llama")
+    model.__class__ = Own
+    report = liger_aot.bind(model, **options)
+    out = model(**batch())
+    assert type(out) is kind
+    assert (type(out.logits) is torch.Tensor) is bool(options)
+    assert (out.logits is None) is not options
+    assert report.counts["fused"] == 1
+
+
 def test_verify_sees_what_is_no_number():
     model = build("llama")
     liger_aot.bind(model)
@@ -223,3 +251,17 @@ def test_verify_wants_a_model_and_a_loss():
     liger_aot.bind(model)
     with pytest.raises(ValueError, match="verify: model and batch must give a loss"):
         liger_aot.verify(model.model, {"input_ids": batch()["input_ids"]})
+    with pytest.raises(ValueError, match=r"verify: batch must be a mapping of .*, got list"):
+        liger_aot.verify(model, [batch()["input_ids"]])
+    with pytest.raises(ValueError, match=r"verify: batch must be .* without skip_logits, got dict of input_ids, labels, skip_"):
+        liger_aot.verify(model, {**batch(), "skip_logits": True})
+
+
+def test_verify_compares_loss_and_logits_where_nothing_is_trained():
+    model = build("llama")
+    liger_aot.bind(model)
+    model.requires_grad_(False)
+    found = liger_aot.verify(model, batch())
+    assert [row.what for row in found] == ["loss", "logits"]
+    assert found.worst.relative < 1e-5
+    assert "0: there are none" in str(found)

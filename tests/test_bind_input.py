@@ -48,7 +48,8 @@ def classes(model):
 
 @pytest.mark.parametrize("wrong", ["llama", None, transformers.LlamaConfig(), transformers.LlamaForCausalLM], ids=repr)
 def test_what_is_no_module_is_refused(wrong):
-    with pytest.raises(ValueError, match=rf"bind: model must be a torch\.nn\.Module, got {type(wrong).__name__}"):
+    got = "the class LlamaForCausalLM" if isinstance(wrong, type) else type(wrong).__name__
+    with pytest.raises(ValueError, match=rf"bind: model must be a torch\.nn\.Module, got {got}; build the model first"):
         liger_aot.bind(wrong)
 
 
@@ -71,6 +72,9 @@ def test_unknown_options_are_refused(model):
         liger_aot.bind(model, compile="eager")
     with pytest.raises(ValueError, match=r"linear_cross_entropy.*cross_entropy.*both"):
         liger_aot.bind(model, cross_entropy=True)
+    for flag, wrong in ("rope", "no"), ("swiglu", None), ("strict", 1), ("keep_logits", "False"), ("cross_entropy", 0):
+        with pytest.raises(ValueError, match=f"bind: {flag} must be True or False, got {wrong!r}"):
+            liger_aot.bind(model, **{flag: wrong})
     assert classes(model) == kinds
 
 

@@ -1,8 +1,10 @@
 """The loss of a bound model: without logits where transformers' own code allows it, and never another number."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
+from transformers import LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -106,6 +108,54 @@ def test_labels_by_position(forbidden):
     check_equal({"loss": out.loss.detach()}, {"loss": made()(**inputs).loss.detach()})
     assert out.logits is None
     assert report.counts == {"fused": 1}
+
+
+class Whole(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class Part(LlamaForCausalLM):
+    """Its own second argument is a mask; labels are handed on by name."""
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+
+class Longer(Whole):
+    """Another argument comes first: where labels are among the rest nobody can tell."""
+
+    def forward(self, input_ids, unused=None, *args, **kwargs):
+        return super().forward(input_ids, *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Whole, Part, Longer])
+def test_labels_that_a_forward_hands_on(kind, forbidden):
+    model = made()
+    model.__class__ = kind
+    report = liger_aot.bind(model, strict=True)
+    assert "linear_cross_entropy" in {found.operator for found in report.bound}
+    check_equal(step(model, **batch()), step(made(), **batch()))
+    assert report.counts == {"fused": 1}
+    assert model(**batch(), skip_logits=True).logits is None
+    inputs = batch()
+    if kind is Whole:
+        assert model(inputs["input_ids"], None, None, None, None, inputs["labels"]).logits is None
+        assert report.counts == {"fused": 3}
+    if kind is Longer:
+        embeddings = model.model.embed_tokens(inputs["input_ids"])
+        assert isinstance(model(None, None, None, None, None, embeddings).logits, torch.Tensor)
+
+
+def test_a_forward_without_labels_has_no_fused_loss():
+    class Bare(LlamaForCausalLM):
+        def forward(self, input_ids, labels_of_mine=None):
+            return super().forward(input_ids)
+
+    model = made()
+    model.__class__ = Bare
+    assert "linear_cross_entropy" not in {found.operator for found in liger_aot.bind(model)}
+    assert isinstance(model(batch()["input_ids"]).logits, torch.Tensor)
 
 
 def test_return_dict_false(forbidden):
@@ -286,6 +336,13 @@ def test_logits_viewed_within_an_autograd_function_are_told_of(loss):
         model(**batch())
     with torch.no_grad():
         model(**batch())
+
+
+@pytest.mark.parametrize("scale", [np.float64(0.5), np.float32(0.5)], ids=["float64", "float32"])
+def test_numpys_numbers_scale_logits(scale):
+    model, plain = (with_loss(made(), lambda logits, labels, **_: flat(scale * logits, labels)) for _ in range(2))
+    liger_aot.bind(model)
+    check_equal(step(model, **batch()), step(plain, **batch()))
 
 
 def keeping(kept):

@@ -29,6 +29,7 @@ from transformers.models.mixtral import modeling_mixtral
 
 import liger_aot
 from liger_aot.bind import _lazy
+from liger_aot.transformers import _apply_liger_kernel_to_instance
 
 from binding import LAYERS
 from binding import bound
@@ -293,6 +294,32 @@ def test_lora_after_bind(model, options):
     liger_aot.unbind(model)
     assert [type(m) for m in wrapped.modules()] == [type(m) for m in adapted(build(), **options).modules()]
     check_identical(step(wrapped, **batch()), plain)
+
+
+def test_a_forward_that_an_adapter_keeps_of_its_base_is_bound_and_given_back(model):
+    """PEFT's AdaptionPromptModel is called by the method that its base had when it was made."""
+
+    def prompted(model):
+        with torch.random.fork_rng():
+            torch.manual_seed(2)
+            config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1)
+            return peft.get_peft_model(model, config).train()
+
+    plain = step(prompted(build()), **batch())
+    model = prompted(model)
+    kept = vars(model.base_model)["forward"]
+    report = liger_aot.bind(model)
+    check_equal(step(model, **batch()), plain)
+    assert report.counts == {"fused": 1}
+    assert liger_aot.verify(model, batch()).worst.relative < 1e-4
+    with pytest.raises(ValueError, match="compile"):
+        _apply_liger_kernel_to_instance(model, compile="eager")
+    assert report.counts["fused"] == 2
+    step(model, **batch())
+    assert report.counts["fused"] == 3
+    liger_aot.unbind(model)
+    assert vars(model.base_model)["forward"] == kept
+    check_identical(step(model, **batch()), plain)
 
 
 def test_lora_on_the_head_before_bind_leaves_the_head_with_its_reason(model):

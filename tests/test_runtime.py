@@ -15,6 +15,7 @@ import torch
 
 import liger_aot
 from liger_aot import _info
+from liger_aot import _op
 from liger_aot import _runtime
 from liger_aot import _verify
 from liger_aot.__main__ import main
@@ -40,10 +41,7 @@ def stub():
 def packs(tmp_path, monkeypatch):
     """A folder whose packs come before the package's own."""
     monkeypatch.setenv("LIGER_AOT_PACKS", str(tmp_path))
-    _runtime.pack_paths.cache_clear()
-    yield tmp_path
-    monkeypatch.undo()
-    _runtime.pack_paths.cache_clear()
+    return tmp_path
 
 
 class Pointer:
@@ -274,6 +272,17 @@ def test_a_device_without_a_pack_is_refused_by_every_call():
             with pytest.raises(NotImplementedError, match=r"no kernels for compute capability 7\.5"):
                 rms_norm(torch.ones(2, 64), None, 1e-6)
     assert not stub.launches
+
+
+def test_the_remedy_serves_the_process_that_was_refused(tmp_path, monkeypatch):
+    monkeypatch.delenv("LIGER_AOT_PACKS", raising=False)
+    with stubbed(capability=(7, 5)) as stub:
+        with pytest.raises(NotImplementedError, match="name its folder in LIGER_AOT_PACKS"):
+            sum_up()
+        copy_pack(tmp_path, arch="75")
+        monkeypatch.setenv("LIGER_AOT_PACKS", str(tmp_path))
+        sum_up()
+    assert len(stub.launches) == 1
 
 
 def test_minor_versions_share_a_pack(packs):
@@ -595,6 +604,11 @@ def test_explain_says_what_is_missing():
         liger_aot.explain("rms_norm", x, arch="hopper")
     with pytest.raises(NotImplementedError, match=r"no kernels for compute capability 7\.5"):
         liger_aot.explain("rms_norm", x, arch="75")
+    for name in "foo", "liger::rms_norm":
+        text = f"explain: op must be an operator of torch.ops.liger, like {', '.join(sorted(_op.PUBLIC))}, got '{name}'"
+        with pytest.raises(ValueError, match=re.escape(text)):
+            liger_aot.explain(name, x, arch="90")
+    assert len(liger_aot.explain("rms_norm_fwd", x, None, 1e-6, 0.0, False, arch="90").launches) == 1
 
     def unbuilt(x):
         kernels.column_sum[(1,)](x, x, 1, 64, ROWS=1, BLOCK=1)

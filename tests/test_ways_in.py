@@ -116,8 +116,10 @@ def test_the_callback_passes_options_on(tmp_path):
     callback = liger_aot.LigerCallback(rope=False, linear_cross_entropy=False, cross_entropy=True)
     check_curve(training.train(tmp_path, build(), [callback]), plain_curve("llama"))
     assert bound(callback.report) == {"rms_norm", "swiglu", "cross_entropy"}
-    with pytest.raises(TypeError, match="ropes"):
-        training.train(tmp_path, build(), [liger_aot.LigerCallback(ropes=False)])
+    with pytest.raises(
+        TypeError, match=r"LigerCallback: options must be those of bind, rms_norm, .*, strict; got model, ropes"
+    ):
+        liger_aot.LigerCallback(ropes=False, model=None)
     with pytest.raises(ValueError, match="LigerCallback: use_liger_kernel must be False, got True"):
         training.train(tmp_path, build(), [liger_aot.LigerCallback()], use_liger_kernel=True)
 
@@ -206,6 +208,10 @@ def test_what_is_no_flag_goes_to_transformers(saved):
     model = AutoLigerKernelForCausalLM.from_pretrained(saved, attn_implementation="eager", rms_norm=False)
     assert model.config._attn_implementation == "eager"
     assert not is_bound(model)
+    with pytest.raises(RuntimeError, match="bind: strict"):
+        AutoLigerKernelForCausalLM.from_pretrained(saved, dtype=torch.float64, strict=True)
+    model = AutoLigerKernelForCausalLM.from_config(model.config, keep_logits=True, compile="liger").train()
+    assert isinstance(model(**batch()).logits, torch.Tensor)
     with pytest.raises(TypeError, match="rmsnorm"):
         AutoLigerKernelForCausalLM.from_config(model.config, rmsnorm=False)
 
@@ -297,7 +303,7 @@ def test_instance_by_its_type():
             r"call apply_liger_kernel_to_llama\(model=model\) or liger_aot.bind",
         ),
         (lambda: _apply_liger_kernel("qwen2_vl_text"), RuntimeError, r"call apply_liger_kernel_to_qwen2_vl\(model=model\)"),
-        (lambda: _apply_liger_kernel_to_instance(3), ValueError, "model must be a torch.nn.Module, got int"),
+        (lambda: _apply_liger_kernel_to_instance(3), ValueError, "bind: model must be a torch.nn.Module, got int"),
         (lambda: _apply_liger_kernel("gpt2"), RuntimeError, r"call _apply_liger_kernel_to_instance\(model=model\)"),
     ],
 )
@@ -562,6 +568,8 @@ def test_explain_rejects(capsys):
     assert "for a model, shapes, --arch must not be given" in capsys.readouterr().err
     assert main(["explain", "llama", "--set", "compile=liger", "ropes=1"]) == 2
     assert "--set must name options of bind, rms_norm, layer_norm, group_norm," in capsys.readouterr().err
+    assert main(["explain", "llama", "--set", "rope=no"]) == 1
+    assert "bind: rope must be True or False, got 'no'" in capsys.readouterr().err
     assert main(["explain", "fsmt", "--set", "strict=True"]) == 1
     assert "Embedding" in capsys.readouterr().err
     assert main(["explain", "nemotron"]) == 1

@@ -280,12 +280,10 @@ def packs(tmp_path, monkeypatch):
 
     def use(folder):
         monkeypatch.setenv("LIGER_AOT_PACKS", str(folder))
-        _runtime.pack_paths.cache_clear()
         _runtime.open_pack.cache_clear()
 
     yield use
     monkeypatch.undo()
-    _runtime.pack_paths.cache_clear()
     _runtime.open_pack.cache_clear()
 
 
@@ -396,9 +394,10 @@ def test_a_folder_of_packs_that_is_none_is_named(packs, tmp_path, command, capsy
         _runtime.select_pack((7, 5))
 
 
-def test_an_installation_without_packs_is_not_well(monkeypatch, capsys):
+def test_an_installation_without_packs_is_not_well(tmp_path, monkeypatch, capsys):
     for module in (_info, _verify):
         monkeypatch.setattr(module, "pack_paths", dict)
+    monkeypatch.setattr(_verify, "FOLDER", tmp_path)
     assert main(["info"]) == main(["verify"]) == 1
     said = capsys.readouterr().out
     assert f"{'packs':14} none: installed without kernels, only CPU tensors are served\n" in said

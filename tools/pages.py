@@ -155,7 +155,11 @@ def page(module, table):
         "In braces stands what the error shows of the call.\n",
         block("text", refusals(module)),
     ]
-    parts += ["## Forward and backward operators\n", "What autograd calls, and a graph holds after `run_decompositions()`:\n"]
+    parts += [
+        "## Forward and backward operators\n",
+        "What autograd calls, and a graph holds after `run_decompositions()`. They take what the public operator gives them,\n"
+        "unchecked.\n",
+    ]
     parts += [described(operator, getattr(module, operator)) for operator in launched]
     return "\n".join(parts)
 

@@ -72,6 +72,10 @@ def explain(op, *args, arch=None, **kwargs):
     alignment counts, or meta tensors, which take no memory; of CPU tensors, a linear loss takes a CPU's chunks. Returns a
     Trace: print it, or read .launches and .rows. Other threads must not run operators meanwhile.
     """
+    if isinstance(op, str) and op not in _op.PUBLIC and op not in _op.BODIES:
+        raise ValueError(
+            f"explain: op must be an operator of torch.ops.liger, like {', '.join(sorted(_op.PUBLIC))}, got {op!r}"
+        )
     function = getattr(torch.ops.liger, op).default if isinstance(op, str) else op
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     trace = Trace(op if isinstance(op, str) else getattr(op, "__name__", str(op)).split(".")[0], target(arch, tensors))

@@ -19,3 +19,10 @@ def hooked(module):
 def altered(module):
     """Whether a call of module may do other than its class's forward does."""
     return "forward" in module.__dict__ or hooked(module)
+
+
+def shadowed(module):
+    """Whether an instance's own forward, or that which accelerate's hook calls, is not its class's."""
+    attributes = vars(module)
+    method = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
+    return method is not None and getattr(method, "__func__", None) is not type(module).forward

@@ -82,7 +82,8 @@ def op(cpu, fake=None, strided=False):
     `cpu` computes the same in plain torch; its results are made contiguous unless the operator keeps strides; None where the
     function itself serves the CPU, because it calls other operators. Without `fake` the function is its own fake: a launch on
     fake tensors does nothing. Library.define and impl cost a third of torch.library.custom_op per call. What is returned calls
-    the body without the dispatcher where it would add nothing: plain CUDA tensors, and nobody who traces or transforms.
+    the body without the dispatcher where it would add nothing: plain CUDA tensors, and nobody who traces or transforms. Devices
+    apart, an operator's arguments are not checked: the public operator, which makes them, has seen to them.
     """
 
     def register(function):

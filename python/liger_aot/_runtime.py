@@ -277,10 +277,14 @@ def short_key(key):
     return ", ".join(str(k).removeprefix("torch.") for k in key[1:])
 
 
-@functools.cache
 def pack_paths():
     """{architecture: path} of every pack: the package's own, then those in the folder LIGER_AOT_PACKS."""
-    folders = [FOLDER, *filter(None, [os.environ.get("LIGER_AOT_PACKS")])]
+    return packs_beside(os.environ.get("LIGER_AOT_PACKS"))
+
+
+@functools.cache
+def packs_beside(folder):
+    folders = [FOLDER, *filter(None, [folder])]
     found = [p for folder in folders for p in sorted(pathlib.Path(folder).glob("sm_*.zip"))]
     return {p.stem.removeprefix("sm_"): p for p in found if re.fullmatch(r"sm_\d+[af]?", p.stem)}
 

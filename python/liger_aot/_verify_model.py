@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from .bind._swap import is_bound
 from .bind._swap import loss_of
 from .bind._swap import model_class
 from .bind._swap import released
-from .bind._swap import swap
+from .bind._swap import swap_all
 
 
 class Difference(NamedTuple):
@@ -45,14 +46,18 @@ class Verification(list):
 def verify(model: torch.nn.Module, batch: dict) -> Verification:
     """The differences between the bound model and itself unbound, for a batch with labels, with the same random numbers.
 
-    Gradients, buffers and the random state are left as they were. Raises ValueError where model is not bound, or gives no loss.
+    Gradients, buffers and the random state are left as they were. Where no parameter requires one, there are no gradients.
+    Raises ValueError where model is not bound or gives no loss, and where batch is no mapping or has skip_logits.
     """
     bound = [(m, type(m), loss_of(m)) for m in model.modules() if is_bound(m)] if isinstance(model, torch.nn.Module) else []
     if not bound:
         raise ValueError(f"verify: model must be bound, got a {type(model).__name__} that is not; bind(model) first")
+    if not isinstance(batch, Mapping) or "skip_logits" in batch:
+        got = f"{type(batch).__name__} of {', '.join(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"verify: batch must be a mapping of the model's own inputs, without skip_logits, got {got}")
     fused = any(cls._liger.make is model_class for _, cls, _ in bound)
     ours = step(model, batch, **({"skip_logits": False} if fused else {}))
-    with unbound(bound):
+    with unbound(model, bound):
         own = step(model, batch)
     # A gradient that is zero but for rounding, such as that of attention's bias of k, is held to the largest one.
     names, gradients = {**own, **ours}, [x.norm().item() for name, x in own.items() if name not in ("loss", "logits")]
@@ -61,15 +66,12 @@ def verify(model: torch.nn.Module, batch: dict) -> Verification:
 
 
 @contextlib.contextmanager
-def unbound(bound):
+def unbound(model, bound):
     try:
-        for module, cls, _ in bound:
-            swap(module, released(cls))
+        swap_all(model, [(module, released(cls), {}) for module, cls, _ in bound])
         yield
     finally:
-        for module, cls, loss in bound:
-            if type(module) is not cls:
-                swap(module, cls, loss)
+        swap_all(model, [each for each in bound if type(each[0]) is not each[1]])
 
 
 def relative(a, b, least):
@@ -96,7 +98,8 @@ def step(model, batch, **options):
             out = model(**batch, **options)
             if getattr(out, "loss", None) is None:
                 raise ValueError(f"verify: model and batch must give a loss, as from labels, got {', '.join(batch)}")
-            out.loss.backward()
+            if out.loss.requires_grad:
+                out.loss.backward()
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         return {"loss": out.loss, "logits": out.get("logits"), **gradients}
     finally:

@@ -10,18 +10,15 @@ The output's `logits` is None then. Without labels, and in evaluation, logits ar
 one or the other.
 """
 
-import inspect
-
 import torch
 from torch import nn
 
+from .._hooks import shadowed
 from ..ops._check import FLOATS
 from ..recognise import Found
+from ..recognise import _model as models
+from ..recognise import _trial as trials
 from ..recognise import recognise
-from ..recognise import weights_of
-from ..recognise._trial import try_loss
-from ..recognise._trial import try_module
-from ..recognise._trial import try_rope
 from . import _swap as swaps
 from ._report import Counts
 from ._report import Report
@@ -31,14 +28,13 @@ __all__ = ["Report", "Row", "bind", "unbind"]
 
 # The class to swap in for a kind of module, and how that is tried.
 CLASSES = {
-    "norm": (swaps.norm_class, try_module),
-    "glu": (swaps.glu_class, try_module),
-    "experts": (swaps.experts_class, try_module),
-    "rope": (swaps.rope_class, try_rope),
+    "norm": (swaps.norm_class, trials.try_module),
+    "glu": (swaps.glu_class, trials.try_module),
+    "experts": (swaps.experts_class, trials.try_module),
+    "rope": (swaps.rope_class, trials.try_rope),
 }
 LAYERS = ("rms_norm", "layer_norm", "group_norm", "gated_rms_norm", "rope", "swiglu", "geglu", "relu_squared")
-
-PLAIN, DTENSOR = ("torch.nn.parameter.Parameter", "torch.Tensor"), "torch.distributed.tensor.DTensor"
+SWITCHES = (*LAYERS, "linear_cross_entropy", "cross_entropy", "keep_logits", "strict")
 
 
 def bind(
@@ -67,6 +63,11 @@ def bind(
     strict is set and a module whose formula an operator computes, or a head, was left alone; the model is then as it was.
     """
     check_module("bind", model)
+    layer_flags = rms_norm, layer_norm, group_norm, gated_rms_norm, rope, swiglu, geglu, relu_squared
+    flags = dict(zip(SWITCHES, (*layer_flags, linear_cross_entropy, cross_entropy, keep_logits, strict), strict=True))
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"bind: {name} must be True or False, got {flag!r}")
     if compile not in ("inductor", "liger"):
         raise ValueError(f"bind: compile must be 'inductor' or 'liger', got {compile!r}")
     if linear_cross_entropy and cross_entropy:
@@ -74,8 +75,7 @@ def bind(
     bound = sum(map(swaps.is_bound, model.modules()))
     if bound:
         raise ValueError(f"bind: model must not be bound yet, got one with {bound} bound modules; unbind(model) takes them off")
-    flags = rms_norm, layer_norm, group_norm, gated_rms_norm, rope, swiglu, geglu, relu_squared
-    wanted = {name for name, flag in zip(LAYERS, flags, strict=True) if flag}
+    wanted = {name for name in LAYERS if flags[name]}
     operator = "cross_entropy" if cross_entropy else "linear_cross_entropy" if linear_cross_entropy else None
     device = next((p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")), torch.device("cpu"))
     # Trials have gradients and dtypes of their own, wherever bind is called.
@@ -87,9 +87,7 @@ def bind(
     if strict and missed:
         raise RuntimeError(f"bind: strict, and these modules would be left alone:\n{Report(missed, report.base, compile)}")
     try:
-        for module, cls, loss, _ in plan:
-            if cls is not None:
-                swaps.swap(module, cls, loss)
+        swaps.swap_all(model, [(module, cls, loss) for module, cls, loss, _ in plan if cls is not None])
     except BaseException:
         unbind(model)
         raise
@@ -99,13 +97,13 @@ def bind(
 def unbind(model: nn.Module) -> None:
     """Give every bound module its own class back. Raises ValueError on what is no module."""
     check_module("unbind", model)
-    for module in filter(swaps.is_bound, model.modules()):
-        swaps.swap(module, swaps.released(type(module)))
+    swaps.swap_all(model, [(m, swaps.released(type(m)), {}) for m in model.modules() if swaps.is_bound(m)])
 
 
 def check_module(function, model):
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ValueError(f"{function}: model must be a torch.nn.Module, got {got}; build the model first, and give that")
 
 
 def base_path(model):
@@ -127,8 +125,8 @@ def layers(model, wanted, compile, device):
         found, cls = known[looks]
         if found.operator and found.operator not in wanted:
             continue
-        taken = () if found.operator == "group_norm" else (DTENSOR,)  # which row by row operators take
-        if cls and (why := unfit_weights(model, module, *taken)):
+        taken = () if found.operator == "group_norm" else (models.DTENSOR,)  # which row by row operators take
+        if cls and (why := models.unfit_weights(model, module, *taken)):
             found = found._replace(args=None, why=why)
         row = row_of(path, module, found)
         yield module, cls if row.status == "bound" else None, {}, row
@@ -159,52 +157,25 @@ def row_of(path, module, found, of=None):
     return Row(path, type(module).__name__, found.operator, status, found.formula, why)
 
 
-def shadowed(module):
-    """Whether an instance's own forward, or that which accelerate's hook calls, is not its class's."""
-    attributes = vars(module)
-    method = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
-    return method is not None and getattr(method, "__func__", None) is not type(module).forward
-
-
 def losses(model, keep_logits, operator, counts, device):
     """The heads, and the models that compute a loss from what those give."""
     heads, paths = {}, {module: path for path, module in model.named_modules()}
     for module in list(paths):
         kind = type(module)
-        if not hasattr(kind, "get_output_embeddings") or "labels" not in inspect.signature(kind.forward).parameters:
+        if not hasattr(kind, "get_output_embeddings") or models.labels_place(kind) is None:
             continue
         head = module.get_output_embeddings()
         if head is None:
             continue
         if operator and head not in heads:
-            why = unfit_head(model, head) or try_loss(operator, swaps.linears_of(head)[0], device)
+            why = models.unfit_head(model, head) or trials.try_loss(operator, models.linears_of(head)[0], device)
             row = row_of(paths.get(head, ""), head, Found(operator, "lazy logits", why, None if why else ()), module)
             heads[head] = row.status == "bound"
             yield head, None, {}, row
-            for linear in swaps.linears_of(head) if heads[head] else ():
+            for linear in models.linears_of(head) if heads[head] else ():
                 loss = {"liger_lazy": set(), "liger_real": operator == "cross_entropy", "liger_counts": counts}
                 yield linear, swaps.subclass(type(linear), swaps.head_class, ()), loss, None
         if not shadowed(module):  # for its skip_logits, if for nothing else
             fused = heads.get(head, False)
             loss = {"liger_counts": counts} if fused else {}
             yield module, swaps.subclass(kind, swaps.model_class, (keep_logits, fused)), loss, None
-
-
-def unfit_head(model, head):
-    """Why no operator can take the place of a head; empty where one can."""
-    for linear in swaps.linears_of(head):
-        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-            return f"a {type(linear).__module__}.{type(linear).__qualname__} computes its output in its own way"
-        if getattr(linear, "_is_hooked", False) or getattr(model, "_tp_size", None):
-            return "it is under a tensor-parallel plan"
-        if why := unfit_weights(model, linear):
-            return why
-    return ""
-
-
-def unfit_weights(model, module, *taken):
-    """Why the weights of a module are none that kernels could read; empty where they are plain ones, or FSDP2 makes them so."""
-    kinds = {f"{cls.__module__}.{cls.__qualname__}" for cls in map(type, weights_of(module).values())} - {*PLAIN, *taken}
-    if not kinds or any(c.__module__.startswith("torch.distributed.fsdp") for m in model.modules() for c in type(m).__mro__):
-        return ""
-    return f"its weights are {', '.join(sorted(kinds))}"

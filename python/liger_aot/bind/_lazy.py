@@ -112,6 +112,8 @@ class LazyLogits:
         if parent is not None and not torch.compiler.is_compiling():
             parent.children.append(weakref.ref(self))
 
+    __array_priority__ = torch.Tensor.__array_priority__  # so that NumPy's numbers leave operators to these methods
+
     dtype = property(lambda self: self.form.dtype)
     device = property(lambda self: self.form.hidden.device)
     ndim = property(lambda self: self.form.hidden.ndim)

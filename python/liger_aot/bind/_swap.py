@@ -4,7 +4,6 @@ A module keeps its identity, attributes, parameters and hooks; only its class ch
 """
 
 import functools
-import inspect
 import threading
 import types
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from ..ops.group_norm import group_norm
 from ..ops.layer_norm import layer_norm
 from ..ops.rms_norm import rms_norm
 from ..ops.rope import rope
+from ..recognise import _model as models
 from ..recognise._glu import operator_of
 from ..recognise._probe import called
 from ..recognise._probe import parameters_of
@@ -78,7 +78,7 @@ NORMS = {"rms_norm": rms_norm, "layer_norm": layer_norm, "group_norm": group_nor
 # What follows gives the name of a bound class, what its extra_repr adds, and its other members.
 
 
-def norm_class(original, compile, operator, place, one_dtype, dims, weights, options):
+def norm_class(original, compile, operator, place, one_dtype, dims, width, weights, options):
     norm = functools.partial(NORMS[operator], **dict(options))
     of_torch = issubclass(original, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
     torchs = of_torch or bool({"layer_norm", "rms_norm", "group_norm"} & {*called(original.forward)})
@@ -92,7 +92,8 @@ def norm_class(original, compile, operator, place, one_dtype, dims, weights, opt
         widened = torchs and x.is_cuda and x.dtype is not torch.float32 and under_autocast(x)
         ordered = operator == "group_norm" and not x.is_contiguous()  # channels last, which torch's own keeps so
         unlike = any((g.shape, g.dtype) != (x.shape, x.dtype) for g in gate)
-        if widened or x.dim() not in dims or ordered or unlike or (one_dtype and x.dtype is not weight.dtype):
+        sized = x.dim() in dims and width in (None, x.shape[-1])
+        if widened or not sized or ordered or unlike or (one_dtype and x.dtype is not weight.dtype):
             return original.forward(self, x, *gate)
         return norm(x, *gate, weight=weight, eps=eps_of(self), **({} if bias is None else {"bias": bias}))
 
@@ -198,12 +199,6 @@ def head_class(original):
     return "LigerLMHead", "loss=liger", {"forward": forward, "logits": original.forward, "count": count}
 
 
-def linears_of(head):
-    """A head, or the linear layers that PEFT keeps in its place where it trains a copy."""
-    copies = getattr(head, "modules_to_save", None)
-    return [head] if copies is None else [head.original_module, *copies.values()]
-
-
 def heads_of(model, own_loss):
     """The bound heads of a model; none, and counted why, where there are none or they are to give it logits all the same."""
     output = model.get_output_embeddings()
@@ -212,9 +207,9 @@ def heads_of(model, own_loss):
         why = "unbound: another head than the one that was bound"
     elif own_loss and torch.compiler.is_compiling():  # which cannot trace that module with anything but a tensor
         why = "materialised: CrossEntropyLoss"
-    elif any(all(head is not m for m in linears_of(output)) for head in heads):  # which may give it weights for its calls
+    elif any(all(head is not m for m in models.linears_of(output)) for head in heads):  # which may change its weights
         why = "materialised: a wrapper around the head"
-    elif own_logits(model):
+    elif models.own_logits(model):
         why = "materialised: a loss_function that is not transformers'"
     else:
         return heads
@@ -222,21 +217,8 @@ def heads_of(model, own_loss):
     return []
 
 
-def own_logits(model):
-    """Whether model's loss_function, assigned, registered or of its class, is not of transformers.
-
-    Such a one may hand logits to what takes nothing but tensors and does not say so: an autograd.Function has no gradient then.
-    """
-    function = getattr(model, "loss_function", None)
-    return function is not None and not getattr(function, "__globals__", {}).get("__name__", "").startswith("transformers.")
-
-
-# What is assigned later is another function, for which the model is traced anew.
-own_logits._dynamo_marked_constant = True
-
-
 def model_class(original, keep_logits, fused):
-    place = [*inspect.signature(original.forward).parameters].index("labels") - 1
+    place = models.labels_place(original)
     own_loss = "CrossEntropyLoss" in called(original.forward)
 
     @functools.wraps(original.forward)
@@ -275,8 +257,12 @@ def without_lazy(out, drop):
     def plain(lazy):
         return None if drop else lazy.compute("keep_logits")
 
-    # Caches, which torch may take apart and make anew, are left alone.
-    return tree_map_only(LazyLogits, plain, out, is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))
+    if isinstance(out, (tuple, list, dict)):
+        # Caches, which torch may take apart and make anew, are left alone.
+        return tree_map_only(LazyLogits, plain, out, is_leaf=lambda x: not isinstance(x, (tuple, list, dict)))
+    attributes = getattr(out, "__dict__", {})  # of a dataclass, or a namespace
+    attributes.update({name: plain(value) for name, value in attributes.items() if isinstance(value, LazyLogits)})
+    return out
 
 
 MADE = {}
@@ -332,6 +318,17 @@ def released(cls):
 def loss_of(module):
     """What a bound head has more than its class has."""
     return {name: vars(module)[name] for name in HEAD if name in vars(module)}
+
+
+def swap_all(model, plan):
+    """swap for each of plan. What other modules of model keep of one's forward, as adapters do of their base, follows it."""
+    methods = [(m, vars(m).get("forward")) for m in model.modules()]
+    methods = [(m, f, f.__self__) for m, f in methods if isinstance(f, types.MethodType) and f.__self__ is not m]
+    kept = [(m, other) for m, f, other in methods if f.__func__ is getattr(type(other), "forward", None)]
+    for each in plan:
+        swap(*each)
+    for module, other in kept:
+        module.forward = types.MethodType(type(other).forward, other)
 
 
 def swap(module, cls, loss=None):

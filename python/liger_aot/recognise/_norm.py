@@ -84,7 +84,13 @@ def norm_like(module):
     if any(True for _ in module.children()) or not (probe.takes_one(module) or takes_gate(module)):
         return False
     flat = all(name in ("weight", "bias") and p.dim() == 1 for name, p in weights.items())
-    return flat and (bool(weights) or "norm" in type(module).__name__.lower())
+    return len(shape_of(module)) > 1 or (flat and (bool(weights) or "norm" in type(module).__name__.lower()))
+
+
+def shape_of(module):
+    """The last dimensions that a norm says to be over, as torch's do."""
+    shape = getattr(module, "normalized_shape", ())
+    return (shape,) if isinstance(shape, int) else tuple(shape) if isinstance(shape, (list, tuple)) else ()
 
 
 def takes_gate(module):
@@ -92,10 +98,12 @@ def takes_gate(module):
 
 
 def find_norm(module):
+    if len(shape_of(module)) > 1:
+        return Found(None, "", f"is over {len(shape_of(module))} dimensions")
     weights, copy, generator = probe.weights_of(module), probe.shell(module), torch.Generator().manual_seed(0)
     has_gate = takes_gate(module)
     groups = 0 if has_gate else getattr(module, "num_groups", 0)  # of channels, the second dimension of what it takes
-    width = getattr(module, "num_channels", 96) if groups else (getattr(module, "normalized_shape", None) or [96])[-1]
+    width = getattr(module, "num_channels", 96) if groups else (*shape_of(module), 96)[0]
     n = next((p.shape[0] for p in weights.values()), width)
     ours = gated(module, n) if has_gate else WEIGHTED if "weight" in weights else UNWEIGHTED
     ours = {"group norm": ("group_norm", {"num_groups": groups})} if groups else ours
@@ -107,7 +115,7 @@ def find_norm(module):
         for name, (place, eps) in itertools.product(formulas, places.items())
     }
 
-    def inputs(x_dtype, w_dtype, scale, dim=3):
+    def inputs(x_dtype, w_dtype, scale, dim=3, n=n):
         shape = (3, n, 16, 3, 2)[:dim] if groups else (*[3] * (dim - 1), n)
         x = probe.normal(generator, *shape, dtype=x_dtype, scale=scale, shift=0.1)
         given = (probe.normal(generator, n, dtype=w_dtype, scale=0.5, shift=1.2) for _ in range(2))
@@ -121,8 +129,9 @@ def find_norm(module):
         return probe.steady(copy, x, *gate)
 
     left, why = probe.survivors(compute, every, [inputs(*each) for each in INPUTS], probe.SAME)
+    buffers = [name for name, _ in module.named_buffers(recurse=False)]
     if not left:
-        return Found(None, "", why)
+        return Found(None, "", f"has buffers: {', '.join(buffers)}" if left is None and buffers else why)
     mixed, _ = probe.survivors(compute, left, [inputs(*each) for each in MIXED], probe.SAME)
     name, place = key = next(iter(mixed or left))
     if name in OTHERS:
@@ -131,7 +140,9 @@ def find_norm(module):
     found = {key: every[key]}
     dims = tuple(d for d in range(1, 6) if probe.survivors(compute, found, [inputs(FP32, FP32, 1.0, d)], probe.SAME)[0])
     operator, options = ours[name]
-    args = operator, place, not mixed, dims, tuple(weights), tuple(options.items())
+    # Of what has weights the operator takes no other width, either.
+    wide = groups or weights or probe.survivors(compute, found, [inputs(FP32, FP32, 1.0, n=n + 1)], probe.SAME)[0]
+    args = operator, place, not mixed, dims, None if wide else n, tuple(weights), tuple(options.items())
     x, _, _, *gate = inputs(*INPUTS[0])
     trial = copy, "forward", x, *gate
     return probe.one(name, operator, *args, trial=trial)._replace(why="" if mixed else "where x has the weight's dtype")

@@ -44,10 +44,11 @@ def called(function):
 def takes_one(module):
     """Whether a module's forward takes one argument, or does not say what, as where a decorator hides it."""
     forward = type(module).forward
-    return len(parameters_of(forward)) == 2 or str(inspect.signature(forward)).removeprefix("(self, ") in UNTOLD
+    return len(parameters_of(forward)) == 2 or untold(forward)
 
 
-UNTOLD = ("(*args, **kwargs)", "*args, **kwargs)")
+def untold(forward):
+    return str(inspect.signature(forward)).removeprefix("(self, ") in ("(*args, **kwargs)", "*args, **kwargs)")
 
 
 def weights_of(module):
@@ -64,7 +65,7 @@ def identity(module):
 
 
 def shell(module, sizes=None, **children):
-    """A module of the same class and attributes without hooks, a forward of its own, or weights.
+    """A module of the same class and attributes without hooks, a forward of its own, weights or buffers.
 
     Integers that are keys of `sizes`, and the children given, take the place of its own. What it appends to is a copy.
     """
@@ -75,6 +76,7 @@ def shell(module, sizes=None, **children):
     own = {name: v.copy() if isinstance(v, (list, dict, set)) else v for name, v in own.items()}
     vars(empty).update({name: sizes.get(v, v) if sizes and type(v) is int else v for name, v in own.items()})
     empty._parameters.update(dict.fromkeys(module._parameters))
+    empty._buffers.update((name, None) for name, buffer in module._buffers.items() if buffer is None)
     empty._modules.update({name: children.get(name) or shell(child) for name, child in module.named_children()})
     return empty
 

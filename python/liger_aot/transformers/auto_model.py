@@ -3,16 +3,18 @@
 from transformers import AutoModelForCausalLM
 
 from .monkey_patch import FLAGS
+from .monkey_patch import OPTIONS
 from .monkey_patch import _apply_liger_kernel_to_instance
 
 
 def split(kwargs):
-    flags = {name: kwargs.pop(name) for name in FLAGS if name in kwargs}
+    flags = {name: kwargs.pop(name) for name in (*FLAGS, *OPTIONS) if name in kwargs}
     return flags, kwargs
 
 
 class AutoLigerKernelForCausalLM(AutoModelForCausalLM):
-    """Liger's flags (rope, rms_norm, ...) go to the binder, over the defaults of the model type; the rest to transformers."""
+    """Liger's flags (rope, rms_norm, ...) go to the binder, over the defaults of the model type, as do compile, keep_logits and
+    strict; the rest to transformers."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):

@@ -1,9 +1,11 @@
 """Trainer(..., callbacks=[LigerCallback()])"""
 
+import inspect
 import weakref
 
 from transformers import TrainerCallback
 
+from ..bind import bind
 from .monkey_patch import rebind
 
 
@@ -14,6 +16,11 @@ class LigerCallback(TrainerCallback):
     """
 
     def __init__(self, **options):
+        known = [*inspect.signature(bind).parameters][1:]
+        if unknown := options.keys() - {*known}:
+            raise TypeError(
+                f"LigerCallback: options must be those of bind, {', '.join(known)}; got {', '.join(sorted(unknown))}"
+            )
         self.options, self.report, self.known = options, None, None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):

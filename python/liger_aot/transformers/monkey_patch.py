@@ -12,13 +12,12 @@ import logging
 from ast import literal_eval
 from contextvars import ContextVar
 
-from torch import nn
-
 from ..bind import bind
+from ..bind import check_module
 from ..bind import unbind
 from ..bind._swap import is_bound
 from ..bind._swap import loss_of
-from ..bind._swap import swap
+from ..bind._swap import swap_all
 
 logger = logging.getLogger(__name__)
 
@@ -133,14 +132,13 @@ def bind_options(model_type, given):
 
 def rebind(model, options):
     """bind, also of a model that is bound: as with Liger's functions, the last call holds, unless it fails."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    before = [(m, type(m), loss_of(m)) for m in modules if is_bound(m)]
+    check_module("bind", model)
+    before = [(m, type(m), loss_of(m)) for m in model.modules() if is_bound(m)]
     unbind(model)
     try:
         report = bind(model, **options)
     except BaseException:
-        for module, cls, loss in before:
-            swap(module, cls, loss)
+        swap_all(model, before)
         raise
     logger.info("%s", report)
     return report
