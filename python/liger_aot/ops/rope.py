@@ -171,7 +171,11 @@ class RopeFunction(Function):
     def forward(ctx, q, k, cos, sin, *options):
         ctx.save_for_backward(cos, sin)
         ctx.options = options
-        return rope_fwd(q, k, cos, sin, *options)
+        q_out, k_out = rope_fwd(q, k, cos, sin, *options)
+        need_dq, need_dk, *_ = ctx.needs_input_grad
+        if not (need_dq and need_dk):
+            ctx.mark_non_differentiable(k_out if need_dq else q_out)
+        return q_out, k_out
 
     @staticmethod
     def backward(ctx, dq_out, dk_out):
