@@ -56,14 +56,14 @@ slow: $(VENV)/ready
 	$(call install,$(TEST_ARCHS))
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 
-# The binder under the oldest transformers that pyproject.toml takes, which goes with the hub's client of its time: both in a
-# folder that Python looks into first.
+# The binder and its ways in under the oldest transformers that pyproject.toml takes, which goes with the hub's client of its
+# time: both in a folder that Python looks into first.
 floor: $(VENV)/ready
 	$(call install,$(TEST_ARCHS))
 	rm -rf build/floor
 	$(PIP) install --quiet --target build/floor "huggingface_hub>=1.5,<2"
 	$(PIP) install --quiet --target build/floor --no-deps transformers==5.17.0
-	PYTHONPATH=$(CURDIR)/build/floor OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_bind*.py
+	PYTHONPATH=$(CURDIR)/build/floor OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_bind*.py tests/test_ways_in.py
 
 # In isolation, with the pinned requirements alone; a folder for each flavour, so that only what changed is compiled.
 wheel: $(PIP)
