@@ -437,7 +437,16 @@ def test_modules_of_liger_kernel_are_ours(tmp_path):
             from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
             assert theirs is ours and ours.__spec__ is spec and LigerRMSNorm is ours.LigerRMSNorm
             assert importlib.util.find_spec("liger_kernel.transformers.nothing") is None
-            assert importlib.util.find_spec("liger_kernel.ops") is None
+            assert importlib.util.find_spec("liger_kernel.ops.utils") is None
+            import liger_kernel.ops
+            from liger_kernel.ops import LigerRMSNormFunction, rms_norm
+            from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+            from liger_kernel.ops.rms_norm import LigerRMSNormFunction as same
+            from liger_kernel.megatron import LigerMegatronRMSNorm
+            assert LigerRMSNormFunction is same is rms_norm.LigerRMSNormFunction is liger_aot.ops.LigerRMSNormFunction
+            assert not hasattr(liger_kernel.ops.rms_norm, "rms_norm_forward") and not hasattr(liger_kernel.ops, "swiglu")
+            assert LigerMegatronRMSNorm is liger_aot.megatron.LigerMegatronRMSNorm
+            assert not hasattr(liger_aot.ops.rms_norm, "LigerRMSNormFunction")
             try:
                 liger_aot.as_liger()
             except RuntimeError as error:

@@ -11,16 +11,21 @@ VERSION = "0.8.5"  # of the Liger-Kernel whose names and signatures these are
 
 
 class Alias:
-    """Finds liger_kernel.X as the module liger_aot.X itself, for the X that have Liger's names."""
+    """Finds liger_kernel.X as the module liger_aot.X itself, for the X that have Liger's names; and liger_kernel.ops.
+
+    The modules of liger_aot.ops are not Liger's: each of liger_kernel.ops is made here, and has the Liger*Functions of all.
+    """
 
     def __init__(self, *packages):
         self.packages = packages
 
     def find_spec(self, name, path=None, target=None):
         root, _, rest = name.partition(".")
-        if root != "liger_kernel" or rest.partition(".")[0] not in self.packages:
+        first, _, inner = rest.partition(".")
+        if root != "liger_kernel" or first not in (*self.packages, "ops"):
             return None
-        return ModuleSpec(name, self) if find_spec(f"{__package__}.{rest}") else None
+        known = find_spec(f"{__package__}.{rest}") or (first == "ops" and find_spec(f"{__package__}.transformers.{inner}"))
+        return ModuleSpec(name, self, is_package=rest == "ops") if known else None
 
     def create_module(self, spec):
         return None
@@ -28,7 +33,10 @@ class Alias:
     def exec_module(self, module):
         # What stands in sys.modules afterwards is what was imported; returned by create_module, it would be given this spec.
         name = module.__name__
-        sys.modules[name] = importlib.import_module(__package__ + name.removeprefix("liger_kernel"))
+        if name.partition(".")[2].partition(".")[0] == "ops":
+            module.__getattr__ = importlib.import_module(".ops", __package__).__getattr__
+        else:
+            sys.modules[name] = importlib.import_module(__package__ + name.removeprefix("liger_kernel"))
 
 
 def forget_availability():
@@ -46,7 +54,8 @@ def close(finder):
 
 def as_liger():
     """From here on liger_kernel.transformers is liger_aot.transformers: TrainingArguments(use_liger_kernel=True) reaches bind;
-    liger_kernel.chunked_loss is liger_aot.chunked_loss.
+    liger_kernel.chunked_loss is liger_aot.chunked_loss, liger_kernel.megatron liger_aot.megatron, and liger_kernel.ops and its
+    modules have the Liger*Functions.
 
     Changed are sys.modules and sys.meta_path, until close() of what this returns, or the end of a with statement; models that
     were bound stay bound. RuntimeError where liger-kernel is installed: nobody could tell which of the two answers.
@@ -60,7 +69,7 @@ def as_liger():
             f"as_liger: liger-kernel must not be installed, found {place}; uninstall it, or reach liger_aot by its own names: "
             "LigerCallback for a Trainer, liger_aot.bind(model), liger_aot.transformers for liger_kernel.transformers"
         )
-    finder = Alias("chunked_loss", "transformers")
+    finder = Alias("chunked_loss", "megatron", "transformers")
     root = ModuleType("liger_kernel", "liger_aot answers for this name: liger_aot.as_liger() was called.")
     root.__version__, root.__path__ = VERSION, []
     root.__spec__ = ModuleSpec("liger_kernel", finder, origin=__file__, is_package=True)
