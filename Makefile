@@ -57,13 +57,15 @@ slow: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow
 
 # The binder and its ways in under the oldest transformers that pyproject.toml takes, which goes with the hub's client of its
-# time: both in a folder that Python looks into first.
+# time: both in a folder that Python looks into first. And the losses under the last TRL that took its own from Liger-Kernel.
 floor: $(VENV)/ready
 	$(call install,$(TEST_ARCHS))
-	rm -rf build/floor
+	rm -rf build/floor build/trl
 	$(PIP) install --quiet --target build/floor "huggingface_hub>=1.5,<2"
 	$(PIP) install --quiet --target build/floor --no-deps transformers==5.17.0
 	PYTHONPATH=$(CURDIR)/build/floor OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_bind*.py tests/test_ways_in.py
+	$(PIP) install --quiet --target build/trl --no-deps trl==1.12.0
+	LIGER_AOT_TRL_1_12=build/trl OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_chunked_loss_trl.py
 
 # In isolation, with the pinned requirements alone; a folder for each flavour, so that only what changed is compiled.
 wheel: $(PIP)

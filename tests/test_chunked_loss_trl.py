@@ -210,8 +210,7 @@ def test_losses_of_liger_kernel_are_ours(tmp_path):
 
 @pytest.mark.skipif(
     "LIGER_AOT_TRL_1_12" not in os.environ,
-    reason="TRL from 1.13 on has losses of its own alone; to run this: pip install --no-deps --target DIR trl==1.12.0, and "
-    "LIGER_AOT_TRL_1_12=DIR",
+    reason="TRL from 1.13 on has losses of its own alone; make floor runs this, with TRL 1.12 in LIGER_AOT_TRL_1_12",
 )
 def test_use_liger_kernel_reaches_our_losses(tmp_path):
     from test_ways_in import without
