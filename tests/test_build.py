@@ -152,7 +152,7 @@ def wrong(x, y, n, BLOCK: tl.constexpr):
 BODIES = {
     "narrow": (
         "tl.store(y, tl.load(x))",
-        "build gate: wrong-fp32-fp32-BLOCK16-aligned.cubin for sm_80: no 128-bit global loads",
+        "build gate: wrong-fp32-fp32-BLOCK16-aligned.cubin for sm_80: too few 128-bit global loads",
     ),
     "no such thing": ("tl.nothing(x)", "wrong-fp32-fp32-BLOCK16-aligned.cubin for sm_80 does not compile"),
 }

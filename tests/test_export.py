@@ -27,6 +27,7 @@ from liger_aot import _op
 from liger_aot import export
 
 from examples import EXAMPLES
+from examples import Body
 from examples import Call
 from examples import Everything
 from examples import bodies_of
@@ -191,6 +192,29 @@ def test_what_an_operator_is_made_of_lowers_too(lower, name):
     for operator, parts in found.items():
         cells = [", ".join(f"`{part}`" for part in sorted(part)) for part in parts]
         assert LOWERED[operator] == f"| `{operator}` | {cells[0]} | {cells[1]} |"
+
+
+def test_distillation_lowers(lower):
+    """The operator of losses that are functions alone: of which no public one has an example."""
+    overload, found = torch.ops.liger.linear_distillation_fwd.default, (set(), set())
+    heads = torch.randn(9, 16), torch.randn(40, 16), torch.randn(40), torch.randn(9, 24), torch.randn(40, 24), None
+    for soft in ("jsd", "cosine"):
+        given = *heads, torch.arange(9), soft, 0.3, 2.0, -100, 0.2, 0.8, 4, True, True, True, True, True
+        module, tensors = Body(overload, given), tuple(a for a in given if isinstance(a, torch.Tensor))
+        lowered = lower(torch.export.export(module, tensors))
+        assert not liger_nodes(lowered)
+        for known, more in zip(found, made_of(lowered), strict=True):
+            known |= more
+        with _jit.interpreted():
+            for got, want in zip(lowered.module()(*tensors), module(*tensors), strict=True):
+                assert torch.equal(got, want)
+        rows = tuple({0: torch.export.Dim("rows")} if len(t) == len(heads[0]) else None for t in tensors)
+        with pytest.raises(
+            NotImplementedError, match="linear_distillation_fwd takes as many steps as there are chunks of rows"
+        ):
+            lower(torch.export.export(module, tensors, dynamic_shapes=(rows,)))
+    cells = [", ".join(f"`{part}`" for part in sorted(part)) for part in found]
+    assert LOWERED["linear_distillation_fwd"] == f"| `linear_distillation_fwd` | {cells[0]} | {cells[1]} |"
 
 
 @pytest.mark.parametrize("name", [n for n in EXAMPLES if n.startswith("linear")])

@@ -37,6 +37,7 @@ from ._runtime import kernels
 
 SOURCES = pathlib.Path(__file__).parent / "_triton"
 CHUNKED = {f"linear_{loss}_{way}" for loss in ("cross_entropy", "jsd", "kl_div", "logprob") for way in ("fwd", "bwd")}
+CHUNKED.add("linear_distillation_fwd")
 WHOLE_ROWS = "attn_res", "fused_add_rms_norm", "gated_rms_norm", "layer_norm", "rms_norm", "rope", "softmax"
 # Whose kernels hold a row in one tile, which is chosen by its width, and the argument of which that is the last dimension.
 TILED = {f"{op}_{way}": 2 if op == "rope" else 0 for op in WHOLE_ROWS for way in ("fwd", "bwd")}
