@@ -303,6 +303,23 @@ def test_fp16_holds_what_backward_makes_small(path, reduction, class_weight, opt
     check(smaller(ours(**every)), smaller(formula(**every)), hidden / scale, weight, target, None, class_weights, slack=SLACK)
 
 
+@pytest.mark.parametrize("largest", [1e3, 1e4])
+def test_fp16_holds_what_is_small_beside_a_large_class_weight(path, largest):
+    """Of a class that is no target: the others' gradients are what they are without it."""
+    hidden, weight, _, *_ = make(7, 24, 50, torch.float16)
+    target = torch.arange(1, 8)
+    gradients = []
+    for first in (1.0, largest):
+        class_weights = torch.ones(50)
+        class_weights[0] = first
+        leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight)]
+        linear_cross_entropy(*leaves, target, weight=class_weights, reduction="sum").backward()
+        gradients.append([t.grad.float() for t in leaves])
+    # Both round the logits' gradients and their products to eleven bits.
+    for got, want in zip(*gradients, strict=True):
+        assert (got - want).norm() <= 4 * 2**-11 * want.norm()
+
+
 REFUSED = [
     (
         lambda h, w, t: linear_cross_entropy(h[0], torch.randn(7, 3, 24), torch.zeros(7, dtype=torch.int64)),

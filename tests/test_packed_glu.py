@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+from torch._dynamo import compiled_autograd
 
 from liger_aot.ops.packed_glu import packed_glu_in_place
 
@@ -77,12 +78,13 @@ def test_who_else_needs_what_was_overwritten_is_told(interpreted):
         (packed_glu_in_place(x).sum() + sooner).backward()
 
 
-@pytest.mark.parametrize("given", ["leaf", "view", "subclass"])
+@pytest.mark.parametrize("given", ["leaf", "view of a leaf", "part", "subclass"])
 def test_gradient_of_what_is_not_its_own_is_elsewhere(interpreted, given):
     leaf = torch.randn(4, 14, requires_grad=True)
     made = {
         "leaf": lambda: leaf,
-        "view": lambda: (leaf * 1)[:, 2:12],
+        "view of a leaf": lambda: leaf.view(2, 2, 14),
+        "part": lambda: (leaf * 1)[:, 2:12],
         "subclass": lambda: (leaf * 1).as_subclass(type("Named", (torch.Tensor,), {})),
     }
     x = made[given]()
@@ -90,6 +92,31 @@ def test_gradient_of_what_is_not_its_own_is_elsewhere(interpreted, given):
     packed_glu_in_place(x).sum().backward()
     assert torch.equal(x.detach(), before)
     want = torch.autograd.grad(packed_glu(x := made[given]()).sum(), leaf)[0]
+    assert torch.equal(leaf.grad, want)
+
+
+def test_what_is_saved_for_others_is_not_overwritten(interpreted):
+    """Where hooks save tensors, torch does not know that one has changed."""
+    leaf = torch.randn(3, 14, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        x = leaf * 1
+        loss = x.square().sum() + packed_glu_in_place(x).sum()
+    (want,) = torch.autograd.grad(leaf.square().sum() + packed_glu(leaf).sum(), leaf)
+    torch.testing.assert_close(*torch.autograd.grad(loss, leaf), want)
+
+
+def test_what_is_traced_is_the_operator(interpreted):
+    leaf = torch.randn(3, 14, requires_grad=True)
+    traced = torch.jit.trace(lambda x: packed_glu_in_place(x * 1), leaf)
+    assert "liger::packed_glu" in str(traced.graph)
+
+
+def test_a_compiled_backward_holds_the_operator(interpreted):
+    leaf = torch.randn(3, 14, requires_grad=True)
+    (want,) = torch.autograd.grad(packed_glu(leaf).square().sum(), leaf)
+    loss = packed_glu_in_place(leaf * 1).square().sum()
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        loss.backward()
     assert torch.equal(leaf.grad, want)
 
 

@@ -271,13 +271,13 @@ def save(program: ExportedProgram, path, **options):
     schemas = {overload._schema.name.partition("::")[2]: str(overload._schema) for overload in used}
     ours = {SCHEMAS: json.dumps(schemas, sort_keys=True), VERSION: _build.VERSION}
     options["extra_files"] = {**(options.get("extra_files") or {}), **ours}
-    if not isinstance(path, str | os.PathLike):
+    target = pathlib.Path(os.path.realpath(path)) if isinstance(path, str | os.PathLike) else None
+    if target is None or (target.exists() and not target.is_file()):  # a buffer; a pipe
         torch.export.save(program, path, **options)
         return
-    path = pathlib.Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        torch.export.save(program, whole := pathlib.Path(folder, path.name), **options)
-        whole.replace(path)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        torch.export.save(program, whole := pathlib.Path(folder, target.name), **options)
+        whole.replace(target)
 
 
 def load(path, **options):

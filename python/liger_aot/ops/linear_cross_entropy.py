@@ -2,7 +2,7 @@
 
 The signature is torch.nn.functional.linear_cross_entropy's, the idea Liger-Kernel's (arXiv 2410.10989): the logits are made
 a chunk of rows at a time, 1024 or more on a GPU, in fp32, and for a mean or sum the gradients are made from them on the spot.
-What is kept is the gradient of the summed loss, of numbers near 1 that 16 bits hold well, or of what `largest` divides it by;
+What is kept is the gradient of the summed loss, of numbers near 1 that 16 bits hold well, or of what `excess` divides it by;
 backward multiplies it by what the mean and the upstream gradient ask for.
 """
 
@@ -62,7 +62,7 @@ def linear_cross_entropy_fwd(
     """(loss, logsumexp, predicted class) of each row of hidden (rows, width), and the needed gradients of the losses' sum.
 
     mean None: the rows' losses hold the z-loss, and no gradient is computed. For a mean the gradients are those of the weighted
-    sum over the mean weight, so that 16 bits hold them whatever the size of the weights. fp16's are divided by `largest`.
+    sum over the mean weight, so that 16 bits hold them whatever the size of the weights. fp16's are divided by `excess`.
     """
     rows_of_hidden, classes = hidden.shape[0], weight.shape[0]
     check_target_if_asked("linear_cross_entropy", target, ignore_index, classes)
@@ -70,7 +70,7 @@ def linear_cross_entropy_fwd(
     predicted = target.new_empty(rows_of_hidden if predict else 0)
     gradients = Gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
     one, factors = hidden.new_ones((), dtype=torch.float32), None
-    most = largest(weight.dtype, class_weight, lse_square_scale, scale, mean)
+    most = excess(weight.dtype, class_weight, lse_square_scale, scale, mean)
     if most is not None and any(gradients.needed):
         one = one / most
     if mean and class_weight is not None:
@@ -92,14 +92,17 @@ def linear_cross_entropy_fwd(
     return losses, lse, predicted, *gradients.results
 
 
-def largest(dtype, class_weight, lse_square_scale, scale, mean):
-    """How large a gradient of the logits may get, but for logsumexp, where fp16, which ends at 65504, holds it; None for 1."""
+def excess(dtype, class_weight, lse_square_scale, scale, mean):
+    """By what a gradient of the logits may exceed 1024, but for logsumexp, where fp16, up to 65504, holds it; None for 1.
+
+    No more is taken off, because numbers near 1 beside large ones would be lost.
+    """
     if dtype is not torch.float16:
         return None
-    of_loss, of_logits = max(1.0, 2 * abs(lse_square_scale)), max(1.0, abs(scale))
+    of_loss, of_logits = max(1.0, 2 * abs(lse_square_scale)), max(1.0, abs(scale)) / 1024
     if class_weight is not None and not mean:
-        return class_weight.abs().amax().clamp(min=of_loss) * of_logits
-    return None if of_loss == of_logits == 1 else of_loss * of_logits
+        return (class_weight.abs().amax().clamp(min=of_loss) * of_logits).clamp(min=1)
+    return None if of_loss * of_logits <= 1 else of_loss * of_logits
 
 
 def fake_bwd(dloss, hidden, weight, target, bias, class_weight, lse, ignore_index, smoothing, softcap, z_scale, scale, *needed):
@@ -168,7 +171,7 @@ class LinearCrossEntropyFunction(Function):
             ctx.save_for_backward(hidden, weight, target, bias, class_weight, lse)
         else:
             ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
-            factor, most = totals.select(0, 1), largest(weight.dtype, class_weight, *options[3:], mean)
+            factor, most = totals.select(0, 1), excess(weight.dtype, class_weight, *options[3:], mean)
             ctx.save_for_backward(factor if most is None else factor * most, *gradients)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs

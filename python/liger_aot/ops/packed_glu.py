@@ -6,6 +6,8 @@ it. The kernels are those of swiglu and geglu, which read and write the two halv
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.graph import increment_version
 from torch.compiler import is_dynamo_compiling
 
@@ -92,8 +94,8 @@ class InPlaceFunction(PackedGLUFunction):
     def backward(ctx, dy):
         Function.once("packed_glu")
         (x,) = ctx.saved_tensors
-        # A graph that is kept will want x again.
-        if not plain(dy, x) or torch._C._autograd._get_current_graph_task_keep_graph():
+        # A graph that is kept will want x again, and one that is traced is not this one.
+        if is_dynamo_compiling() or not plain(dy, x) or torch._C._autograd._get_current_graph_task_keep_graph():
             return packed_glu_bwd(dy, x, ctx.activation), None
         increment_version(x)  # so that torch names whoever else had saved it
         x = x.detach()
@@ -103,10 +105,13 @@ class InPlaceFunction(PackedGLUFunction):
 def packed_glu_in_place(x, activation="silu"):
     """packed_glu for an x that nobody reads afterwards: on a GPU its gradient is written in its place.
 
-    Not in a graph that is kept, compiled or exported, nor for a leaf, or an x that is not contiguous: there nothing differs.
+    Not in a graph that is kept, compiled, traced or exported, nor where somebody's hooks save tensors, as checkpoints do, nor
+    for a leaf, its views, or an x that is not contiguous: there nothing differs.
     """
     check(x, activation)
-    if is_dynamo_compiling() or x.is_leaf or not x.is_contiguous() or not plain(x) or not needs_grad("packed_glu", x):
+    watched = is_dynamo_compiling() or _get_tracing_state() or _top_saved_tensors_default_hooks(True) or not plain(x)
+    leaf = x.is_leaf or (x._is_view() and x._base.is_leaf)
+    if watched or leaf or not x.is_contiguous() or not needs_grad("packed_glu", x):
         return packed_glu(x, activation)
     return InPlaceFunction.apply(x, activation)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 (as torch names it)
 from torch import nn
 
 from ..ops.geglu import geglu
-from ..ops.packed_glu import packed_glu_in_place
+from ..ops.packed_glu import packed_glu
 from ..ops.relu_squared import relu_squared
 from ..ops.swiglu import swiglu
 from . import _probe as probe
@@ -42,9 +42,9 @@ OPERATORS = {
 
 
 def operator_of(kind, act):
-    """The operator's name, None where there is none, and what it makes of what the first layers give to nobody else."""
+    """The operator's name, which is None where there is none, and what it makes of that which the first layers give."""
     name, operator = OPERATORS.get((kind != "2 linears", act), (None, None))
-    return name, (lambda h: packed_glu_in_place(h, act)) if kind == "gate_up" else of_halves(kind, operator)
+    return name, (lambda h: packed_glu(h, act)) if kind == "gate_up" else of_halves(kind, operator)
 
 
 def of_halves(kind, function):

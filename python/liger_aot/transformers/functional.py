@@ -1,7 +1,7 @@
 """Liger-Kernel's functions by their names and positional arguments: liger_kernel.transformers.functional.
 
-Nothing is computed in place: in_place is accepted, and has no effect. Results have the dtypes that Liger's have: X's, but fp32
-for the losses of linear heads, liger_kl_div and liger_tvd. Targets and teachers get no gradient, as in Liger.
+Nothing here is computed in place: in_place is accepted, and has no effect. Results have the dtypes that Liger's have: X's, but
+fp32 for the losses of linear heads, liger_kl_div and liger_tvd. Targets and teachers get no gradient, as in Liger.
 """
 
 import torch
