@@ -314,10 +314,10 @@ def test_fp16_holds_what_is_small_beside_a_large_class_weight(path, largest):
         class_weights[0] = first
         leaves = [t.detach().clone().requires_grad_() for t in (hidden, weight)]
         linear_cross_entropy(*leaves, target, weight=class_weights, reduction="sum").backward()
-        gradients.append([t.grad.float() for t in leaves])
+        gradients.append(leaves[1].grad[8:].float())  # of classes that are no target, whose probabilities are small
+    got, want = gradients
     # Both round the logits' gradients and their products to eleven bits.
-    for got, want in zip(*gradients, strict=True):
-        assert (got - want).norm() <= 4 * 2**-11 * want.norm()
+    assert (got - want).norm() <= 4 * 2**-11 * want.norm()
 
 
 REFUSED = [
