@@ -109,7 +109,9 @@ def packed_glu_in_place(x, activation="silu"):
     for a leaf, its views, or an x that is not contiguous: there nothing differs.
     """
     check(x, activation)
-    watched = is_dynamo_compiling() or _get_tracing_state() or _top_saved_tensors_default_hooks(True) or not plain(x)
+    if is_dynamo_compiling():
+        return packed_glu(x, activation)
+    watched = _get_tracing_state() or _top_saved_tensors_default_hooks(True) or not plain(x)
     leaf = x.is_leaf or (x._is_view() and x._base.is_leaf)
     if watched or leaf or not x.is_contiguous() or not needs_grad("packed_glu", x):
         return packed_glu(x, activation)
