@@ -14,6 +14,8 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent / "tests"))
 import cases
 import liger
 
+from liger_aot._runtime import kernels
+
 from stub import stubbed
 
 FORWARD_ABOVE_ALLOCATIONS = 9.0  # us
@@ -35,7 +37,7 @@ def measure(rounds, progress):
             except (ImportError, AttributeError) as error:
                 notes[name] = f"not there: {error}"
                 continue
-            calls = ours(case, public, overload) | baselines(name, case)
+            calls = ours(case, public, overload) | baselines(name, case) | launching(case, public)
             if case.forward and (wrong := difference(case, public)):
                 notes[f"{name}: baseline"] = wrong
             if functional and case.liger:
@@ -94,6 +96,37 @@ def baselines(name, case):
         "both, empty": both(case.function(case.forward, case.backward), case.inputs),
         "both, empty operators": both(case.function(*map(registered(name), (case.forward, case.backward))), case.inputs),
     }
+
+
+def launching(case, public):
+    """The empty Function of baselines that launches the operator's kernels besides: what Python around them adds to."""
+    if case.forward is None:
+        return {}
+    with kernels.launched_by(forward := Launches(kernels.launcher)):
+        outputs = case.ours(public, *case.inputs)
+    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+    with kernels.launched_by(backward := Launches(kernels.launcher)):
+        torch.autograd.grad(outputs, [i for i in case.inputs if i.requires_grad], [torch.ones_like(o) for o in outputs])
+    halves = forward.before(case.forward), backward.before(case.backward)
+    return {"both, empty and launches": both(case.function(*halves), case.inputs)}
+
+
+class Launches:
+    """In a launcher's place: keeps what is launched, to do it again."""
+
+    def __init__(self, launcher):
+        self.made, self.multiprocessors = [], launcher.multiprocessors
+
+    def launch(self, name, grid, *args, **constants):
+        self.made.append((getattr(kernels, name), grid, args, constants))
+
+    def before(self, function):
+        def call(*args):
+            for kernel, grid, given, constants in self.made:
+                kernel[grid](*given, **constants)
+            return function(*args)
+
+        return call
 
 
 LIBRARY = torch.library.Library("liger_bench", "DEF")

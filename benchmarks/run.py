@@ -62,8 +62,11 @@ def host_rows(results):
             yield row(name, "forward / Liger's", ratio, "x", host.FORWARD_OF_LIGER, f"Liger {t['forward, Liger']:.1f} us")
         yield row(name, "both", t["both"], "us", note=f"through torch.ops {t['both, torch.ops']:.1f} us")
         if "both, empty" in t:
-            empty, operators = t["both, empty"], t["both"] / t["both, empty operators"]
-            note = f"empty {empty:.1f} us; through torch.ops {t['both, torch.ops'] / empty:.2f} x; {operators:.2f} x operators"
+            empty = t["both, empty"]
+            note = (
+                f"empty {empty:.1f} us; through torch.ops {t['both, torch.ops'] / empty:.2f} x; empty in operators "
+                f"{t['both, empty operators'] / empty:.2f} x, with the launches {t['both, empty and launches'] / empty:.2f} x"
+            )
             yield row(name, "both / empty", t["both"] / empty, "x", host.BOTH_OF_EMPTY, note)
         if "both, Liger" in t:
             ratio = t["both"] / t["both, Liger"]

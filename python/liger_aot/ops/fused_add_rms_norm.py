@@ -42,8 +42,8 @@ def fused_add_rms_norm_fwd(
     else:
         scale, has_weight, dtype = weight.contiguous(), 1, weight.dtype if cast else x.dtype
     s = torch.empty_like(x, memory_format=torch.contiguous_format)
-    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    rstd = number_each(x)
+    y = torch.empty_like(s) if dtype is s.dtype else torch.empty_like(s, dtype=dtype)
+    rstd = number_each(x, rows)
     kernels.fused_add_rms_norm_fwd[(groups,)](
         x, residual, scale, s, y, rstd, x_stride, residual_stride, rows, n, eps, offset, has_weight, cast,
         ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP,

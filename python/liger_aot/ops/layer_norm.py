@@ -56,7 +56,8 @@ def layer_norm_fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: f
     scale = weight.contiguous() if has_weight else bias if has_bias else x
     shift = bias.contiguous() if has_bias else scale
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    mean, rstd = number_each(x), number_each(x)
+    mean = number_each(x, rows)
+    rstd = torch.empty_like(mean)
     kernels.layer_norm_fwd[(groups,)](
         x, scale, shift, y, mean, rstd, stride, rows, n, eps, has_weight, has_bias, ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP
     )

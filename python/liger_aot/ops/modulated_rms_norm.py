@@ -78,7 +78,7 @@ def modulated_rms_norm_fwd(
     shifts, shift_stride, _, _ = (scale, scale_stride, 0, 0) if shift is None else rows_of(shift)
     has_weight, offset = weight is not None, 1.0 if weight is None else offset
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rstd = number_each(x)
+    rstd = number_each(x, rows)
     kernels.modulated_rms_norm_fwd[(rows,)](
         x, weight.contiguous() if has_weight else scale, scale, shifts, y, rstd, stride, scale_stride, shift_stride, each, n,
         eps, offset, has_weight, shift is not None, cast, BLOCK=FORWARD_BLOCK,

@@ -59,7 +59,7 @@ def rms_norm_fwd(x: Tensor, weight: Tensor | None, eps: float, offset: float, ca
     else:
         scale, has_weight, dtype = weight.contiguous(), 1, weight.dtype if cast else x.dtype
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    rstd = number_each(x)
+    rstd = number_each(x, rows)
     kernels.rms_norm_fwd[(groups,)](
         x, scale, y, rstd, stride, rows, n, eps, offset, has_weight, cast, ROWS=ROWS, BLOCK=BLOCK, LOOP=LOOP
     )
