@@ -1,0 +1,120 @@
+"""Liger-Kernel's modules, the names that stand in them, and what its classes are built with."""
+
+import importlib
+from types import SimpleNamespace
+
+import liger_aot.transformers.functional as L  # noqa: N812
+
+# Beyond `__all__`, what stands in Liger's modules of these paths.
+MODULES = {
+    "rms_norm": [
+        "LigerRMSNorm",
+        "LigerRMSNormForGemma",
+        "LigerRMSNormForGemma2",
+        "LigerRMSNormForGemma3",
+        "LigerRMSNormForGemma4",
+        "LigerRMSNormForGlm4",
+        "LigerRMSNormForMuseGlimmer",
+        "LigerRMSNormForMuseGlimmerTextCentered",
+        "LigerRMSNormForOlmo2",
+        "LigerRMSNormForQwen3Next",
+    ],
+    "fused_add_rms_norm": ["LigerFusedAddRMSNorm"],
+    "layer_norm": ["LigerLayerNorm"],
+    "modulated_rms_norm": ["LigerModulatedRMSNorm"],
+    "group_norm": ["LigerGroupNorm"],
+    "dyt": ["LigerDyT"],
+    "relu_squared": ["LigerReLUSquared"],
+    "experimental.embedding": ["LigerEmbedding"],
+    "experimental": ["LigerEmbedding"],
+    "poly_norm": ["LigerPolyNorm"],
+    "softmax": ["LigerSoftmax"],
+    "sparsemax": ["LigerSparsemax"],
+    "mhc": ["LigerMHC"],
+    "multi_token_attention": ["LigerMultiTokenAttention"],
+    "fused_neighborhood_attention": [f"LigerFusedNeighborhoodAttention{part}" for part in ("", "Layer", "Config")],
+    "rope": ["liger_rotary_pos_emb", "liger_rotary_pos_emb_gpt_oss", "liger_rotary_pos_emb_vision"],
+    "qwen2vl_mrope": ["liger_multimodal_rotary_pos_emb"],
+    "llama4_rope": ["liger_llama4_text_rotary_pos_emb", "liger_llama4_vision_rotary_pos_emb"],
+    "swiglu": [
+        "LigerBlockSparseTop2MLP",
+        "LigerExperts",
+        "LigerFalconH1SwiGLUMLP",
+        "LigerHunyuanV1SwiGLUMLP",
+        "LigerPhi3SwiGLUMLP",
+        "LigerQwen3MoeSwiGLUMLP",
+        "LigerSwiGLUMLP",
+        "LigerSwiGLUMLPForMuseGlimmer",
+    ],
+    "geglu": ["LigerGEGLUMLP", "LigerGEGLUMLPForGemma4"],
+    "cross_entropy": ["LigerCrossEntropyLoss"],
+    "mlp": ["LigerFalconH1MLP", "LigerMLP"],
+    "tiled_mlp": ["LigerTiledGEGLUMLP", "LigerTiledSwiGLUMLP", "apply_tiled_mlp"],
+    "kl_div": ["LigerKLDIVLoss"],
+    "jsd": ["LigerJSD"],
+    "fused_linear_jsd": ["LigerFusedLinearJSD"],
+    "fused_linear_kl_div": ["LigerFusedLinearKLDivLoss"],
+    "fused_ce_tvd": ["LigerFusedCETVDLoss"],
+    "grpo_loss": ["fused_selective_log_softmax", "triton_grpo_loss"],
+    "tvd": ["LigerTVDLoss"],
+    "fused_linear_cross_entropy": ["LigerFusedLinearCrossEntropyLoss"],
+    "vocab_parallel_cross_entropy": ["LigerVocabParallelCrossEntropy"],
+    "functional": L.__all__,
+}
+CONFIG = SimpleNamespace(
+    hidden_size=12, intermediate_size=20, hidden_act="silu", mlp_multipliers=(0.5, 2.0), hidden_activation=None
+)
+EXPERTS = SimpleNamespace(hidden_size=8, intermediate_size=20, moe_intermediate_size=12, hidden_act="silu", num_experts=3)
+BUILD = {
+    "LigerRMSNorm": (12,),
+    "LigerRMSNormForGemma": (12,),
+    "LigerRMSNormForGemma2": (12,),
+    "LigerRMSNormForGemma3": (12,),
+    "LigerRMSNormForGemma4": (12,),
+    "LigerRMSNormForGlm4": (12,),
+    "LigerRMSNormForMuseGlimmer": (12,),
+    "LigerRMSNormForMuseGlimmerTextCentered": (12,),
+    "LigerRMSNormForOlmo2": (12,),
+    "LigerRMSNormForQwen3Next": (12,),
+    "LigerFusedAddRMSNorm": (12,),
+    "LigerLayerNorm": (12,),
+    "LigerModulatedRMSNorm": (12,),
+    "LigerGroupNorm": (12, 3),
+    "LigerDyT": (12,),
+    "LigerReLUSquared": (),
+    "LigerPolyNorm": (),
+    "LigerEmbedding": (9, 12, 2),
+    "LigerSoftmax": (),
+    "LigerSparsemax": (),
+    "LigerMultiTokenAttention": (4, 6, 3),
+    "LigerFusedNeighborhoodAttention": (12, 3),
+    "LigerFusedNeighborhoodAttentionLayer": (12, 3),
+    "LigerBlockSparseTop2MLP": (CONFIG,),
+    "LigerExperts": (EXPERTS,),
+    "LigerFalconH1SwiGLUMLP": (CONFIG,),
+    "LigerHunyuanV1SwiGLUMLP": (CONFIG, 1),
+    "LigerPhi3SwiGLUMLP": (CONFIG,),
+    "LigerQwen3MoeSwiGLUMLP": (CONFIG, 16),
+    "LigerSwiGLUMLP": (CONFIG,),
+    "LigerSwiGLUMLPForMuseGlimmer": (CONFIG,),
+    "LigerGEGLUMLP": (CONFIG,),
+    "LigerGEGLUMLPForGemma4": (CONFIG,),
+    "LigerMLP": (CONFIG,),
+    "LigerFalconH1MLP": (CONFIG,),
+    "LigerTiledSwiGLUMLP": (CONFIG, 3),
+    "LigerTiledGEGLUMLP": (SimpleNamespace(hidden_size=12, intermediate_size=20, hidden_act="gelu_new"), 3),
+    "LigerCrossEntropyLoss": (),
+    "LigerFusedLinearCrossEntropyLoss": (),
+    "LigerKLDIVLoss": (),
+    "LigerJSD": (),
+    "LigerFusedLinearJSD": (),
+    "LigerFusedLinearKLDivLoss": (),
+    "LigerFusedCETVDLoss": (),
+    "LigerTVDLoss": (),
+    "LigerVocabParallelCrossEntropy": (),
+}
+
+
+def build(name, *arguments, **options):
+    module = next(m for m, found in MODULES.items() if name in found)
+    return getattr(importlib.import_module(f"liger_aot.transformers.{module}"), name)(*(arguments or BUILD[name]), **options)
