@@ -99,3 +99,10 @@ def path(request):
     else:
         with _jit.interpreted() as launcher:
             yield launcher
+
+
+@pytest.fixture
+def no_flavour(monkeypatch):
+    """Nothing outside asks for a flavour or architectures."""
+    for name in ("LIGER_AOT_CUDA", "LIGER_AOT_ARCHS"):
+        monkeypatch.delenv(name, raising=False)

@@ -19,9 +19,9 @@ from liger_aot import _build
 from liger_aot import _runtime
 from liger_aot import _verify
 
+from repository import ROOT
+from repository import tool
 from stub import machinery
-from test_wheels import ROOT
-from test_wheels import tool
 
 SOURCES = pathlib.Path(liger_aot.__file__).parent / "_triton"
 ARCHS = pytest.mark.parametrize("arch", _runtime.pack_paths())

@@ -21,8 +21,8 @@ from liger_aot import _op
 from liger_aot import export
 
 from examples import EXAMPLES
-from test_wheels import ROOT
-from test_wheels import tool
+from repository import ROOT
+from repository import tool
 from tiny import batch
 from tiny import build
 

@@ -11,9 +11,9 @@ import torch
 from liger_aot import _op
 from liger_aot import _runtime
 
+from repository import ROOT
 from stub import Launcher
 from stub import Stub
-from test_wheels import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 import devices
