@@ -12,6 +12,7 @@ from tiny import VOCABULARY
 from tiny import batch
 from tiny import build
 from tiny import check_equal
+from tiny import check_identical
 from tiny import operators
 from tiny import step
 
@@ -74,3 +75,9 @@ def check_runs_bound(model, plain):
         check_equal(step(model, **batch()), plain)
     assert set(seen) >= LAYERS
     assert "linear_cross_entropy_fwd" in seen
+
+
+def check_runs_plain(model, plain):
+    with operators() as seen:
+        check_identical(step(model, **batch()), plain)
+    assert not seen

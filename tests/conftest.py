@@ -106,3 +106,21 @@ def no_flavour(monkeypatch):
     """Nothing outside asks for a flavour or architectures."""
     for name in ("LIGER_AOT_CUDA", "LIGER_AOT_ARCHS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def model():
+    """A small Llama in training."""
+    from tiny import build  # here, as most tests do without transformers, which takes seconds to import
+
+    return build()
+
+
+@pytest.fixture
+def plain():
+    """What a step of the model gives, and a change of it would give, that nobody has bound."""
+    from tiny import batch
+    from tiny import build
+    from tiny import step
+
+    return step(build(), **batch())

@@ -21,11 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:While compiling, we found certai
 ONE = {"num_hidden_layers": 1}
 
 
-@pytest.fixture
-def model():
-    return build()
-
-
 POINTWISE = {"swiglu_fwd", "swiglu_bwd", "rope_fwd", "rope_bwd"}
 
 

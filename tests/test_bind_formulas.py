@@ -28,11 +28,6 @@ from tiny import operators
 from tiny import step
 
 
-@pytest.fixture
-def model():
-    return build()
-
-
 def classes(model):
     return [type(m) for m in model.modules()]
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (as torch names it)
 
 import liger_aot
+from liger_aot.bind import _lazy
 
 from binding import flat
 from binding import made
@@ -375,3 +376,15 @@ def test_logits_keep_their_dtype_under_autocast(family):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             model(**batch())
     assert seen[0] == seen[1]
+
+
+def test_logits_are_asked_for_by_the_lazy_class_alone(model, monkeypatch, plain):
+    """What the other tests take for granted: with labels, in training, the logits are never computed."""
+    monkeypatch.setattr(_lazy.LazyLogits, "compute", lambda *args, **kwargs: pytest.fail("logits were computed"))
+    liger_aot.bind(model)
+    check_equal(step(model, **batch()), plain)
+    liger_aot.unbind(model)
+    with_loss(model, lambda logits, labels, **_: F.relu(logits).sum())
+    liger_aot.bind(model)
+    with pytest.raises(pytest.fail.Exception):
+        model(**batch())
