@@ -275,15 +275,15 @@ class Build:
 
     def made(self):
         """What was out of date."""
-        return sorted(re.findall(r"\] ((?:Compiling|Packing) .*)", self.run("ninja", "-C", self.folder)))
+        return sorted(re.findall(r"\] ((?:Compiling|Packing|Generating) .*)", self.run("ninja", "-C", self.folder)))
 
 
 def test_what_changed_is_made_again(tmp_path):
     build = Build(tmp_path)
     build.configure()
     everything = [f"{verb} for sm_{arch}" for verb in ("Compiling a", "Compiling b") for arch in ("100f", "80")]
-    packs = ["Packing sm_100f", "Packing sm_80"]
-    assert build.made() == everything + packs
+    hashed = ["Generating _build.py", "Packing sm_100f", "Packing sm_80"]
+    assert build.made() == everything + hashed
     assert build.made() == []
     build.run("cmake", "--install", build.folder, "--prefix", tmp_path / "wheel")
     installed = sorted(str(p.relative_to(tmp_path / "wheel/liger_aot")) for p in (tmp_path / "wheel").rglob("*") if p.is_file())
@@ -292,20 +292,21 @@ def test_what_changed_is_made_again(tmp_path):
     assert (tmp_path / "wheel/liger_aot/_build.py").read_text().startswith("contract 1.2 ")
 
     build.write("a.py", "changed")
-    assert build.made() == everything[:2] + packs, "one edge for each architecture"
+    assert build.made() == everything[:2] + hashed, "one edge for each architecture"
     build.write("_math.py", "changed")
-    assert build.made() == everything + packs
+    assert build.made() == everything + hashed
     build.configure()
     assert build.made() == [], "to configure again changes nothing"
     build.write("version.txt", "Triton 2, ptxas 12.9.86")
     build.configure()
-    assert build.made() == everything + packs, "another compiler makes everything again"
+    assert build.made() == everything + hashed[1:], "another compiler makes everything again"
     build.archs = "80"
     build.configure()
     assert build.made() == []
     (build.source / "csrc_triton/b.py").unlink()
-    build.write("a.py", "changed again")
-    assert build.made() == ["Compiling a for sm_80", "Packing sm_80"]
+    assert build.made() == ["Generating _build.py", "Packing sm_80"], "both hold a hash of all sources"
+    (build.source / "csrc_triton/_math.py").rename(build.source / "csrc_triton/_more.py")
+    assert build.made() == ["Generating _build.py", "Packing sm_80"]
 
 
 def test_a_flavour_brings_its_architectures_and_takes_its_assembler_alone(tmp_path):

@@ -397,6 +397,10 @@ BAD = [
         lambda: liger_aot.layer_norm(X, (), W),
         "layer_norm: normalized_shape must be the last dimensions of the input, (4, 8), got ()",
     ),
+    (
+        lambda: liger_aot.rms_norm(X, 8),
+        "rms_norm: normalized_shape must be a tuple or a list of sizes, got 8; pass (8,)",
+    ),
     (lambda: liger_aot.layer_norm(X, (4, 8), X, W), "layer_norm: bias must have shape (4, 8), got (8,)"),
     (lambda: liger_aot.rms_norm(X, (4, 8), W), "rms_norm: weight must have shape (4, 8), got (8,)"),
     (lambda: liger_aot.rope(X, X, X, X, None, 3), "rope: unsqueeze_dim must be 1 or 2, got 3"),

@@ -1,7 +1,9 @@
 """What holds for every operator."""
 
 import importlib
+import inspect
 import pathlib
+import pkgutil
 import re
 
 import pytest
@@ -36,6 +38,15 @@ def test_schemas_are_the_committed_ones():
     """Arguments are only ever appended, keyword-only, with defaults: exported graphs and other people's code hold these."""
     now = sorted(str(getattr(torch.ops.liger, name).default._schema) for name in {*_op.PUBLIC, *_op.BODIES})
     assert SCHEMAS.read_text().splitlines() == now
+
+
+def test_schemas_are_what_torch_infers():
+    names = {*_op.PUBLIC, *_op.BODIES}
+    modules = [importlib.import_module(f"liger_aot.ops.{m.name}") for m in pkgutil.iter_modules(liger_aot.ops.__path__)]
+    found = {name: inspect.unwrap(f) for module in modules for name, f in vars(module).items() if name in names and callable(f)}
+    assert set(found) == names
+    for name, function in found.items():
+        assert _op.schema(function) == name + torch.library.infer_schema(function, mutates_args=())
 
 
 @OPERATORS

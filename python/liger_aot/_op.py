@@ -44,7 +44,10 @@ TYPES |= {type_ | None: f"{word}?" for type_, word in TYPES.items()}
 
 
 def schema(function):
-    """What torch.library.infer_schema says of a function that changes no argument; for all operators that takes 6 ms longer."""
+    """What torch.library.infer_schema says of an operator's function; to ask that takes 6 ms longer for all of them.
+
+    It knows what functions here have: types for all arguments and the result, which are TYPES or tuples of them.
+    """
     *parameters, (_, result) = function.__annotations__.items()
     names, words = list(function.__annotations__), []
     positional = function.__code__.co_argcount

@@ -205,6 +205,10 @@ def layer_norm(
 
 def _rows(op, input, normalized_shape, **parameters):
     """input and the parameters with the dimensions of normalized_shape, which must be input's last ones, made one."""
+    if isinstance(normalized_shape, int):
+        raise ValueError(
+            f"{op}: normalized_shape must be a tuple or a list of sizes, got {normalized_shape}; pass ({normalized_shape},)"
+        )
     shape, count = tuple(normalized_shape), len(normalized_shape)
     if not count or input.shape[-count:] != shape:
         raise ValueError(f"{op}: normalized_shape must be the last dimensions of the input, {tuple(input.shape)}, got {shape}")

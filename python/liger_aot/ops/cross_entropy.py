@@ -301,9 +301,10 @@ def cross_entropy(
 
     input is (C,) or (N, C, ...), target the class indices () or (N, ...), or probabilities of input's shape, for which plain
     torch is used. Arithmetic is fp32; the loss has input's dtype, fp32 under autocast, or loss_dtype. The mean of the z-loss is
-    over the targets that are not ignored, without their weights. An input of more than two dimensions is copied, unless its
-    classes lie side by side. A target out of range is a ValueError on CPU; on CUDA that row's loss and gradient are NaN, unless
-    LIGER_AOT_CHECK=1 was in the environment at import. Raises ValueError on wrong shapes, devices, dtypes and options.
+    over the targets that are not ignored, without their weights; that of the rest is infinite or NaN where all weights are 0.
+    An input of more than two dimensions is copied, unless its classes lie side by side. A target out of range is a ValueError
+    on CPU; on CUDA that row's loss and gradient are NaN, unless LIGER_AOT_CHECK=1 was in the environment at import. Raises
+    ValueError on wrong shapes, devices, dtypes and options.
     """
     options = ignore_index, label_smoothing, softcap, lse_square_scale
     return run("cross_entropy", input, target, weight, options, reduction, loss_dtype, False)[0]
