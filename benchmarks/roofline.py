@@ -14,6 +14,7 @@ import statistics
 
 import devices
 import launches
+import operators
 import sass
 import show
 
@@ -180,7 +181,7 @@ class Model:
     def bare_matmuls(self, sizes, dtype):
         """The three products of a linear loss over all rows at once, and nothing else."""
         rows, width, classes = sizes["tokens"], sizes["hidden"], sizes["vocabulary"]
-        t = launches.DTYPES[dtype]
+        t = operators.DTYPES[dtype]
         shapes = [(rows, classes, width), (rows, width, classes), (classes, width, rows)]
         records = [
             launches.Launch("mm", (m * k + k * n) * t.itemsize, m * n * t.itemsize, matmul=(m, n, k, t)) for m, n, k in shapes
@@ -246,7 +247,7 @@ def sizes_of(operator):
 
 
 def cases():
-    for operator in launches.OPERATORS:
+    for operator in operators.OPERATORS:
         yield from ((operator, "bfloat16", sizes) for sizes in sizes_of(operator))
 
 

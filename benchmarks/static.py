@@ -11,8 +11,10 @@ import pathlib
 
 import devices
 import launches
+import operators
 import sass
 import show
+import traffic
 
 from liger_aot import _runtime
 
@@ -26,10 +28,10 @@ SPILLS, NARROWED, FEW_WARPS, MOVES, CALLS, DECLARED = 100, 50, 20, 10, 5, 1
 def ratios(pack):
     """{(kernel, LOOP, dtype of its first tensor): bytes moved / the least, each tensor once}, of nominal calls."""
     found = {}
-    for operator in launches.OPERATORS:
+    for operator in operators.OPERATORS:
         # What takes a loop: half of a head of 512 columns, a row of 4096 scores.
         for tokens, hidden, head in ((1024, 1024, 128), (4096, 16384, 512)):
-            for dtype in launches.DTYPES:
+            for dtype in operators.DTYPES:
                 sizes = {"tokens": tokens, "hidden": hidden, "vocabulary": 32768, "head": head}
                 for made in launches.trace(operator, sizes, dtype, pack, 132).values():
                     for x in made.launches:
@@ -40,7 +42,7 @@ def ratios(pack):
 
 def ratio(moved, kernel, variant):
     """Of `moved`, which ratios gives; 1 for a kernel that moves nothing again, and that no nominal call launches so."""
-    return 1.0 if launches.KERNELS[kernel].again is launches.never else moved[kernel, loops(variant), variant.dtypes[0]]
+    return 1.0 if traffic.KERNELS[kernel].again is traffic.never else moved[kernel, loops(variant), variant.dtypes[0]]
 
 
 def loops(variant):

@@ -18,12 +18,14 @@ from stub import Stub
 sys.path.append(str(ROOT / "benchmarks"))
 import devices
 import launches
+import operators
 import pictures
 import proposals
 import roofline
 import sass
 import show
 import static
+import traffic
 
 ARCH = "90"
 SIZES = {"tokens": 4096, "hidden": 4096, "vocabulary": 128256}
@@ -138,7 +140,7 @@ def test_an_unknown_instruction_is_named():
 def test_the_model_knows_the_loops_of_every_kernel(arch):
     """Of each kernel the first and last variant, which differ in LOOP and alignment."""
     pack = _runtime.open_pack(_runtime.pack_paths()[arch])
-    every = [of for kernel in launches.KERNELS for of in list(variants(pack, kernel))[:: len(pack.table(kernel)) - 1]]
+    every = [of for kernel in traffic.KERNELS for of in list(variants(pack, kernel))[:: len(pack.table(kernel)) - 1]]
     codes = sass.disassemble(pack, every)
     for kernel, v in every:
         sizes = {
@@ -159,7 +161,7 @@ def test_the_model_knows_the_loops_of_every_kernel(arch):
             "k": 5,
             "dilation": 1,
         }
-        trips = launches.KERNELS[kernel].trips(sizes | v.constants | {"aligned": v.aligned})
+        trips = traffic.KERNELS[kernel].trips(sizes | v.constants | {"aligned": v.aligned})
         assert len(codes[v.cubin].loops) == len(trips), v.cubin
         assert codes[v.cubin].classes
 
@@ -169,7 +171,7 @@ def test_the_model_knows_the_loops_of_every_kernel(arch):
 
 def test_the_report_knows_what_every_variant_moves(pack):
     moved = static.ratios(pack)
-    assert all(static.ratio(moved, kernel, v) >= 1 for kernel in launches.KERNELS for v in pack.table(kernel).values())
+    assert all(static.ratio(moved, kernel, v) >= 1 for kernel in traffic.KERNELS for v in pack.table(kernel).values())
 
 
 def test_report_puts_the_suspicious_first(capsys):
@@ -211,10 +213,10 @@ def test_findings(change, finding):
 
 
 def test_every_operator_and_kernel_is_known(pack):
-    """A new one needs an entry in benchmarks/launches.py."""
-    assert sorted(launches.OPERATORS) == sorted(_op.PUBLIC)
-    assert sorted(launches.KERNELS) == sorted(pack.manifest["kernels"])
-    for kernel, known in launches.KERNELS.items():
+    """A new one needs an entry in benchmarks/operators.py or benchmarks/traffic.py."""
+    assert sorted(operators.OPERATORS) == sorted(_op.PUBLIC)
+    assert sorted(traffic.KERNELS) == sorted(pack.manifest["kernels"])
+    for kernel, known in traffic.KERNELS.items():
         assert set(known.writes) <= {name for name, type_ in pack.parameters(kernel) if type_.startswith("*")}
 
 
@@ -227,7 +229,7 @@ def test_the_unknown_is_named(pack):
 
 def on_cpu(operator, sizes, dtype):
     """What a stub in the place of the driver sees of the same calls: [(kernel, programs, cubin)], forward and backward."""
-    function, shapes = launches.OPERATORS[operator](sizes, dtype)
+    function, shapes = operators.OPERATORS[operator](sizes, dtype)
     inputs = [real(s) if isinstance(s, torch.Tensor) else s for s in shapes]
     stub = Stub()
     with _runtime.kernels.launched_by(Launcher(stub)), _op.on_cpu():
