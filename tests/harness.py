@@ -5,6 +5,7 @@ dtype: the least error that a kernel that computes in float32 can make. That is 
 few points beside them: at one point alone, on one CPU, a few roundings may all be lucky.
 """
 
+import functools
 import io
 import itertools
 
@@ -24,16 +25,16 @@ def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0, se
     rounding the results carry, where that is more than their own: a difference of two, of which few may be exact by luck.
     `seen` is a list that gets (error, allowed) of all that was held.
     """
-    points, found = itertools.chain([inputs], beside(inputs)), []
+    points, found, drawn = itertools.chain([inputs], beside(inputs)), [], functools.cache(upstream)
 
     def truth(n):
         while len(found) <= n:
             point = next(points)
-            found.append([run(reference, point, dtype) for dtype in (torch.float64, torch.float32)])
+            found.append([run(reference, point, dtype, drawn) for dtype in (torch.float64, torch.float32)])
         return found[n]
 
     exact = truth(0)[0]
-    for name, got in (results := run(function, inputs)).items():
+    for name, got in (results := run(function, inputs, drawn=drawn)).items():
         assert got is not None, f"{name}: missing"
         assert got.shape == exact[name].shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact[name].shape)}"
         # A result that float32 hits exactly leaves no allowance: one unit in the last place of its largest number.
@@ -65,10 +66,11 @@ def misrounded(got, exact):
 
 def beside(inputs):
     """Inputs that differ from these by up to 2^-12 of each number: of the same conditions, with other roundings."""
-    generator = torch.Generator().manual_seed(1)
+    device = next(i.device for i in inputs if isinstance(i, Tensor))
+    generator = torch.Generator(device).manual_seed(1)
     for _ in range(BESIDE):
         yield [
-            i * (1 + 2**-12 * (2 * torch.rand(i.shape, generator=generator).to(i.device) - 1)) if is_float(i) else i
+            i * (1 + 2**-12 * (2 * torch.rand(i.shape, generator=generator, device=device) - 1)) if is_float(i) else i
             for i in inputs
         ]
 
@@ -80,15 +82,20 @@ class fixed:  # noqa: N801 (a marker, read like a word)
         self.tensor = tensor
 
 
-def run(function, inputs, dtype=None):
+def upstream(shapes, dtype, device):
+    """Gradients of results: the same numbers each time, drawn where they are used."""
+    generator = torch.Generator(device).manual_seed(1)
+    return [torch.randn(shape, generator=generator, device=device).to(dtype) for shape in shapes]
+
+
+def run(function, inputs, dtype=None, drawn=upstream):
     """The outputs of function and the gradient of each floating input, computed in dtype (default: as they come)."""
     lowest = next(i.dtype for i in inputs if isinstance(i, Tensor))
     leaves = [leaf(i, dtype) for i in inputs]
     out = function(*leaves)
     outs = out if isinstance(out, tuple) else (out,)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(o.shape, generator=generator).to(lowest).to(o.device, o.dtype) for o in outs]
-    pairs = [(o, u) for o, u in zip(outs, upstream, strict=True) if o.requires_grad]
+    gradients = drawn(tuple(o.shape for o in outs), lowest, outs[0].device)
+    pairs = [(o, g.to(o.dtype, copy=True)) for o, g in zip(outs, gradients, strict=True) if o.requires_grad]
     torch.autograd.backward(*zip(*pairs, strict=True))
     outputs = {f"output {n}": o.detach() for n, o in enumerate(outs)}
     return outputs | {f"gradient {n}": x.grad for n, (i, x) in enumerate(zip(inputs, leaves, strict=True)) if is_float(i)}

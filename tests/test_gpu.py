@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -22,6 +23,7 @@ from liger_aot import _op
 from liger_aot import _runtime
 
 import examples
+import harness
 from calls import CALLS
 from calls import few
 from examples import EXAMPLES
@@ -109,7 +111,7 @@ def test_every_shipped_variant_is_reached(dry):
 def test_everything_planned_was_done(dry):
     _, content = dry
     assert numerics.HELD.keys() == CALLS.keys() == set(_op.PUBLIC)
-    assert [row["operator"] for row in content["correctness"]["numerics"]] == list(numerics.HELD)
+    assert {(row["rows"], row["operator"]) for row in content["correctness"]["numerics"]} == {("few", o) for o in numerics.HELD}
     assert all(row["calls"] > 20 and not row["failed"] and 0 < row["worst"] <= 1 for row in content["correctness"]["numerics"])
     checks = {f"{c['check']}: {c['subject']}" for c in content["correctness"]["checks"]}
     assert checks | {c["case"] for c in content["cut"]} >= {behaviour.named(*c) for c in behaviour.CHECKS}
@@ -157,7 +159,7 @@ def test_what_no_time_was_left_for_is_listed(tmp_path):
     content = json.loads(out.read_text())
     assert done.returncode == 0
     assert not content["speed"]
-    assert {c["case"] for c in content["cut"] if c["why"] == "no time was left"} >= {"rms_norm", "cuda_graph: rope"}
+    assert {c["case"] for c in content["cut"] if c["why"] == "no time was left"} >= {"few rms_norm", "cuda_graph: rope"}
     assert len(content["cut"]) == sum(len(run.listed(part)) for part in run.PARTS)
     assert content["budget"]["seconds"] == 0
 
@@ -202,6 +204,38 @@ def test_a_process_that_dies_takes_one_job_with_it(record, monkeypatch):
     assert asked == [list("abcde"), list("cde"), list("de")]
     assert [f["case"] for f in record.content["failures"]] == ["b", "c"]
     assert "status -11: Segmentation fault" in record.content["failures"][0]["message"]
+
+
+def test_processes_side_by_side_do_every_job_once(record, monkeypatch):
+    """And their counts of launches are added up."""
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 16)
+    together, done = threading.Barrier(run.LANES["numerics"], timeout=60), []
+
+    def child(record, part, jobs, *_):
+        together.wait()  # ends only if all lanes are here at once
+        done.extend(jobs)
+        return {"finished": jobs, "variants": {"launches": dict.fromkeys(jobs, 1) | {"shared": 1}}}, 0, ""
+
+    monkeypatch.setattr(run, "run_child", child)
+    jobs = [str(n) for n in range(20)]
+    with record.part("numerics", 0.5):
+        run.run_part(record, "numerics", jobs, False, None)
+    assert sorted(done) == sorted(jobs)
+    assert record.content["correctness"]["variants"]["launches"] == dict.fromkeys(jobs, 1) | {"shared": run.LANES["numerics"]}
+
+
+def test_few_rows_of_all_come_before_many_of_any():
+    jobs = run.listed("numerics")
+    assert [rows for rows, _ in jobs] == ["few"] * len(numerics.HELD) + ["many"] * len(numerics.HELD)
+
+
+def test_calls_that_time_does_not_suffice_for_are_listed(record, monkeypatch):
+    """What came before them counts."""
+    monkeypatch.setattr(record, "left", itertools.chain([1.0, 1.0], itertools.repeat(0.0)).__next__)
+    numerics.numerics(Interpreted(), "few", "swiglu", record, None)
+    (row,) = record.content["correctness"]["numerics"]
+    assert (row["rows"], row["calls"], row["failed"]) == ("few", 2, 0)
+    assert [c["case"] for c in record.content["cut"]] == ["few swiglu: its calls after 2"]
 
 
 def test_a_process_that_is_late_is_cut(record, monkeypatch):
@@ -342,7 +376,7 @@ def test_a_bound_model_as_on_a_gpu(monkeypatch):
 
 
 def test_wrong_numbers_are_failures(record, monkeypatch):
-    numerics.numerics(Interpreted(), "swiglu", record, None)
+    numerics.numerics(Interpreted(), "few", "swiglu", record, None)
     held = numerics.HELD["swiglu"]
 
     def wrong(*arguments, **options):
@@ -350,13 +384,21 @@ def test_wrong_numbers_are_failures(record, monkeypatch):
         return lambda *a: 1.02 * function(*a), formula, inputs, how
 
     monkeypatch.setitem(numerics.HELD, "swiglu", wrong)
-    numerics.numerics(Interpreted(), "swiglu", record, None)
+    numerics.numerics(Interpreted(), "few", "swiglu", record, None)
     right, bad = record.content["correctness"]["numerics"]
     count = len(list(CALLS["swiglu"](few)))
     assert (right["calls"], right["failed"], bad["failed"]) == (count, 0, count)
     assert right["worst"] < 1 < bad["worst"]
     assert len(record.content["failures"]) == count
     assert "error" in record.content["failures"][0]["message"]
+
+
+def test_the_upstream_gradient_is_drawn_once_for_all_that_is_compared(monkeypatch):
+    """Of results as large as a GPU's, drawing it anew for each dtype takes longer than all that is computed."""
+    x, draw, drawn = torch.randn(5, 64).bfloat16(), torch.randn, []
+    monkeypatch.setattr(torch, "randn", lambda *shape, **where: drawn.append(where["device"]) or draw(*shape, **where))
+    harness.check(lambda x: x.float().exp().to(x.dtype), torch.exp, x)
+    assert drawn == [x.device]
 
 
 class Clocked(Dry):
@@ -404,12 +446,12 @@ class InPlace(Clocked):
 def test_a_child_that_is_no_dry_run(tmp_path, monkeypatch):
     """From task to file, as for a GPU: times, counts, differences are there, and Liger, which needs one, is cut."""
     monkeypatch.setattr(machine, "Gpu", InPlace)
-    monkeypatch.setattr(numerics, "many", few)
+    monkeypatch.setitem(numerics.ROWS, "many", few)
     monkeypatch.setattr(numerics, "pack_of", lambda _: _runtime.open_pack(_runtime.pack_paths()["90"]))
     monkeypatch.setattr(timing, "copying", lambda *_: {"value": 100.0})
     monkeypatch.setattr(timing, "multiplying", lambda *_: {"value": 1.0})
     jobs = {
-        "numerics": ["swiglu"],
+        "numerics": [["few", "swiglu"], ["many", "swiglu"]],
         "behaviour": ["autocast: linear_logprob"],
         "speed": [["swiglu", {"tokens": 8, "hidden": 64}], [run.HOST, "swiglu"]],
     }
@@ -422,7 +464,8 @@ def test_a_child_that_is_no_dry_run(tmp_path, monkeypatch):
         assert content["failures"] == []
         assert content["gpu"] == {"name": "none"}
         if part == "numerics":
-            assert content["correctness"]["numerics"][0]["calls"] == 2 * len(list(CALLS["swiglu"](few)))
+            count = len(list(CALLS["swiglu"](few)))
+            assert [(r["rows"], r["calls"]) for r in content["correctness"]["numerics"]] == [("few", count), ("many", count)]
         elif part == "behaviour":
             assert content["correctness"]["checks"][0]["ok"] is True
         else:

@@ -360,6 +360,11 @@ HELD |= {name: divergence(name) for name in ("kl_div", "jsd", "tvd")} | {"linear
 HELD |= {f.__name__: f for f in (linear_kl_div, cross_entropy_tvd, vocab_parallel_cross_entropy)}
 
 
+ROWS = {"few": few, "many": many}
+# In the order of their importance: few rows reach every variant that is built.
+JOBS = [(rows, operator) for rows in ROWS for operator in HELD]
+
+
 def calls(machine, operator, rows):
     """The operator's calls, with tensors on the machine's device."""
     made = CALLS[operator](rows)
@@ -382,32 +387,34 @@ def words(arguments, options):
     return ", ".join([*tensors, *given])
 
 
-def numerics(machine, operator, record, launcher):
-    """Hold every call of one operator."""
-    row = {"operator": operator, "calls": 0, "failed": 0, "worst": 0.0, "of": None}
+def numerics(machine, rows, operator, record, launcher):
+    """Hold every call of one operator, for as long as there is time."""
+    row = {"operator": operator, "rows": rows, "calls": 0, "failed": 0, "worst": 0.0, "of": None}
     record.content["correctness"]["numerics"].append(row)
     function = HELD[operator]
-    for rows in (few,) if machine.dry else (few, many):
-        for arguments, options in calls(machine, operator, rows):
-            row["calls"] += 1
-            text, seen = words(arguments, options), []
-            with record.trying(f"{operator}: {text}") as outcome:
-                call, formula, inputs, how = function(*arguments, **options)
-                inputs = [i.detach() if isinstance(i, torch.Tensor) else i for i in inputs]
-                with poisoned():
-                    if machine.computes:
-                        with machine.launching(launcher):
-                            check(call, formula, *inputs, seen=seen, **how)
-                    else:
-                        if (row["calls"] - 1) % HELD_IN_A_DRY_RUN == 0:
-                            check(call, formula, *inputs, seen=seen, **how)
-                        launch(machine, launcher, operator, arguments, options)
-            row["failed"] += not outcome["ok"]
-            worst = max((error / allowed for error, allowed in seen if error), default=0.0)
-            if worst > row["worst"]:
-                row |= {"worst": worst, "of": text}
-            if not machine.alive():
-                return
+    for arguments, options in calls(machine, operator, ROWS[rows]):
+        if record.left() <= 0:
+            record.cut(f"{rows} {operator}: its calls after {row['calls']}")
+            return
+        row["calls"] += 1
+        text, seen = words(arguments, options), []
+        with record.trying(f"{operator}: {text}") as outcome:
+            call, formula, inputs, how = function(*arguments, **options)
+            inputs = [i.detach() if isinstance(i, torch.Tensor) else i for i in inputs]
+            with poisoned():
+                if machine.computes:
+                    with machine.launching(launcher):
+                        check(call, formula, *inputs, seen=seen, **how)
+                else:
+                    if (row["calls"] - 1) % HELD_IN_A_DRY_RUN == 0:
+                        check(call, formula, *inputs, seen=seen, **how)
+                    launch(machine, launcher, operator, arguments, options)
+        row["failed"] += not outcome["ok"]
+        worst = max((error / allowed for error, allowed in seen if error), default=0.0)
+        if worst > row["worst"]:
+            row |= {"worst": worst, "of": text}
+        if not machine.alive():
+            return
 
 
 def launch(machine, launcher, operator, arguments, options):
