@@ -113,9 +113,10 @@ def test_everything_planned_was_done(dry):
     assert numerics.HELD.keys() == CALLS.keys() == set(_op.PUBLIC)
     assert {(row["rows"], row["operator"]) for row in content["correctness"]["numerics"]} == {("few", o) for o in numerics.HELD}
     assert all(row["calls"] > 20 and not row["failed"] and 0 < row["worst"] <= 1 for row in content["correctness"]["numerics"])
+    planned = behaviour.CHECKS + behaviour.PROGRAMS
     checks = {f"{c['check']}: {c['subject']}" for c in content["correctness"]["checks"]}
-    assert checks | {c["case"] for c in content["cut"]} >= {behaviour.named(*c) for c in behaviour.CHECKS}
-    assert {c for c, _ in behaviour.CHECKS} == {getattr(behaviour, c["check"]) for c in content["correctness"]["checks"]}
+    assert checks | {c["case"] for c in content["cut"]} >= {behaviour.named(*c) for c in planned}
+    assert {c for c, _ in planned} == {getattr(behaviour, c["check"]) for c in content["correctness"]["checks"]}
     timed = {(row["operator"], json.dumps(row["stands_for"])) for row in content["speed"]}
     assert timed == {(operator, json.dumps(sizes)) for operator, sizes in cases.plan()}
     for operator in cases.BUILD:
@@ -224,6 +225,15 @@ def test_processes_side_by_side_do_every_job_once(record, monkeypatch):
     assert record.content["correctness"]["variants"]["launches"] == dict.fromkeys(jobs, 1) | {"shared": run.LANES["numerics"]}
 
 
+def test_what_compiles_keeps_nothing_else_waiting():
+    """The checks of large tensors, of autocast and of models are of another part; packages are the last."""
+    alone, beside = ([name.partition(":")[0] for name in run.listed(part)] for part in ("behaviour", "programs"))
+    assert set(alone) >= {"beyond_31_bits", "autocast", "bound_model"}
+    assert not set(alone) & set(beside)
+    assert list(dict.fromkeys(beside)) == ["from_a_cpu", "opcheck", "compiled", "lowered", "package"]
+    assert {"programs", "numerics"} == run.LANES.keys()
+
+
 def test_few_rows_of_all_come_before_many_of_any():
     jobs = run.listed("numerics")
     assert [rows for rows, _ in jobs] == ["few"] * len(numerics.HELD) + ["many"] * len(numerics.HELD)
@@ -310,7 +320,7 @@ HELD_BY_BITS = [
     *((behaviour.in_place, activation) for activation in ("silu", "gelu")),
     *((behaviour.beyond_31_bits, name) for name in behaviour.ROW_WISE),
     *((behaviour.autocast, name) for name in behaviour.LINEAR),
-    *((behaviour.from_a_cpu, name) for name in ("rms_norm", "cross_entropy_stats", "linear_jsd")),
+    *((behaviour.from_a_cpu, name) for name in (behaviour.ONE, behaviour.ALL)),
 ]
 
 
@@ -345,7 +355,7 @@ def on_this_device(monkeypatch):
         monkeypatch.setattr(behaviour, name, lambda path, inputs: torch.export.load(path).module()(*inputs))
 
 
-@pytest.mark.parametrize("subject", ["rms_norm", behaviour.ALL])
+@pytest.mark.parametrize("subject", [behaviour.ONE, behaviour.ALL])
 @pytest.mark.parametrize("check", [behaviour.package, behaviour.lowered])
 def test_what_packages_give_is_what_eager_execution_gives(on_this_device, monkeypatch, check, subject):
     assert check(Exact(), subject).endswith(" MB")

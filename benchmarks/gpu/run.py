@@ -22,13 +22,14 @@ if __name__ == "__main__":  # this folder's modules are the package gpu: some ha
 LOST = 3  # a child's exit status where the device no longer answers
 # part -> (the half that it is of, its share of the time); each runs in processes of its own, the fresh parts one for each job.
 PARTS = {
-    "numerics": ("correctness", 100),
-    "behaviour": ("correctness", 75),
-    "speed": ("speed", 195),
-    "stack": ("speed", 140),
+    "numerics": ("correctness", 90),
+    "behaviour": ("correctness", 60),
+    "programs": ("correctness", 90),
+    "speed": ("speed", 240),
+    "stack": ("speed", 200),
     "first call": ("speed", 50),
 }
-LANES = {"numerics": 6}  # processes at once, of parts that measure no time, at most one to two processors
+LANES = {"numerics": 6, "programs": 6}  # processes at once, of parts that measure no time, at most one to two processors
 FRESH = {"stack": slice(1, 2), "first call": slice(1)}  # and which a dry run tries
 HOST = "host time"
 SECONDS, ENDLESS = 560.0, 86400.0
@@ -105,10 +106,10 @@ def listed(part):
         from gpu import numerics
 
         return list(map(list, numerics.JOBS))
-    if part == "behaviour":
+    if part in ("behaviour", "programs"):
         from gpu import behaviour
 
-        return [behaviour.named(*c) for c in behaviour.CHECKS]
+        return [behaviour.named(*c) for c in (behaviour.CHECKS if part == "behaviour" else behaviour.PROGRAMS)]
     from gpu import cases
 
     names = [operator for operator, _ in cases.FIRST if operator != "linear_logprob"]
@@ -128,7 +129,7 @@ def tried_dry(part, jobs):
         tried = jobs[FRESH[part]]
     elif part == "numerics":
         tried = [job for job in jobs if job[0] == "few"]
-    elif part == "behaviour":
+    elif part in ("behaviour", "programs"):
         from gpu import behaviour
 
         costly = [[n for n in jobs if n.startswith(f"{check.__name__}: ")] for check in behaviour.COSTLY]
@@ -293,7 +294,7 @@ def child(task, out):
 
     machine = Dry() if dry else Gpu()
     record.content["gpu"] = machine.found()
-    work = {"numerics": numerics, "behaviour": behaviour, "speed": speed}[part](machine, record)
+    work = {"numerics": numerics, "behaviour": behaviour, "programs": behaviour, "speed": speed}[part](machine, record)
     for job in jobs:
         if record.left() <= 0:
             record.cut(words(job))
@@ -336,7 +337,7 @@ def behaviour(machine, record):
     from gpu import behaviour
 
     torch.manual_seed(0)
-    checks = {behaviour.named(*c): c for c in behaviour.CHECKS}
+    checks = {behaviour.named(*c): c for c in (*behaviour.CHECKS, *behaviour.PROGRAMS)}
 
     def work(name):
         check, subject = checks[name]
