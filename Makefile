@@ -113,14 +113,16 @@ carry: $(PIP)
 	git describe --always --dirty --abbrev=40 --exclude '*' > $(CARRY)/commit
 	ls -l $(CARRY)
 
-# All that needs a GPU, within ten minutes. Nothing is fetched: torch and transformers are those that PYTHON has.
+# All that needs a GPU, within ten minutes or GPU_SECONDS. Nothing is fetched: torch and transformers are those that PYTHON has.
+GPU_OUT ?= out/gpu.json
+GPU_SECONDS ?=
 ONLY ?=
 gpu:
 	@ls $(CARRY)/liger_aot-*.whl >/dev/null 2>&1 || { echo "make gpu: no wheel of ours in $(CARRY); make carry, with a network"; exit 2; }
 	rm -rf build/gpu
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --target build/gpu $(CARRY)/*.whl
 	PYTHONPATH=build/gpu LIGER_AOT_COMMIT=$$(cat $(CARRY)/commit) \
-		$(PYTHON) benchmarks/gpu/run.py --out out/gpu.json $(if $(ONLY),--only $(ONLY))
+		$(PYTHON) benchmarks/gpu/run.py --out $(GPU_OUT) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS)) $(if $(ONLY),--only $(ONLY))
 
 # What the machine code of all variants says; no GPU takes part.
 static: $(VENV)/ready

@@ -207,6 +207,42 @@ def test_a_process_that_dies_takes_one_job_with_it(record, monkeypatch):
     assert "status -11: Segmentation fault" in record.content["failures"][0]["message"]
 
 
+def test_what_is_found_is_written_as_it_is_found(record, monkeypatch):
+    """What a run that is killed leaves: the whole after the last process, and beside it what the present one found."""
+    command = subprocess.run
+
+    def start(command_line, **options):
+        out = pathlib.Path(command_line[-1])
+        assert [row["us"] for row in written()["speed"]] == list(range(len(starts)))
+        starts.append(out.name)
+        out.write_text(json.dumps({"finished": [f"{len(starts)}"], "speed": [{"us": len(starts) - 1}]}))
+        return command([sys.executable, "-c", ""], **options)
+
+    starts, written = [], lambda: json.loads(record.path.read_text())
+    monkeypatch.setattr(run.subprocess, "run", start)
+    monkeypatch.setitem(run.FRESH, "speed", slice(1))
+    record.write()
+    with record.part("speed", 0.5):
+        run.run_part(record, "speed", ["1", "2", "3"], False, record.path.parent)
+        assert len(written()["speed"]) == 3
+    assert starts == ["record-speed-0.json"] * 3
+    assert [path.name for path in record.path.parent.glob("*.json")] == ["record.json"]
+
+
+def test_make_gpu_takes_another_file_and_another_time():
+    """And ends before ten minutes do."""
+
+    def command(**variables):
+        given = [f"{name}={value}" for name, value in variables.items()]
+        done = subprocess.run(["make", "-n", "gpu", *given], cwd=BENCHMARKS.parent, capture_output=True, text=True)
+        return done.stdout.split("benchmarks/gpu/run.py")[-1].split()
+
+    assert command() == ["--out", "out/gpu.json"]
+    given = command(GPU_OUT="/there/gpu.json", GPU_SECONDS=90, ONLY="speed")
+    assert given == ["--out", "/there/gpu.json", "--seconds", "90", "--only", "speed"]
+    assert run.SECONDS + run.GRACE <= 540
+
+
 def test_processes_side_by_side_do_every_job_once(record, monkeypatch):
     """And their counts of launches are added up."""
     monkeypatch.setattr(run.os, "cpu_count", lambda: 16)

@@ -1,6 +1,6 @@
 """Everything that needs a GPU: what is right, how fast, into one JSON file. README.md beside this says what is in it.
 
-python benchmarks/gpu/run.py [--only correctness|speed] [--out out/gpu.json] [--seconds 560] [--match TEXT] [--dry-run]
+python benchmarks/gpu/run.py [--only correctness|speed] [--out out/gpu.json] [--seconds 520] [--match TEXT] [--dry-run]
 """
 
 import argparse
@@ -32,7 +32,7 @@ PARTS = {
 LANES = {"numerics": 6, "programs": 6}  # processes at once, of parts that measure no time, at most one to two processors
 FRESH = {"stack": slice(1, 2), "first call": slice(1)}  # and which a dry run tries
 HOST = "host time"
-SECONDS, ENDLESS = 560.0, 86400.0
+SECONDS, ENDLESS = 520.0, 86400.0  # with what comes before and after, less than ten minutes
 GRACE = 20  # seconds that a child may take longer than its part, before it is ended
 
 
@@ -42,20 +42,19 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["correctness", "speed"])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/gpu.json"))
-    parser.add_argument("--seconds", type=float, help="that the whole may take: 560, or without end in a dry run")
+    parser.add_argument("--seconds", type=float, help=f"that the whole may take: {SECONDS:.0f}, or without end in a dry run")
     parser.add_argument("--match", default="", help="only jobs whose name holds this")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, over the stub driver; nothing is measured")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
         return child(json.loads(given.child), given.out)
-    if not given.dry_run:
-        expect_device()
     seconds = given.seconds if given.seconds is not None else ENDLESS if given.dry_run else SECONDS
     parts = {name: share for name, (half, share) in PARTS.items() if given.only in (None, half)}
-    record = Record(
-        given.out, dry=given.dry_run, arguments=arguments or sys.argv[1:], environment=environment(), seconds=seconds
-    )
+    record = Record(given.out, dry=given.dry_run, arguments=arguments or sys.argv[1:], environment=None, seconds=seconds)
+    if not given.dry_run:
+        expect_device()
+    record.content["environment"] = environment()  # like the device, it takes seconds of the time there is
     with tempfile.TemporaryDirectory() as caches:
         for place, (name, share) in enumerate(parts.items()):
             with record.part(name, share / sum([*parts.values()][place:])):  # what one part leaves, those after it have
@@ -143,11 +142,11 @@ def run_part(record, part, jobs, dry, caches):
     """Run the jobs, side by side where that spoils no time."""
     lanes, lock = max(1, min(LANES.get(part, 1), (os.cpu_count() or 1) // 2)), threading.Lock()
     with ThreadPoolExecutor(lanes) as pool:
-        for done in [pool.submit(run_lane, record, part, jobs[n::lanes], dry, caches, lock) for n in range(lanes)]:
+        for done in [pool.submit(run_lane, record, part, jobs[n::lanes], dry, caches, n, lock) for n in range(lanes)]:
             done.result()
 
 
-def run_lane(record, part, jobs, dry, caches, lock):
+def run_lane(record, part, jobs, dry, caches, lane, lock):
     """Run the jobs in children; what one of them kills, it kills alone, and those after it are run by the next."""
     while jobs:
         some = jobs[:1] if part in FRESH else jobs
@@ -155,10 +154,11 @@ def run_lane(record, part, jobs, dry, caches, lock):
             for job in jobs:
                 record.cut(words(job))
             return
-        content, status, errors = run_child(record, part, some, dry, caches)
+        content, status, errors = run_child(record, part, some, dry, caches, lane)
         finished = content["finished"]
         with lock:
             merge(record, content)
+            record.write()
         jobs = jobs[len(finished) :]
         if status != LOST and len(finished) < len(some):
             if status is None:
@@ -168,30 +168,34 @@ def run_lane(record, part, jobs, dry, caches, lock):
             jobs = jobs[1:]
 
 
-def run_child(record, part, jobs, dry, caches):
-    """(what the child wrote, its exit status or None if it was too late, what it said)."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = pathlib.Path(folder, "child.json")
-        task = {"part": part, "jobs": jobs, "dry": dry, "seconds": record.left(), "started": time.time()}
-        command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child", json.dumps(task), "--out", str(out)]
-        try:
-            done = subprocess.run(
-                command,
-                env=child_environment(part, jobs, caches),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                timeout=max(record.left(), 1) + GRACE,
-                check=False,
-            )
-            status, errors = done.returncode, done.stderr
-        except subprocess.TimeoutExpired as error:
-            status, errors = None, (error.stderr or b"").decode(errors="replace")
-        content = json.loads(out.read_text()) if out.exists() else {"finished": []}
-        for line in errors.splitlines():
-            if line.startswith("["):
-                print("  " + line, file=sys.stderr, flush=True)
-        return content, status, errors
+def run_child(record, part, jobs, dry, caches, lane):
+    """(what the child wrote, its exit status or None if it was too late, what it said).
+
+    It writes beside the whole, where it is kept should the whole be killed.
+    """
+    out = record.path.with_name(f"{record.path.stem}-{part.replace(' ', '-')}-{lane}.json")
+    out.unlink(missing_ok=True)
+    task = {"part": part, "jobs": jobs, "dry": dry, "seconds": record.left(), "started": time.time()}
+    command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child", json.dumps(task), "--out", str(out)]
+    try:
+        done = subprocess.run(
+            command,
+            env=child_environment(part, jobs, caches),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=max(record.left(), 1) + GRACE,
+            check=False,
+        )
+        status, errors = done.returncode, done.stderr
+    except subprocess.TimeoutExpired as error:
+        status, errors = None, (error.stderr or b"").decode(errors="replace")
+    content = json.loads(out.read_text()) if out.exists() else {"finished": []}
+    out.unlink(missing_ok=True)
+    for line in errors.splitlines():
+        if line.startswith("["):
+            print("  " + line, file=sys.stderr, flush=True)
+    return content, status, errors
 
 
 def child_environment(part, jobs, caches):
