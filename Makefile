@@ -117,12 +117,14 @@ carry: $(PIP)
 GPU_OUT ?= out/gpu.json
 GPU_SECONDS ?=
 ONLY ?=
+MATCH ?=
 gpu:
 	@ls $(CARRY)/liger_aot-*.whl >/dev/null 2>&1 || { echo "make gpu: no wheel of ours in $(CARRY); make carry, with a network"; exit 2; }
 	rm -rf build/gpu
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --target build/gpu $(CARRY)/*.whl
 	PYTHONPATH=build/gpu LIGER_AOT_COMMIT=$$(cat $(CARRY)/commit) \
-		$(PYTHON) benchmarks/gpu/run.py --out $(GPU_OUT) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS)) $(if $(ONLY),--only $(ONLY))
+		$(PYTHON) benchmarks/gpu/run.py --out $(GPU_OUT) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS)) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(MATCH),--match '$(MATCH)')
 
 # What the machine code of all variants says; no GPU takes part.
 static: $(VENV)/ready

@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -235,12 +236,31 @@ def test_make_gpu_takes_another_file_and_another_time():
     def command(**variables):
         given = [f"{name}={value}" for name, value in variables.items()]
         done = subprocess.run(["make", "-n", "gpu", *given], cwd=BENCHMARKS.parent, capture_output=True, text=True)
-        return done.stdout.split("benchmarks/gpu/run.py")[-1].split()
+        return shlex.split(done.stdout.split("benchmarks/gpu/run.py")[-1].replace("\\\n", ""))
 
     assert command() == ["--out", "out/gpu.json"]
-    given = command(GPU_OUT="/there/gpu.json", GPU_SECONDS=90, ONLY="speed")
-    assert given == ["--out", "/there/gpu.json", "--seconds", "90", "--only", "speed"]
+    given = command(GPU_OUT="/there/gpu.json", GPU_SECONDS=90, ONLY="speed", MATCH="few|a: b")
+    assert given == ["--out", "/there/gpu.json", "--seconds", "90", "--only", "speed", "--match", "few|a: b"]
     assert run.SECONDS + run.GRACE <= 540
+
+
+def test_the_quick_first_command_asks_for_what_its_readers_want(record):
+    """And the parts it asks nothing of leave it their time."""
+    quick = re.search(r"make gpu GPU_SECONDS=\d+ MATCH='(.+)'", (BENCHMARKS / "gpu/README.md").read_text())[1]
+    found = run.asked(record, run.PARTS, re.compile(quick))
+    few_rows = [["few", operator] for operator in numerics.HELD]
+    assert found == {"numerics": few_rows, "behaviour": ["preload: all", "cuda_graph: rms_norm", "back_ends: rms_norm"]}
+
+
+def test_a_match_of_nothing_is_an_error(record):
+    with pytest.raises(SystemExit, match="--match 'rmsnorm' matches no job's name; they are such as 'few rms_norm'"):
+        run.asked(record, run.PARTS, re.compile("rmsnorm"))
+
+
+def test_a_part_that_cannot_be_listed_is_a_failure_of_its_own(record, monkeypatch):
+    monkeypatch.setattr(run, "listed", lambda part: ["a"] if part == "stack" else cases.NONE)
+    assert run.asked(record, ["speed", "stack"], re.compile("")) == {"stack": ["a"]}
+    assert [(f["part"], f["case"]) for f in record.content["failures"]] == [("speed", "its jobs")]
 
 
 def test_processes_side_by_side_do_every_job_once(record, monkeypatch):
@@ -310,6 +330,14 @@ def test_a_variant_that_is_not_reached_is_a_failure(record):
     assert record.content["correctness"]["variants"]["not_reached"] == ["a"]
     assert "1 of 2 built variants were not reached" in record.content["failures"][0]["message"]
     assert run.summary(record) == 1
+
+
+def test_a_variant_that_no_time_was_left_for_is_no_failure(record):
+    record.content["correctness"]["variants"] = {"arch": "90", "built": 2, "names": ["a", "b"], "launches": {"b": 3}}
+    record.cut("few rms_norm: its calls after 2")
+    run.count_variants(record, complete=True)
+    assert record.content["correctness"]["variants"]["not_reached"] == ["a"]
+    assert record.content["failures"] == []
 
 
 class Interpreted(Dry):

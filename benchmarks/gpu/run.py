@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -43,22 +44,22 @@ def main(arguments=None):
     parser.add_argument("--only", choices=["correctness", "speed"])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/gpu.json"))
     parser.add_argument("--seconds", type=float, help=f"that the whole may take: {SECONDS:.0f}, or without end in a dry run")
-    parser.add_argument("--match", default="", help="only jobs whose name holds this")
+    parser.add_argument("--match", type=re.compile, default="", help="only jobs whose name holds what this matches")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, over the stub driver; nothing is measured")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
         return child(json.loads(given.child), given.out)
     seconds = given.seconds if given.seconds is not None else ENDLESS if given.dry_run else SECONDS
-    parts = {name: share for name, (half, share) in PARTS.items() if given.only in (None, half)}
     record = Record(given.out, dry=given.dry_run, arguments=arguments or sys.argv[1:], environment=None, seconds=seconds)
     if not given.dry_run:
         expect_device()
     record.content["environment"] = environment()  # like the device, it takes seconds of the time there is
+    parts = asked(record, [name for name, (half, _) in PARTS.items() if given.only in (None, half)], given.match)
     with tempfile.TemporaryDirectory() as caches:
-        for place, (name, share) in enumerate(parts.items()):
-            with record.part(name, share / sum([*parts.values()][place:])):  # what one part leaves, those after it have
-                jobs = [job for job in listed(name) if given.match in json.dumps(job)]
+        for place, (name, jobs) in enumerate(parts.items()):
+            shares = [PARTS[part][1] for part in parts][place:]
+            with record.part(name, shares[0] / sum(shares)):  # what one part leaves, those after it have
                 if given.dry_run:
                     jobs, left_out = tried_dry(name, jobs)
                     for job in left_out:
@@ -67,7 +68,7 @@ def main(arguments=None):
                     jobs = jobs * 2  # the second of each when all have had their first
                 run_part(record, name, jobs, given.dry_run, pathlib.Path(caches))
     record.content["first_call"] = together(record.content["first_call"])
-    count_variants(record, complete=not given.match and not any(c["case"].startswith("few ") for c in record.content["cut"]))
+    count_variants(record, complete=not given.match.pattern)
     record.budget["taken"] = round(time.monotonic() - record.started, 1)
     record.write()
     return summary(record)
@@ -97,6 +98,19 @@ def version(package):
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def asked(record, parts, match):
+    """The jobs whose name matches, of each part that has some."""
+    found = {}
+    for record.place in parts:
+        with record.trying("its jobs"):
+            found[record.place] = [job for job in listed(record.place) if match.search(words(job))]
+    if not any(found.values()) and not record.content["failures"]:
+        raise SystemExit(
+            f"benchmarks/gpu: --match {match.pattern!r} matches no job's name; they are such as 'few rms_norm', 'preload: all'"
+        )
+    return {part: jobs for part, jobs in found.items() if jobs}
 
 
 def listed(part):
@@ -249,6 +263,7 @@ def count_variants(record, complete):
     launched = variants["launches"]
     variants["not_reached"] = [cubin for cubin in variants.pop("names") if cubin not in launched]
     variants["reached"] = variants["built"] - len(variants["not_reached"])
+    complete = complete and not any(cut["case"].startswith("few ") for cut in record.content["cut"])
     if complete and variants["not_reached"]:
         record.place = "numerics"
         record.fail("variants", f"{len(variants['not_reached'])} of {variants['built']} built variants were not reached")
