@@ -15,6 +15,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import liger_aot
 from liger_aot import _jit
@@ -391,6 +392,14 @@ class Clocked(Dry):
         return timing.CALLS * 7e-6
 
 
+class Operations(TorchDispatchMode, list):
+    """(operator, its first argument) of each call."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.append((function, arguments[0]))
+        return function(*arguments, **(options or {}))
+
+
 class InPlace(Clocked):
     """Where the GPU is asked for: its numbers are the CPU kernels', its times made up."""
 
@@ -496,6 +505,21 @@ def test_host_time(record):
     rows = record.content["host"]
     assert {(r["provider"], r["pass"]) for r in rows} == set(itertools.product([cases.OURS, cases.EAGER], ["forward", "both"]))
     assert all(r["host_us"] == pytest.approx(7.0) and r["samples"] == timing.HOST_ROUNDS for r in rows)
+
+
+def test_a_sample_pays_for_no_write_before_it(monkeypatch):
+    """Before one, more than an L2 is read that nothing wrote since the first time."""
+    monkeypatch.setattr(machine, "LEAD", 64)
+    gpu = object.__new__(Gpu)
+    gpu.device = torch.device("meta")
+    gpu.flush()
+    with Operations() as seen:
+        gpu.flush()
+    (*_, (last, read)) = seen
+    assert last is torch.ops.aten.sum.default
+    assert read.nbytes >= 4 * 60 * machine.MiB
+    assert [name for name, tensor in seen[:-1] if tensor is read] == []
+    assert {name for name, _ in seen[:-1]} == {torch.ops.aten.zero_.default}
 
 
 def test_ceilings(record, monkeypatch):
