@@ -74,7 +74,8 @@ def test_a_dry_run_ends_well(dry):
     assert content["failures"] == []
     assert done.returncode == 0
     assert "a dry run: no figure is from a GPU; 0 failures" in done.stdout
-    assert {c["why"] for c in content["cut"]} <= {"a dry run tries fewer of its kind"} | without_liger(content)
+    left_out = {why for _, why in timing.left_out(functional=True)}
+    assert {c["why"] for c in content["cut"]} == {"a dry run tries fewer of its kind"} | left_out | without_liger(content)
 
 
 def without_liger(content):
@@ -417,6 +418,7 @@ def test_a_child_that_is_no_dry_run(tmp_path, monkeypatch):
     monkeypatch.setattr(numerics, "pack_of", lambda _: _runtime.open_pack(_runtime.pack_paths()["90"]))
     monkeypatch.setattr(timing, "copying", lambda *_: {"value": 100.0})
     monkeypatch.setattr(timing, "multiplying", lambda *_: {"value": 1.0})
+    monkeypatch.setattr(cases, "WITH_COMPILE", [("swiglu", {"tokens": 8, "hidden": 64})])
     jobs = {
         "numerics": ["swiglu"],
         "behaviour": ["autocast: linear_logprob"],
@@ -439,7 +441,8 @@ def test_a_child_that_is_no_dry_run(tmp_path, monkeypatch):
             assert {row["provider"] for row in content["speed"]} == {cases.OURS, cases.EAGER, cases.COMPILED}
             assert all(row["host_us"] for row in content["host"])
             assert [row["value"] for row in content["ceilings"]] == [100.0, 1.0]
-            assert all(cases.LIGER in c["case"] for c in content["cut"])
+            left_out = {what for what, _ in timing.left_out(functional=True)}
+            assert {c["case"] for c in content["cut"] if cases.LIGER not in c["case"]} == left_out
 
 
 def test_times_bytes_and_fractions(record):
@@ -455,8 +458,28 @@ def test_times_bytes_and_fractions(record):
     assert (ours["forward"]["fraction"], ours["forward"]["bound"]) == (0.256, "bytes")
     assert ours["both"]["peak_MiB"] == 1
     assert ours["both"]["samples"] in timing.ROUNDS
+    assert {provider for provider, _ in rows} == {cases.OURS, cases.EAGER, cases.HF}
     assert rows[cases.EAGER, "both"]["difference"] == 0
     assert 0 < ours["both"]["difference"] < 0.01
+
+
+def test_few_sizes_are_compiled():
+    """Of the sweeps the ends alone, which come before the middle."""
+    ends = cases.WITH_COMPILE[len(cases.FIRST) :]
+    assert [(operator, *sizes.values()) for operator, sizes in ends if operator == "rms_norm"] == [
+        ("rms_norm", 2048, 1024), ("rms_norm", 1024, 4096), ("rms_norm", 2048, 32768), ("rms_norm", 32768, 4096)
+    ]  # fmt: skip
+    assert [sizes["vocabulary"] for operator, sizes in ends if sizes["tokens"] == 4096] == [32768, 262144]
+    assert len(ends) == 8
+    plan = cases.plan()
+    assert plan[: len(cases.FIRST)] == cases.FIRST
+    assert max(map(plan.index, ends)) < plan.index(("rms_norm", {"tokens": 2048, "hidden": 4096}))
+
+
+def test_what_all_processes_say_is_said_once(record):
+    for case in "aba":
+        run.merge(record, {"cut": [{"part": "speed", "case": case, "why": "so"}]})
+    assert [c["case"] for c in record.content["cut"]] == ["a", "b"]
 
 
 def test_matmuls_are_one_call(record, monkeypatch):
@@ -474,12 +497,11 @@ def test_a_provider_that_fails_is_left_out_and_ours_is_a_failure(record, monkeyp
     def broken(*_):
         raise ZeroDivisionError("so")
 
-    monkeypatch.setitem(cases.IN_TORCH, "swiglu", cases.IN_TORCH["swiglu"])
     monkeypatch.setattr(cases, "ours", lambda name, **_: broken)
     with record.part("speed", 0.5):
         liger = type("Liger", (), {"liger_swiglu": staticmethod(broken)})
         timing.speed(Clocked(), record, "swiglu", {"tokens": 4, "hidden": 64}, liger, {"copy": 1.0, "matmul": 1.0})
-    assert {r["provider"] for r in record.content["speed"]} == {cases.EAGER, cases.COMPILED}
+    assert {r["provider"] for r in record.content["speed"]} == {cases.EAGER}
     assert [c["case"] for c in record.content["cut"]] == ["swiglu tokens 4, hidden 64: liger-kernel"]
     assert [f["case"] for f in record.content["failures"]] == ["swiglu tokens 4, hidden 64: liger-aot"]
 
@@ -495,7 +517,7 @@ def test_what_is_spoilt_is_restored(record):
     bench = timing.Bench(Clocked(), "swiglu", {"tokens": 4, "hidden": 64}, liger, False)
     before = [i.detach().clone() for i in bench.inputs]
     bench.warm_up(record, "swiglu")
-    bench.rounds(0.0)
+    bench.rounds(timing.SWEEP, 0.0)
     assert all(torch.equal(i, b) for i, b in zip(bench.inputs, before, strict=True))
 
 

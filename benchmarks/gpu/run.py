@@ -194,8 +194,10 @@ def merge(record, content):
     """What a child found, into the whole."""
     if content.get("gpu"):
         record.content["environment"]["gpu"] = content["gpu"]
-    for name in ("ceilings", "speed", "host", "first_call", "stack", "failures", "cut"):
+    for name in ("ceilings", "speed", "host", "first_call", "stack", "failures"):
         record.content[name] += content.get(name, [])
+    # what a part always does without, each of its processes says
+    record.content["cut"] += [row for row in content.get("cut", []) if row not in record.content["cut"]]
     for name in ("numerics", "checks"):
         record.content["correctness"][name] += content.get("correctness", {}).get(name, [])
     variants = content.get("variants")
@@ -341,8 +343,8 @@ def speed(machine, record):
     with machine.serving():
         reached = timing.ceilings(machine, record)
     functional = timing.available(machine)
-    if functional is None:
-        record.cut("liger-kernel in all cases", "it is not installed")
+    for what, why in timing.left_out(functional):
+        record.cut(what, why)
 
     def work(job):
         what, of = job
