@@ -48,7 +48,7 @@ README = BENCHMARKS.parent / "README.md"
 # Every figure that is measured, which no dry run may have.
 FIGURES = {
     "us", "low", "high", "GBps", "TFLOPs", "fraction", "bound", "peak_MiB", "difference", "value", "host_us", "ms", "import_ms",
-    "step_ms", "tokens_per_s", "longest", "seconds_to_first_step", "import_seconds", "loss",
+    "step_ms", "tokens_per_s", "longest", "too_long", "seconds_to_first_step", "import_seconds", "loss",
 }  # fmt: skip
 
 
@@ -557,7 +557,7 @@ def test_spread():
     assert timing.spread([None]) == {"median": None, "low": None, "high": None, "samples": 0}
 
 
-@pytest.mark.parametrize("limit", [0, 8192, 12000, 100000, 2**30])
+@pytest.mark.parametrize("limit", [0, 1024, 8192, 12000, 100000, 2**30])
 def test_the_longest_sequence(limit):
     class Training:
         def __init__(self):
@@ -567,15 +567,17 @@ def test_the_longest_sequence(limit):
             self.tried.append(tokens)
             return tokens <= limit
 
-    training = Training()
-    found = stack.longest(training, 8192, float("inf"))
-    if limit < 8192:
-        assert found is None
+    training, notes = Training(), []
+    stack.longest(training, float("inf"), lambda *found: notes.append(found))
+    fits, fails = notes[-1]
+    if limit < 1024:
+        assert (fits, fails) == (None, 1024)
+    elif limit < stack.LONGEST:
+        assert fits <= limit < fails <= fits * 5 / 4
     else:
-        assert found <= min(limit, stack.LONGEST)
-        assert found == stack.LONGEST or found * 9 / 8 + 256 > limit
-    assert len(training.tried) == len(set(training.tried)) < 14
-    assert stack.longest(training, 8192, 0.0) is None
+        assert (fits, fails) == (stack.LONGEST, None)
+    assert len(training.tried) == len(set(training.tried)) == len(notes) < 14
+    stack.longest(training, 0.0, lambda *found: pytest.fail("there was no time"))
 
 
 def test_the_commit_of_a_tree_without_history(monkeypatch):
@@ -601,16 +603,35 @@ def no_cuda(monkeypatch):
 def test_training_measured(no_cuda, monkeypatch):
     monkeypatch.setattr(stack, "SHAPE", stack.SHAPE | stack.TINY)
     monkeypatch.setattr(stack, "TOKENS", 64)
-    monkeypatch.setattr(stack, "LONGEST", 256)
     rows, now = [], time.time()
-    stack.train(stack.OURS, False, now - 5, float("inf"), timing.spread, lambda row: rows.append(dict(row)))
-    first, steps, last = rows
+    stack.train(stack.OURS, False, now - 5, timing.spread, lambda row: rows.append(dict(row)))
+    first, steps = rows
     assert 5 < first["import_seconds"] < first["seconds_to_first_step"] < 5 + time.time() - now
     assert first["loss"] == pytest.approx(math.log(128), rel=0.1)
     assert steps["samples"] == stack.STEPS
     assert steps["tokens_per_s"] == pytest.approx(64e3 / steps["step_ms"])
     assert (steps["peak_MiB"], steps["layers"], steps["tokens"]) == (3, stack.LAYERS, 64)
-    assert last["longest"] == 256
+
+
+def test_the_longest_sequence_measured(no_cuda, monkeypatch):
+    limits = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 4 * stack.MEMORY))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(stack, "SHAPE", stack.SHAPE | stack.TINY)
+    monkeypatch.setattr(stack, "SHORTEST", 16)
+    monkeypatch.setattr(
+        stack.Training, "fits", lambda self, tokens, fits=stack.Training.fits: tokens < 100 and fits(self, tokens)
+    )
+    rows = []
+    stack.search(stack.OURS, False, float("inf"), rows.append)
+    assert limits == [0.25]
+    assert rows[-1] == {"provider": "liger-aot", "layers": 4, "memory_MiB": 40960, "longest": 96, "too_long": 112}
+    assert all(re.search(rf"\b{field}\b", (BENCHMARKS / "gpu/README.md").read_text()) for field in rows[-1])
+
+
+def test_compiled_steps_come_before_searches():
+    whats = [(compiled, what) for _, compiled, what in stack.JOBS]
+    assert whats == [(False, "cold")] * 3 + [(True, "cold")] * 3 + [(False, "warm")] + [(False, "longest")] * 3
 
 
 def test_memory_that_does_not_suffice(no_cuda):
@@ -649,7 +670,9 @@ def test_caches_are_empty_unless_they_are_wanted(tmp_path):
 
     cold = [folder("stack", [provider, False, "cold"]) for provider in ("liger-kernel", "liger-aot", "liger-kernel")]
     assert len(set(cold)) == 3
-    assert run.child_environment("stack", [["liger-kernel", False, "warm"]], tmp_path)["TRITON_CACHE_DIR"] == cold[0]
+    for what in (stack.WARM, stack.SEARCH):
+        found = run.child_environment("stack", [["liger-kernel", False, what]], tmp_path)
+        assert found["TRITON_CACHE_DIR"] == cold[0]
     assert folder("first call", ["liger-kernel", "rope"]) != folder("first call", ["liger-kernel", "rms_norm"])
 
 

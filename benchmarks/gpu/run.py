@@ -23,7 +23,7 @@ PARTS = {
     "numerics": ("correctness", 100),
     "behaviour": ("correctness", 75),
     "speed": ("speed", 195),
-    "stack": ("speed", 140),
+    "stack": ("speed", 200),
     "first call": ("speed", 50),
 }
 FRESH = {"stack": slice(1, 2), "first call": slice(1)}  # and which a dry run tries
@@ -184,7 +184,7 @@ def child_environment(part, jobs, caches):
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found |= {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TRANSFORMERS_VERBOSITY": "error"}
     folder = caches / "-".join(str(w) for w in [part, *(jobs[0][:2] if part in FRESH else [])])
-    if part in FRESH and (part, jobs[0][-1]) != ("stack", "warm"):
+    if part in FRESH and jobs[0][-1] not in ("warm", "longest"):
         while folder.exists():
             folder = folder.with_name(folder.name + "-again")
     return found | {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
@@ -192,9 +192,11 @@ def child_environment(part, jobs, caches):
 
 def merge(record, content):
     """What a child found, into the whole."""
+    from gpu.record import LISTS
+
     if content.get("gpu"):
         record.content["environment"]["gpu"] = content["gpu"]
-    for name in ("ceilings", "speed", "host", "first_call", "stack", "failures"):
+    for name in (*LISTS, "failures"):
         record.content[name] += content.get(name, [])
     # what a part always does without, each of its processes says
     record.content["cut"] += [row for row in content.get("cut", []) if row not in record.content["cut"]]
@@ -360,17 +362,20 @@ def stack(record, job, task):
     from gpu import stack
     from gpu import timing
 
-    provider, compiled, cache = job
+    provider, compiled, what = job
     row = {}
 
     def note(found):
-        row.update(found, cache=cache)
-        record.content["stack"] = [row]
+        row.update(found)
+        record.content["longest" if what == stack.SEARCH else "stack"] = [row]
         record.write()
 
     started = None if task["dry"] else task["started"]
     try:
-        stack.train(provider, compiled, started, record.ends, timing.spread, note)
+        if what == stack.SEARCH:
+            stack.search(provider, task["dry"], record.ends, note)
+        else:
+            stack.train(provider, compiled, started, timing.spread, lambda found: note(found | {"cache": what}))
     except Exception as error:  # whatever other people's code raises; of ours it is a failure
         if provider == stack.OURS:
             raise
