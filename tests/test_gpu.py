@@ -648,6 +648,13 @@ def test_memory_that_does_not_suffice(no_cuda):
     assert training.model.weight.grad is None
 
 
+def test_first_calls_are_few_and_both_libraries_have_them():
+    jobs = run.listed("first call")
+    assert len(jobs) == 8
+    assert all(fresh.small.CASES[operator]().liger for _, operator in jobs)
+    assert {provider for provider, _ in jobs} == {cases.OURS, cases.LIGER}
+
+
 def test_a_first_call_measured(no_cuda):
     found = fresh.measure(cases.OURS, "rms_norm", dry=False)
     assert 0 < found["ms"] < 60000

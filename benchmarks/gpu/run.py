@@ -61,7 +61,7 @@ def main(arguments=None):
                     for job in left_out:
                         record.cut(words(job), "a dry run tries fewer of its kind")
                 elif name == "first call":
-                    jobs = jobs * 2  # the second of each when all have had their first
+                    jobs = jobs * 3  # the second of each when all have had their first
                 run_part(record, name, jobs, given.dry_run, pathlib.Path(caches))
     record.content["first_call"] = together(record.content["first_call"])
     count_variants(record, complete=not given.match)
@@ -108,15 +108,17 @@ def listed(part):
         return [behaviour.named(*c) for c in behaviour.CHECKS]
     from gpu import cases
 
-    names = [operator for operator, _ in cases.FIRST if operator != "linear_logprob"]
     if part == "speed":
+        names = [operator for operator, _ in cases.FIRST if operator != "linear_logprob"]
         first, others = cases.plan()[: len(cases.FIRST)], cases.plan()[len(cases.FIRST) :]
         return [*map(list, first), *([HOST, name] for name in names), *map(list, others)]
     if part == "stack":
         from gpu import stack
 
         return [list(job) for job in stack.JOBS]
-    return [[provider, name] for name in names for provider in (cases.OURS, cases.LIGER)]
+    from gpu import fresh
+
+    return [[provider, name] for name in fresh.OPERATORS for provider in (cases.OURS, cases.LIGER)]
 
 
 def tried_dry(part, jobs):
