@@ -44,9 +44,11 @@ def test_views_and_offsets(path, name, reduction):
         plain = [view(t).clone(memory_format=torch.contiguous_format).requires_grad_() for t in (x, y)]
         loss, expected = (function(*pair, reduction=reduction) for pair in (leaves, plain))
         assert torch.equal(loss, expected)
-        upstream = torch.randn(loss.t().shape).t()
-        for got, want in zip(*(torch.autograd.grad(*a, upstream) for a in ((loss, leaves), (expected, plain))), strict=True):
-            assert torch.equal(got, want)
+        rows_apart = torch.randn(*loss.shape[:1], 2, *loss.shape[1:]).select(min(1, loss.dim()), 0)
+        for upstream in (torch.randn(loss.t().shape).t(), rows_apart):
+            calls = (loss, leaves, upstream), (expected, plain, upstream.contiguous())
+            for got, want in zip(*(torch.autograd.grad(*call, retain_graph=True) for call in calls), strict=True):
+                assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(("batch", "width"), [(0, 1), (0, 7), (3, 1), (1, 1)])

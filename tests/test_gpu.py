@@ -17,6 +17,7 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import liger_aot
 from liger_aot import _jit
@@ -50,7 +51,7 @@ README = BENCHMARKS.parent / "README.md"
 # Every figure that is measured, which no dry run may have.
 FIGURES = {
     "us", "low", "high", "GBps", "TFLOPs", "fraction", "bound", "peak_MiB", "difference", "value", "host_us", "ms", "import_ms",
-    "step_ms", "tokens_per_s", "longest", "seconds_to_first_step", "import_seconds", "loss",
+    "step_ms", "tokens_per_s", "longest", "too_long", "seconds_to_first_step", "import_seconds", "loss",
 }  # fmt: skip
 
 
@@ -76,7 +77,8 @@ def test_a_dry_run_ends_well(dry):
     assert content["failures"] == []
     assert done.returncode == 0
     assert "a dry run: no figure is from a GPU; 0 failures" in done.stdout
-    assert {c["why"] for c in content["cut"]} <= {"a dry run tries fewer of its kind"} | without_liger(content)
+    left_out = {why for _, why in timing.left_out(functional=True)}
+    assert {c["why"] for c in content["cut"]} == {"a dry run tries fewer of its kind"} | left_out | without_liger(content)
 
 
 def without_liger(content):
@@ -507,6 +509,14 @@ class Clocked(Dry):
         return timing.CALLS * 7e-6
 
 
+class Operations(TorchDispatchMode, list):
+    """(operator, its first argument) of each call."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.append((function, arguments[0]))
+        return function(*arguments, **(options or {}))
+
+
 class InPlace(Clocked):
     """Where the GPU is asked for: its numbers are the CPU kernels', its times made up."""
 
@@ -524,6 +534,7 @@ def test_a_child_that_is_no_dry_run(tmp_path, monkeypatch):
     monkeypatch.setattr(numerics, "pack_of", lambda _: _runtime.open_pack(_runtime.pack_paths()["90"]))
     monkeypatch.setattr(timing, "copying", lambda *_: {"value": 100.0})
     monkeypatch.setattr(timing, "multiplying", lambda *_: {"value": 1.0})
+    monkeypatch.setattr(cases, "WITH_COMPILE", [("swiglu", {"tokens": 8, "hidden": 64})])
     jobs = {
         "numerics": [["few", "swiglu"], ["many", "swiglu"]],
         "behaviour": ["autocast: linear_logprob"],
@@ -547,7 +558,8 @@ def test_a_child_that_is_no_dry_run(tmp_path, monkeypatch):
             assert {row["provider"] for row in content["speed"]} == {cases.OURS, cases.EAGER, cases.COMPILED}
             assert all(row["host_us"] for row in content["host"])
             assert [row["value"] for row in content["ceilings"]] == [100.0, 1.0]
-            assert all(cases.LIGER in c["case"] for c in content["cut"])
+            left_out = {what for what, _ in timing.left_out(functional=True)}
+            assert {c["case"] for c in content["cut"] if cases.LIGER not in c["case"]} == left_out
 
 
 def test_times_bytes_and_fractions(record):
@@ -563,8 +575,28 @@ def test_times_bytes_and_fractions(record):
     assert (ours["forward"]["fraction"], ours["forward"]["bound"]) == (0.256, "bytes")
     assert ours["both"]["peak_MiB"] == 1
     assert ours["both"]["samples"] in timing.ROUNDS
+    assert {provider for provider, _ in rows} == {cases.OURS, cases.EAGER, cases.HF}
     assert rows[cases.EAGER, "both"]["difference"] == 0
     assert 0 < ours["both"]["difference"] < 0.01
+
+
+def test_few_sizes_are_compiled():
+    """Of the sweeps the ends alone, which come before the middle."""
+    ends = cases.WITH_COMPILE[len(cases.FIRST) :]
+    assert [(operator, *sizes.values()) for operator, sizes in ends if operator == "rms_norm"] == [
+        ("rms_norm", 2048, 1024), ("rms_norm", 1024, 4096), ("rms_norm", 2048, 32768), ("rms_norm", 32768, 4096)
+    ]  # fmt: skip
+    assert [sizes["vocabulary"] for operator, sizes in ends if sizes["tokens"] == 4096] == [32768, 262144]
+    assert len(ends) == 8
+    plan = cases.plan()
+    assert plan[: len(cases.FIRST)] == cases.FIRST
+    assert max(map(plan.index, ends)) < plan.index(("rms_norm", {"tokens": 2048, "hidden": 4096}))
+
+
+def test_what_all_processes_say_is_said_once(record):
+    for case in "aba":
+        run.merge(record, {"cut": [{"part": "speed", "case": case, "why": "so"}]})
+    assert [c["case"] for c in record.content["cut"]] == ["a", "b"]
 
 
 def test_matmuls_are_one_call(record, monkeypatch):
@@ -582,12 +614,11 @@ def test_a_provider_that_fails_is_left_out_and_ours_is_a_failure(record, monkeyp
     def broken(*_):
         raise ZeroDivisionError("so")
 
-    monkeypatch.setitem(cases.IN_TORCH, "swiglu", cases.IN_TORCH["swiglu"])
     monkeypatch.setattr(cases, "ours", lambda name, **_: broken)
     with record.part("speed", 0.5):
         liger = type("Liger", (), {"liger_swiglu": staticmethod(broken)})
         timing.speed(Clocked(), record, "swiglu", {"tokens": 4, "hidden": 64}, liger, {"copy": 1.0, "matmul": 1.0})
-    assert {r["provider"] for r in record.content["speed"]} == {cases.EAGER, cases.COMPILED}
+    assert {r["provider"] for r in record.content["speed"]} == {cases.EAGER}
     assert [c["case"] for c in record.content["cut"]] == ["swiglu tokens 4, hidden 64: liger-kernel"]
     assert [f["case"] for f in record.content["failures"]] == ["swiglu tokens 4, hidden 64: liger-aot"]
 
@@ -603,7 +634,7 @@ def test_what_is_spoilt_is_restored(record):
     bench = timing.Bench(Clocked(), "swiglu", {"tokens": 4, "hidden": 64}, liger, False)
     before = [i.detach().clone() for i in bench.inputs]
     bench.warm_up(record, "swiglu")
-    bench.rounds(0.0)
+    bench.rounds(timing.SWEEP, 0.0)
     assert all(torch.equal(i, b) for i, b in zip(bench.inputs, before, strict=True))
 
 
@@ -613,6 +644,21 @@ def test_host_time(record):
     rows = record.content["host"]
     assert {(r["provider"], r["pass"]) for r in rows} == set(itertools.product([cases.OURS, cases.EAGER], ["forward", "both"]))
     assert all(r["host_us"] == pytest.approx(7.0) and r["samples"] == timing.HOST_ROUNDS for r in rows)
+
+
+def test_a_sample_pays_for_no_write_before_it(monkeypatch):
+    """Before one, more than an L2 is read that nothing wrote since the first time."""
+    monkeypatch.setattr(machine, "LEAD", 64)
+    gpu = object.__new__(Gpu)
+    gpu.device = torch.device("meta")
+    gpu.flush()
+    with Operations() as seen:
+        gpu.flush()
+    (*_, (last, read)) = seen
+    assert last is torch.ops.aten.sum.default
+    assert read.nbytes >= 4 * 60 * machine.MiB
+    assert [name for name, tensor in seen[:-1] if tensor is read] == []
+    assert {name for name, _ in seen[:-1]} == {torch.ops.aten.zero_.default}
 
 
 def test_ceilings(record, monkeypatch):
@@ -628,7 +674,7 @@ def test_spread():
     assert timing.spread([None]) == {"median": None, "low": None, "high": None, "samples": 0}
 
 
-@pytest.mark.parametrize("limit", [0, 8192, 12000, 100000, 2**30])
+@pytest.mark.parametrize("limit", [0, 1024, 8192, 12000, 100000, 2**30])
 def test_the_longest_sequence(limit):
     class Training:
         def __init__(self):
@@ -638,15 +684,17 @@ def test_the_longest_sequence(limit):
             self.tried.append(tokens)
             return tokens <= limit
 
-    training = Training()
-    found = stack.longest(training, 8192, float("inf"))
-    if limit < 8192:
-        assert found is None
+    training, notes = Training(), []
+    stack.longest(training, float("inf"), lambda *found: notes.append(found))
+    fits, fails = notes[-1]
+    if limit < 1024:
+        assert (fits, fails) == (None, 1024)
+    elif limit < stack.LONGEST:
+        assert fits <= limit < fails <= fits * 5 / 4
     else:
-        assert found <= min(limit, stack.LONGEST)
-        assert found == stack.LONGEST or found * 9 / 8 + 256 > limit
-    assert len(training.tried) == len(set(training.tried)) < 14
-    assert stack.longest(training, 8192, 0.0) is None
+        assert (fits, fails) == (stack.LONGEST, None)
+    assert len(training.tried) == len(set(training.tried)) == len(notes) < 14
+    stack.longest(training, 0.0, lambda *found: pytest.fail("there was no time"))
 
 
 def test_the_commit_of_a_tree_without_history(monkeypatch):
@@ -672,16 +720,35 @@ def no_cuda(monkeypatch):
 def test_training_measured(no_cuda, monkeypatch):
     monkeypatch.setattr(stack, "SHAPE", stack.SHAPE | stack.TINY)
     monkeypatch.setattr(stack, "TOKENS", 64)
-    monkeypatch.setattr(stack, "LONGEST", 256)
     rows, now = [], time.time()
-    stack.train(stack.OURS, False, now - 5, float("inf"), timing.spread, lambda row: rows.append(dict(row)))
-    first, steps, last = rows
+    stack.train(stack.OURS, False, now - 5, timing.spread, lambda row: rows.append(dict(row)))
+    first, steps = rows
     assert 5 < first["import_seconds"] < first["seconds_to_first_step"] < 5 + time.time() - now
     assert first["loss"] == pytest.approx(math.log(128), rel=0.1)
     assert steps["samples"] == stack.STEPS
     assert steps["tokens_per_s"] == pytest.approx(64e3 / steps["step_ms"])
     assert (steps["peak_MiB"], steps["layers"], steps["tokens"]) == (3, stack.LAYERS, 64)
-    assert last["longest"] == 256
+
+
+def test_the_longest_sequence_measured(no_cuda, monkeypatch):
+    limits = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 4 * stack.MEMORY))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.setattr(stack, "SHAPE", stack.SHAPE | stack.TINY)
+    monkeypatch.setattr(stack, "SHORTEST", 16)
+    monkeypatch.setattr(
+        stack.Training, "fits", lambda self, tokens, fits=stack.Training.fits: tokens < 100 and fits(self, tokens)
+    )
+    rows = []
+    stack.search(stack.OURS, False, float("inf"), rows.append)
+    assert limits == [0.25]
+    assert rows[-1] == {"provider": "liger-aot", "layers": 4, "memory_MiB": 40960, "longest": 96, "too_long": 112}
+    assert all(re.search(rf"\b{field}\b", (BENCHMARKS / "gpu/README.md").read_text()) for field in rows[-1])
+
+
+def test_compiled_steps_come_before_searches():
+    whats = [(compiled, what) for _, compiled, what in stack.JOBS]
+    assert whats == [(False, "cold")] * 3 + [(True, "cold")] * 3 + [(False, "warm")] + [(False, "longest")] * 3
 
 
 def test_memory_that_does_not_suffice(no_cuda):
@@ -696,6 +763,13 @@ def test_memory_that_does_not_suffice(no_cuda):
     training = stack.Training(Model(1, 1), dry=False)
     assert [training.fits(tokens) for tokens in (9, 10, 9)] == [True, False, True]
     assert training.model.weight.grad is None
+
+
+def test_first_calls_are_few_and_both_libraries_have_them():
+    jobs = run.listed("first call")
+    assert len(jobs) == 8
+    assert all(fresh.small.CASES[operator]().liger for _, operator in jobs)
+    assert {provider for provider, _ in jobs} == {cases.OURS, cases.LIGER}
 
 
 def test_a_first_call_measured(no_cuda):
@@ -720,7 +794,9 @@ def test_caches_are_empty_unless_they_are_wanted(tmp_path):
 
     cold = [folder("stack", [provider, False, "cold"]) for provider in ("liger-kernel", "liger-aot", "liger-kernel")]
     assert len(set(cold)) == 3
-    assert run.child_environment("stack", [["liger-kernel", False, "warm"]], tmp_path)["TRITON_CACHE_DIR"] == cold[0]
+    for what in (stack.WARM, stack.SEARCH):
+        found = run.child_environment("stack", [["liger-kernel", False, what]], tmp_path)
+        assert found["TRITON_CACHE_DIR"] == cold[0]
     assert folder("first call", ["liger-kernel", "rope"]) != folder("first call", ["liger-kernel", "rms_norm"])
 
 

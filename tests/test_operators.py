@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import liger_aot
+from liger_aot import _jit
 from liger_aot import _op
 from liger_aot.ops.rms_norm import rms_norm_fwd
 
@@ -47,6 +48,28 @@ def test_schemas_are_what_torch_infers():
     assert set(found) == names
     for name, function in found.items():
         assert _op.schema(function) == name + torch.library.infer_schema(function, mutates_args=())
+
+
+def every_second(tensor):
+    """The same numbers, each followed by another that nobody may read."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.dim():
+        return tensor
+    beside = torch.full_like(tensor, torch.nan if tensor.is_floating_point() else 2**40)
+    return torch.stack((tensor.detach(), beside), -1)[..., 0].requires_grad_(tensor.requires_grad)
+
+
+@OPERATORS
+def test_kernels_read_views_where_they_lie(name):
+    def numbers(form):
+        inputs = [form(a) for a in leaves(arguments)]
+        outputs = call(name, inputs, options)
+        floats, wanted = ([t for t in ts if isinstance(t, torch.Tensor) and t.requires_grad] for ts in (outputs, inputs))
+        upstream = [form(torch.linspace(-1, 1, o.numel()).view(o.shape)) for o in floats]
+        return [*outputs, *torch.autograd.grad(floats, wanted, upstream)]
+
+    arguments, options = EXAMPLES[name](torch.float32)
+    with _jit.interpreted():
+        torch.testing.assert_close(numbers(every_second), numbers(lambda tensor: tensor))
 
 
 @OPERATORS

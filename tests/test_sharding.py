@@ -51,7 +51,12 @@ PLACED = {
 }
 CASES = [(name, placed) for name, all_placed in PLACED.items() for placed in all_placed]
 # Sharded where a row is: right as well, if not without gathering.
-COLUMNS = [("rms_norm", [Shard(2), WHOLE]), ("softmax", [Shard(2)]), ("cross_entropy", [Shard(1), WHOLE])]
+COLUMNS = [
+    ("rms_norm", [Shard(2), WHOLE]),
+    ("softmax", [Shard(2)]),
+    ("cross_entropy", [Shard(1), WHOLE]),
+    ("attn_res", [Shard(3), WHOLE, WHOLE]),
+]
 REFUSED = {"linear_cross_entropy": "linear_cross_entropy_fwd", "group_norm": "group_norm_fwd"}
 
 

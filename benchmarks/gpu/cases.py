@@ -501,21 +501,22 @@ FIRST = [
 ]
 
 
-def sweeps():
-    """Widths, for Liger's 2048 tokens, and numbers of tokens, of one operator after another, the ends before the middle."""
+def sweeps(places):
+    """Widths, for Liger's 2048 tokens, and numbers of tokens, of one operator after another; places 0 and 1 are the ends."""
     widths = [HIDDEN[i] for i in (0, 5, 2, 3, 1, 4)]
     tokens = [TOKENS[i] for i in (0, 4, 2, 3, 1)]
+    vocabularies = [VOCABULARY[i] for i in (0, 3, 1, 2)]
     elementwise = ["rms_norm", "swiglu", "rope", "fused_add_rms_norm", "layer_norm", "geglu"]
     elementwise += OTHERS
-    for place in range(len(widths)):
+    for place in places:
         yield from ((name, {"tokens": 2048, "hidden": widths[place]}) for name in elementwise)
         if place < len(tokens):
             n = tokens[place]
             yield "linear_cross_entropy", {"tokens": n, "hidden": 4096, "vocabulary": 128256}
             yield "cross_entropy", {"tokens": n, "vocabulary": 128256}
             yield from ((name, {"tokens": n, "hidden": 14336 if "glu" in name else 4096}) for name in elementwise)
-        if place < len(VOCABULARY):
-            v = VOCABULARY[place]
+        if place < len(vocabularies):
+            v = vocabularies[place]
             yield "cross_entropy", {"tokens": 4096, "vocabulary": v}
             yield "linear_cross_entropy", {"tokens": 4096, "hidden": 4096, "vocabulary": v}
     for hidden in (1024, 2048, 8192):
@@ -524,10 +525,15 @@ def sweeps():
         yield "linear_logprob", {"tokens": n, "hidden": 4096, "vocabulary": 128256}
 
 
+# Where torch.compile takes part, which needs seconds for each size where all else of a sweep's case needs less than one.
+AT_ENDS = "rms_norm", "cross_entropy"
+WITH_COMPILE = [*FIRST, *(case for case in sweeps(range(2)) if case[0] in AT_ENDS)]
+
+
 def plan():
     """[(operator, sizes)], each once."""
     once = []
-    for case in [*FIRST, *sweeps()]:
+    for case in [*FIRST, *sweeps(range(len(HIDDEN)))]:
         if case not in once:
             once.append(case)
     return once

@@ -7,6 +7,7 @@ import torch
 
 from . import cases
 
+OPERATORS = "rms_norm", "linear_cross_entropy", "swiglu", "rope"  # few, which Liger has too: each call is a process of seconds
 DEVICE = {False: "cuda", True: "cpu"}  # of a dry run or not
 
 

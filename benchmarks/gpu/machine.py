@@ -21,7 +21,8 @@ from stub import Launcher
 from stub import Stub
 
 MiB = 2**20
-L2_AND_MORE = 2048 * MiB  # written before each sample: empties the cache, for about half a millisecond
+LEAD = 2048 * MiB  # written twice before each sample, for about a millisecond in which the host gets ahead
+L2_AND_MORE = 256 * MiB  # and then read: a cache full of what was written would be written back in the sample's time
 
 
 def counted(launcher):
@@ -161,13 +162,18 @@ class Gpu:
     # Time and memory
 
     def flush(self):
-        """Empty the L2 and give the host a lead, so that the device waits for no launch that follows."""
+        """Give the host a lead, so that the device waits for no launch that follows, and leave nothing of use in the L2."""
         for _ in range(2):
-            self.other.zero_()
+            self.written.zero_()
+        self.unwritten.sum()
 
     @functools.cached_property
-    def other(self):
-        return torch.empty(L2_AND_MORE, dtype=torch.int8, device=self.device)
+    def written(self):
+        return torch.empty(LEAD, dtype=torch.int8, device=self.device)
+
+    @functools.cached_property
+    def unwritten(self):
+        return torch.zeros(L2_AND_MORE // 4, device=self.device)
 
     def clock(self):
         return time.perf_counter()

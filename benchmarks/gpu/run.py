@@ -65,7 +65,7 @@ def main(arguments=None):
                     for job in left_out:
                         record.cut(words(job), "a dry run tries fewer of its kind")
                 elif name == "first call":
-                    jobs = jobs * 2  # the second of each when all have had their first
+                    jobs = jobs * 3  # the second of each when all have had their first
                 run_part(record, name, jobs, given.dry_run, pathlib.Path(caches))
     record.content["first_call"] = together(record.content["first_call"])
     count_variants(record, complete=not given.match.pattern)
@@ -125,15 +125,17 @@ def listed(part):
         return [behaviour.named(*c) for c in (behaviour.CHECKS if part == "behaviour" else behaviour.PROGRAMS)]
     from gpu import cases
 
-    names = [operator for operator, _ in cases.FIRST if operator != "linear_logprob"]
     if part == "speed":
+        names = [operator for operator, _ in cases.FIRST if operator != "linear_logprob"]
         first, others = cases.plan()[: len(cases.FIRST)], cases.plan()[len(cases.FIRST) :]
         return [*map(list, first), *([HOST, name] for name in names), *map(list, others)]
     if part == "stack":
         from gpu import stack
 
         return [list(job) for job in stack.JOBS]
-    return [[provider, name] for name in names for provider in (cases.OURS, cases.LIGER)]
+    from gpu import fresh
+
+    return [[provider, name] for name in fresh.OPERATORS for provider in (cases.OURS, cases.LIGER)]
 
 
 def tried_dry(part, jobs):
@@ -217,7 +219,7 @@ def child_environment(part, jobs, caches):
     found = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found |= {"PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TRANSFORMERS_VERBOSITY": "error"}
     folder = caches / "-".join(str(w) for w in [part, *(jobs[0][:2] if part in FRESH else [])])
-    if part in FRESH and (part, jobs[0][-1]) != ("stack", "warm"):
+    if part in FRESH and jobs[0][-1] not in ("warm", "longest"):
         while folder.exists():
             folder = folder.with_name(folder.name + "-again")
     return found | {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
@@ -225,10 +227,14 @@ def child_environment(part, jobs, caches):
 
 def merge(record, content):
     """What a child found, into the whole."""
+    from gpu.record import LISTS
+
     if content.get("gpu"):
         record.content["environment"]["gpu"] = content["gpu"]
-    for name in ("ceilings", "speed", "host", "first_call", "stack", "failures", "cut"):
+    for name in (*LISTS, "failures"):
         record.content[name] += content.get(name, [])
+    # what a part always does without, each of its processes says
+    record.content["cut"] += [row for row in content.get("cut", []) if row not in record.content["cut"]]
     for name in ("numerics", "checks"):
         record.content["correctness"][name] += content.get("correctness", {}).get(name, [])
     variants = content.get("variants")
@@ -375,8 +381,8 @@ def speed(machine, record):
     with machine.serving():
         reached = timing.ceilings(machine, record)
     functional = timing.available(machine)
-    if functional is None:
-        record.cut("liger-kernel in all cases", "it is not installed")
+    for what, why in timing.left_out(functional):
+        record.cut(what, why)
 
     def work(job):
         what, of = job
@@ -392,17 +398,20 @@ def stack(record, job, task):
     from gpu import stack
     from gpu import timing
 
-    provider, compiled, cache = job
+    provider, compiled, what = job
     row = {}
 
     def note(found):
-        row.update(found, cache=cache)
-        record.content["stack"] = [row]
+        row.update(found)
+        record.content["longest" if what == stack.SEARCH else "stack"] = [row]
         record.write()
 
     started = None if task["dry"] else task["started"]
     try:
-        stack.train(provider, compiled, started, record.ends, timing.spread, note)
+        if what == stack.SEARCH:
+            stack.search(provider, task["dry"], record.ends, note)
+        else:
+            stack.train(provider, compiled, started, timing.spread, lambda found: note(found | {"cache": what}))
     except Exception as error:  # whatever other people's code raises; of ours it is a failure
         if provider == stack.OURS:
             raise

@@ -9,8 +9,10 @@ import torch
 
 from .machine import MiB
 
-LAYERS, TOKENS, STEPS, LONGEST = 4, 8192, 12, 2**20
-SEARCH = 25  # seconds for the longest sequence
+LAYERS, TOKENS, STEPS = 4, 8192, 12
+SHORTEST, LONGEST = 1024, 2**20  # between which the longest sequence is looked for
+MEMORY = 40960 * MiB  # that it may take; in all that an H200 has, attention to it would take most of a minute
+SECONDS = 10  # of that search
 SHAPE = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -23,16 +25,19 @@ SHAPE = {
 DEVICE = {False: "cuda", True: "cpu"}  # of a dry run or not
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
 HF, LIGER, OURS = "transformers", "liger-kernel", "liger-aot"
-# (provider, compiled, caches of the one before it); the first three before the compiled, which take longer to start.
+COLD, WARM, SEARCH = "cold", "warm", "longest"
+# (provider, compiled, a training step with empty caches or those of the one before it, or the longest sequence)
 JOBS = [
-    *((provider, False, "cold") for provider in (OURS, LIGER, HF)),
-    *((provider, True, "cold") for provider in (OURS, LIGER, HF)),
-    (LIGER, False, "warm"),
+    *((provider, False, COLD) for provider in (OURS, LIGER, HF)),
+    *((provider, True, COLD) for provider in (OURS, LIGER, HF)),
+    (LIGER, False, WARM),
+    *((provider, False, SEARCH) for provider in (OURS, LIGER, HF)),
 ]
 
 
-def text(provider, compiled, cache):
-    return f"stack: {provider}{', compiled' if compiled else ''}{', caches filled' if cache == 'warm' else ''}"
+def text(provider, compiled, what):
+    more = {COLD: "", WARM: ", caches filled", SEARCH: ", the longest sequence"}
+    return f"stack: {provider}{', compiled' if compiled else ''}{more[what]}"
 
 
 def model_of(provider, compiled, dry):
@@ -101,10 +106,10 @@ class Training:
                 torch.cuda.empty_cache()
 
 
-def train(provider, compiled, started, deadline, spread, note):
+def train(provider, compiled, started, spread, note):
     """Fill in, and note, what was found so far: a process that runs out of time leaves what it has.
 
-    started is the wall clock's time at which the process was started, deadline the monotonic clock's; a dry run has none.
+    started is the wall clock's time at which the process was started; a dry run has none.
     """
     dry = started is None
     row = {"provider": provider, "compiled": compiled, "layers": 2 if dry else LAYERS, "tokens": 16 if dry else TOKENS}
@@ -126,11 +131,6 @@ def train(provider, compiled, started, deadline, spread, note):
     row["tokens_per_s"] = None if dry else row["tokens"] / row["step_ms"] * 1e3
     row["peak_MiB"] = None if dry else torch.cuda.max_memory_allocated() / MiB
     note(row)
-    if not compiled:  # a length of its own each would be compiled anew
-        row["longest"] = None if dry else longest(training, row["tokens"], min(deadline, time.monotonic() + SEARCH))
-        if dry:
-            training.fits(row["tokens"])
-        note(row)
 
 
 def timed(training, ids):
@@ -142,17 +142,38 @@ def timed(training, ids):
     return None if training.dry else 1000 * (time.perf_counter() - start)
 
 
-def longest(training, tokens, deadline):
-    """The longest sequence that fits, to an eighth of it: doubled until it does not, then halved; None without time."""
+def search(provider, dry, deadline, note):
+    """Note the longest sequence of which a forward and backward fit into MEMORY, beside all that a training step keeps."""
+    if not dry:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, MEMORY / torch.cuda.mem_get_info()[1]))
+    training = Training(model_of(provider, False, dry), dry)
+    training.step(training.batch(16 if dry else SHORTEST))  # from now on the optimizer's state takes its part
+
+    def found(fits, fails):
+        note(
+            {
+                "provider": provider,
+                "layers": 2 if dry else LAYERS,
+                "memory_MiB": MEMORY // MiB,
+                "longest": fits,
+                "too_long": fails,
+            }
+        )
+
+    if dry:
+        training.fits(16)
+        found(None, None)
+    else:
+        longest(training, min(deadline, time.monotonic() + SECONDS), found)
+
+
+def longest(training, deadline, note):
+    """Note the longest that fitted and the shortest that did not, so far: doubled until one does not, then halved."""
     fits, fails = None, None
-    while time.monotonic() < deadline and (fails is None or fails - fits > fits // 8):
-        tried = tokens if fits is None else min(2 * fits, LONGEST) if fails is None else (fits + fails) // 2 // 256 * 256
-        if tried == fits:
-            break
+    while time.monotonic() < deadline and fits != LONGEST and (fails is None or (fits and fails - fits > fits // 4)):
+        tried = SHORTEST if fits is None else min(2 * fits, LONGEST) if fails is None else (fits + fails) // 2
         if training.fits(tried):
             fits = tried
-        elif fits is None:
-            return None
         else:
             fails = tried
-    return fits if fails or fits == LONGEST else None
+        note(fits, fails)

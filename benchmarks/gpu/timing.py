@@ -18,7 +18,7 @@ from .cases import OURS
 from .machine import MiB
 
 ROUNDS = range(5, 41)  # the fewest and the most
-SECONDS = 0.5  # for the rounds of a case
+SECONDS, SWEEP = 0.5, 0.25  # for the rounds of one of the first cases, and of one in a sweep
 PASSES = "forward", "backward", "both"
 CALLS = 40  # of host time between two looks at the clock: fewer launches than the driver queues
 HOST_ROUNDS = 11
@@ -78,6 +78,14 @@ def available(machine):
     except ImportError:
         return None
     return functional
+
+
+def left_out(functional):
+    """(what, why) of each provider that no case has, or not all."""
+    ends = " and ".join(cases.AT_ENDS)
+    yield f"{COMPILED} in sweeps, but at the ends of those of {ends}", "to compile takes longer than all else of a case"
+    if functional is None:
+        yield f"{LIGER} in all cases", "it is not installed"
 
 
 @dataclasses.dataclass
@@ -172,13 +180,13 @@ class Bench:
             self.restore()
         return marks
 
-    def rounds(self, deadline):
+    def rounds(self, seconds, deadline):
         """Every provider once a round, until the time of the case is over."""
         if not self.machine.dry:  # the first round pays for memory that those after it find in the allocator
             for contender in self.contenders.values():
                 self.sample(contender)
             self.machine.synchronize()
-        ends = min(time.monotonic() + SECONDS, deadline)
+        ends = min(time.monotonic() + seconds, deadline)
         for n in range(1 if self.machine.dry else ROUNDS.stop - 1):
             if n >= ROUNDS.start and time.monotonic() > ends:
                 break
@@ -234,11 +242,12 @@ def relative(outputs, reference):
 
 def speed(machine, record, operator, sizes, functional, reached):
     """Time one operator at one size with all its providers."""
-    compile = not machine.dry or (operator, sizes) in cases.FIRST
+    first = (operator, sizes) in cases.FIRST
+    compile = first if machine.dry else (operator, sizes) in cases.WITH_COMPILE
     with machine.serving():
         bench = Bench(machine, operator, cases.tiny(sizes) if machine.dry else sizes, functional, compile)
         bench.warm_up(record, cases.text(operator, sizes))
-        bench.rounds(time.monotonic() + max(record.left(), 0))
+        bench.rounds(SECONDS if first else SWEEP, time.monotonic() + max(record.left(), 0))
         for row in bench.rows(reached):
             record.add("speed", **row, **({"stands_for": sizes} if machine.dry else {}))
 

@@ -171,7 +171,7 @@ def mhc_coeffs_bwd(
     """The gradients of x (its dtype) and φᵀ (fp32), empty where not needed, and those of b and the three alphas in one."""
     hc, (width, heads) = x.shape[-2], phi.shape
     rows = math.prod(x.shape[:-2])
-    xs = x.reshape(rows, width)
+    xs = x.contiguous().view(rows, width)
     dx, dphi, parameters = fake_bwd(dpre, dpost, dres, x, phi, need_x, need_phi)
     ddots, dscale = torch.empty_like(dots, memory_format=torch.contiguous_format).view(-1, heads), torch.empty_like(norm)
     count = programs(x, cdiv(rows, TILE // hc**2), RESIDENT)
@@ -236,9 +236,9 @@ def mhc_coeffs(
 
     phi is (hc·n, hc² + 2·hc), its columns, and b's numbers, those of pre, post and res, row by row; the alphas are scalars. x
     and phi of one dtype are multiplied as they are, of two in fp32. tmax counts the times that columns are divided. Gradients
-    have their tensors' dtypes, sums in one order; that of phi is multiplied in
-    what the products were, but in fp32 if that was fp16. Raises
-    ValueError on dtypes other than fp32, fp16 and bf16, streams that are not 2, 4, 8 or 16, wrong shapes or devices, tmax < 1.
+    have their tensors' dtypes, sums in one order; that of phi is multiplied in what the products were, but in fp32 if that was
+    fp16. Raises ValueError on dtypes other than fp32, fp16 and bf16, streams that are not 2, 4, 8 or 16, wrong shapes or
+    devices, tmax < 1.
     """
     hc, n = check_streams("mhc_coeffs", x)
     if hc not in STREAMS:
