@@ -365,28 +365,30 @@ def in_a_process(code, *arguments, **environment):
 ONE, ALL = "rms_norm", "all"  # operators together
 EXPORT = """
 import sys
-sys.path[:0] = sys.argv[2:]
+sys.path[:0] = sys.argv[3:]
 import torch
 from gpu import behaviour
 assert not torch.cuda.is_available()
-behaviour.export_to(sys.argv[1])
+behaviour.export_to(*sys.argv[1:3])
 """
 
 
-def export_to(folder):
-    """Files of programs: of one operator, and of all of them together."""
-    modules, tensors = {}, {}
-    for name in _op.PUBLIC:
-        modules[name], tensors[name] = examples.example(name, torch.bfloat16)
-    export.save(torch.export.export(modules[ONE], tensors[ONE]), f"{folder}/{ONE}.pt2")
-    export.save(torch.export.export(examples.Everything(modules), (tensors,)), f"{folder}/{ALL}.pt2")
+def export_to(folder, subject):
+    """The file of a program: of one operator, or of all of them together."""
+    if subject == ALL:
+        modules, tensors = zip(*(examples.example(name, torch.bfloat16) for name in _op.PUBLIC), strict=True)
+        module = examples.Everything(dict(zip(_op.PUBLIC, modules, strict=True)))
+        inputs = (dict(zip(_op.PUBLIC, tensors, strict=True)),)
+    else:
+        module, inputs = examples.example(subject, torch.bfloat16)
+    export.save(torch.export.export(module, inputs), f"{folder}/{subject}.pt2")
 
 
 @functools.cache
-def carried():
-    """The folder of programs that a process exported which sees no GPU; there while this process is."""
+def carried(subject):
+    """The folder of a program that a process exported which sees no GPU; there while this process is."""
     folder = tempfile.TemporaryDirectory()
-    in_a_process(EXPORT, folder.name, *sys.path, CUDA_VISIBLE_DEVICES="")
+    in_a_process(EXPORT, folder.name, subject, *sys.path, CUDA_VISIBLE_DEVICES="")
     return folder
 
 
@@ -398,7 +400,7 @@ def carried_program(machine, subject):
         tensors = tuple(t.to(machine.device) for t in tensors)
         found[name] = tensors, module(*tensors)
     inputs, want = ({name: pair[n] for name, pair in found.items()} for n in range(2))
-    program = export.load(f"{carried().name}/{subject}.pt2")
+    program = export.load(f"{carried(subject).name}/{subject}.pt2")
     return program, (inputs,) if subject == ALL else inputs[subject], want if subject == ALL else {subject: want[subject]}
 
 
@@ -523,12 +525,12 @@ CHECKS = [
     *((bound_model, family) for family in ("llama", "gemma2")),
 ]
 PROGRAMS = [
-    (from_a_cpu, ALL),
+    *((from_a_cpu, subject) for subject in (ONE, ALL)),
     *((opcheck, name) for name in EXAMPLES),
     *((compiled, name) for name in EXAMPLES),
     *((check, subject) for subject in (ONE, ALL) for check in (lowered, package)),
 ]
-COSTLY = opcheck, compiled, bound_model, package, lowered  # of which a dry run tries one subject each
+COSTLY = opcheck, compiled, bound_model, from_a_cpu, package, lowered  # of which a dry run tries one subject each
 
 
 def named(check, subject):
