@@ -825,6 +825,32 @@ def test_the_table(tmp_path, record, capsys):
     assert "| `rms_norm` | tokens 8, hidden 64 | 100 |" in capsys.readouterr().out
 
 
+def test_what_is_said_last_is_short_and_complete(record, capsys):
+    """Where 12,000 characters of the output are kept they hold each operator that fails, however often, and the table."""
+    plan = cases.plan()
+    for operator, sizes in plan:
+        for provider in (cases.OURS, *table.OTHERS):
+            row = {"operator": operator, "sizes": sizes, "pass": "both", "fraction": 0.91, "bound": "bytes"}
+            record.add("speed", **row, provider=provider, us=12345.0, peak_MiB=12345.0)
+    gpu = {"name": "NVIDIA H200", "driver": "CUDA 13.0"}
+    record.content["environment"] = {"when": "2026-12-01T10:00:00+00:00", "commit": "0", "torch": "2.11.0", "gpu": gpu}
+    record.place = "numerics"
+    for operator in numerics.HELD:
+        for n in range(50):
+            record.fail(f"{operator}: float32[{n}, 64]", "not close\n" + 100 * "so ")
+    record.cut("many swiglu")
+    capsys.readouterr()
+    assert run.summary(record) == 1
+    said = capsys.readouterr().out
+    assert len(said) < 12000
+    for operator in numerics.HELD:
+        assert f"FAILED numerics: {operator}: 48 more" in said or f"numerics: {operator} (50)" in said
+        assert re.search(rf"^\| `{operator}` \|", said, re.M) or operator not in dict(plan)
+    assert "FAILED numerics: rms_norm: float32[0, 64]: not close so so" in said
+    assert "cut of numerics: 1\n" in said
+    assert said.index("FAILED") < said.index("| `rms_norm` |")
+
+
 def test_readme_shows_no_other_figure():
     """Its table is what the committed files give; with none it says that no figure exists."""
     text, found = README.read_text(), table.render()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ LANES = {"numerics": 6, "programs": 6}  # processes at once, of parts that measu
 FRESH = {"stack": slice(1, 2), "first call": slice(1)}  # and which a dry run tries
 HOST = "host time"
 SECONDS, ENDLESS = 520.0, 86400.0  # with what comes before and after, less than ten minutes
+GROUPS, EXAMPLES, WIDTH = 10, 2, 240  # of the failures that are printed: with the table they fit where 12,000 characters do
 GRACE = 20  # seconds that a child may take longer than its part, before it is ended
 
 
@@ -281,18 +283,34 @@ def summary(record):
 
     content = record.content
     variants = content["correctness"]["variants"]
+    for line in in_words(content["failures"]):
+        print(line)
+    for part, number in Counter(cut["part"] for cut in content["cut"]).items():
+        print(f"cut of {part}: {number}")
     if content["speed"] and not content["dry"]:
-        print(table.part(record.path.name, content))
+        print(table.part(record.path.name, content | {"speed": table.first(content["speed"])}))
     if variants:
         print(f"variants reached: {variants['reached']} of {variants['built']}, sm_{variants['arch']}")
-    for failure in content["failures"]:
-        print(f"FAILED {failure['part']}: {failure['case']}: {failure['message'][:300]}")
     what = "a dry run: no figure is from a GPU" if content["dry"] else f"{len(content['speed'])} times"
     print(
         f"{record.path}: {what}; {len(content['failures'])} failures, {len(content['cut'])} cut; "
         f"{content['budget']['taken']:.0f} of {content['budget']['seconds']:.0f} s"
     )
     return 1 if content["failures"] else 0
+
+
+def in_words(failures):
+    """A few lines for each operator or check that failed, so that one of which all fails leaves room for the others."""
+    groups = {}
+    for failure in failures:
+        groups.setdefault((failure["part"], failure["case"].partition(":")[0]), []).append(failure)
+    for (part, what), some in [*groups.items()][:GROUPS]:
+        for failure in some[:EXAMPLES]:
+            yield " ".join(f"FAILED {part}: {failure['case']}: {failure['message']}".split())[:WIDTH]
+        if len(some) > EXAMPLES:
+            yield f"FAILED {part}: {what}: {len(some) - EXAMPLES} more"
+    if others := [f"{part}: {what} ({len(some)})" for (part, what), some in [*groups.items()][GROUPS:]]:
+        yield f"FAILED as well: {', '.join(others)}"
 
 
 def words(job):

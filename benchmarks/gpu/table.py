@@ -35,6 +35,14 @@ def part(name, content):
     return "\n".join([*head, "", *lines, *rows(content["speed"])])
 
 
+def first(speed):
+    """Of each operator the sizes that come first, which are the most important."""
+    sizes = {}
+    for row in speed:
+        sizes.setdefault(row["operator"], row["sizes"])
+    return [row for row in speed if row["sizes"] == sizes[row["operator"]]]
+
+
 def rows(speed):
     cases = {}
     for row in speed:
