@@ -476,6 +476,21 @@ def test_few_sizes_are_compiled():
     assert max(map(plan.index, ends)) < plan.index(("rms_norm", {"tokens": 2048, "hidden": 4096}))
 
 
+def test_providers_that_are_not_there_are_named(monkeypatch):
+    def left_out(functional):
+        return {what.split(" in ")[0] for what, _ in timing.left_out(functional)} - {cases.COMPILED}
+
+    optional = {cases.LIGER, cases.QUACK, cases.FUSED}
+    monkeypatch.setattr(cases.importlib.util, "find_spec", lambda name: name == "quack")
+    monkeypatch.setattr(cases.functional, "linear_cross_entropy", print, raising=False)
+    assert left_out(functional=True) == set()
+    assert {*cases.linear_cross_entropy(2, 4, 8, None).calls} >= optional - {cases.LIGER}
+    monkeypatch.setattr(cases.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delattr(cases.functional, "linear_cross_entropy")
+    assert left_out(functional=None) == optional
+    assert not optional & cases.linear_cross_entropy(2, 4, 8, None).calls.keys()
+
+
 def test_what_all_processes_say_is_said_once(record):
     for case in "aba":
         run.merge(record, {"cut": [{"part": "speed", "case": case, "why": "so"}]})

@@ -86,6 +86,10 @@ def left_out(functional):
     yield f"{COMPILED} in sweeps, but at the ends of those of {ends}", "to compile takes longer than all else of a case"
     if functional is None:
         yield f"{LIGER} in all cases", "it is not installed"
+    if not cases.quack_is_there():
+        yield f"{cases.QUACK} in all cases", "it is not installed"
+    if not cases.fused_of_torch():
+        yield f"{cases.FUSED} in all cases", f"torch {torch.__version__} has none"
 
 
 @dataclasses.dataclass
