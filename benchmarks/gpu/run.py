@@ -22,12 +22,12 @@ LOST = 3  # a child's exit status where the device no longer answers
 PARTS = {
     "numerics": ("correctness", 100),
     "behaviour": ("correctness", 75),
-    "speed": ("speed", 195),
+    "speed": ("speed", 225),
     "stack": ("speed", 200),
     "first call": ("speed", 50),
 }
 FRESH = {"stack": slice(1, 2), "first call": slice(1)}  # and which a dry run tries
-HOST = "host time"
+HOST, TUNE = "host time", "tune"
 SECONDS, ENDLESS = 560.0, 86400.0
 GRACE = 20  # seconds that a child may take longer than its part, before it is ended
 
@@ -109,9 +109,11 @@ def listed(part):
     from gpu import cases
 
     if part == "speed":
+        from gpu import tune
+
         names = [operator for operator, _ in cases.FIRST if operator != "linear_logprob"]
         first, others = cases.plan()[: len(cases.FIRST)], cases.plan()[len(cases.FIRST) :]
-        return [*map(list, first), *([HOST, name] for name in names), *map(list, others)]
+        return [*map(list, first), *([TUNE, job] for job in tune.JOBS), *([HOST, name] for name in names), *map(list, others)]
     if part == "stack":
         from gpu import stack
 
@@ -343,6 +345,7 @@ def behaviour(machine, record):
 
 def speed(machine, record):
     from gpu import timing
+    from gpu import tune
 
     with machine.serving():
         reached = timing.ceilings(machine, record)
@@ -354,6 +357,8 @@ def speed(machine, record):
         what, of = job
         if what == HOST:
             timing.host_time(machine, record, of, functional)
+        elif what == TUNE:
+            tune.tune(machine, record, of)
         else:
             timing.speed(machine, record, what, of, functional, reached)
 
