@@ -1,6 +1,7 @@
 """The program that measures on a GPU, as far as a CPU goes: a dry run of all of it, and its arithmetic on made-up clocks."""
 
 import contextlib
+import importlib
 import inspect
 import itertools
 import json
@@ -23,6 +24,8 @@ import liger_aot
 from liger_aot import _jit
 from liger_aot import _op
 from liger_aot import _runtime
+from liger_aot.ops import _linear
+from liger_aot.ops import _norm
 
 import examples
 import harness
@@ -41,6 +44,7 @@ from gpu import run
 from gpu import stack
 from gpu import table
 from gpu import timing
+from gpu import tune
 from gpu.machine import Dry
 from gpu.machine import Gpu
 from gpu.record import Record
@@ -89,7 +93,7 @@ def test_a_dry_run_has_no_figure(dry):
     _, content = dry
     assert content["dry"] is True
     assert content["environment"].get("gpu") is None
-    lists = ["ceilings", "speed", "host", "first_call", "stack"]
+    lists = ["ceilings", "speed", "tune", "host", "first_call", "stack"]
     for row in itertools.chain.from_iterable(content[name] for name in lists):
         assert {k: v for k, v in row.items() if k in FIGURES and v is not None} == {}
         assert row.get("samples", 0) == 0
@@ -125,6 +129,7 @@ def test_everything_planned_was_done(dry):
     for operator in cases.BUILD:
         rows = {(row["provider"], row["pass"]) for row in content["speed"] if row["operator"] == operator}
         assert rows >= set(itertools.product([cases.OURS, cases.EAGER, cases.COMPILED], timing.PASSES)), operator
+    assert {f"{row['number']} of {row['operator']}" for row in content["tune"]} == set(tune.JOBS)
     assert {row["operator"] for row in content["host"]} == EXAMPLES.keys() - {"linear_logprob"}
     assert {row["what"] for row in content["ceilings"]} == {"copy", "matmul"}
     assert content["first_call"]
@@ -135,7 +140,7 @@ def test_every_field_is_documented(dry):
     """README's list of the file's fields is that of the file."""
     text = (BENCHMARKS / "gpu/README.md").read_text()
     _, content = dry
-    lists = ("ceilings", "speed", "host", "first_call", "stack")
+    lists = ("ceilings", "speed", "tune", "host", "first_call", "stack")
     fields = {*content, *itertools.chain.from_iterable(row for name in lists for row in content[name])}
     fields |= {*content["correctness"], *content["correctness"]["variants"], *content["budget"]}
     fields |= {*content["correctness"]["numerics"][0], *content["correctness"]["checks"][0]}
@@ -593,6 +598,21 @@ def test_few_sizes_are_compiled():
     assert max(map(plan.index, ends)) < plan.index(("rms_norm", {"tokens": 2048, "hidden": 4096}))
 
 
+def test_providers_that_are_not_there_are_named(monkeypatch):
+    def left_out(functional):
+        return {what.split(" in ")[0] for what, _ in timing.left_out(functional)} - {cases.COMPILED}
+
+    optional = {cases.LIGER, cases.QUACK, cases.FUSED}
+    monkeypatch.setattr(cases.importlib.util, "find_spec", lambda name: name == "quack")
+    monkeypatch.setattr(cases.functional, "linear_cross_entropy", print, raising=False)
+    assert left_out(functional=True) == set()
+    assert {*cases.linear_cross_entropy(2, 4, 8, None).calls} >= optional - {cases.LIGER}
+    monkeypatch.setattr(cases.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delattr(cases.functional, "linear_cross_entropy")
+    assert left_out(functional=None) == optional
+    assert not optional & cases.linear_cross_entropy(2, 4, 8, None).calls.keys()
+
+
 def test_what_all_processes_say_is_said_once(record):
     for case in "aba":
         run.merge(record, {"cut": [{"part": "speed", "case": case, "why": "so"}]})
@@ -636,6 +656,42 @@ def test_what_is_spoilt_is_restored(record):
     bench.warm_up(record, "swiglu")
     bench.rounds(timing.SWEEP, 0.0)
     assert all(torch.equal(i, b) for i, b in zip(bench.inputs, before, strict=True))
+
+
+class Served(Clocked):
+    """Operators run their bodies, over the stub."""
+
+    serving = Dry.serving
+
+
+@pytest.mark.parametrize("job", tune.JOBS)
+def test_numbers_are_tried_and_put_back(job, record, monkeypatch):
+    """Each value is where the operator looks for it, one of them is what it had, and that is there again."""
+    name, operator = job.split(" of ")
+    module, number, used = importlib.import_module(f"liger_aot.ops.{operator}"), tune.NUMBERS[name], set()
+
+    def chunks(hidden, original=_linear.chunks):
+        used.add((_linear.CHUNK, _linear.LEAST))
+        return original(hidden)
+
+    def programs(x, rows, each):
+        used.add((each, each))
+        return 1
+
+    monkeypatch.setattr(module, *(("chunks", chunks) if name == "CHUNK" else ("programs", programs)))
+    monkeypatch.setattr(number, "sizes", [cases.tiny(number.sizes[0])])
+    before = _linear.CHUNK, _linear.LEAST, dict(_norm.RESIDENT)
+    with record.part("speed", 0.5):
+        tune.tune(Served(), record, job)
+    assert before == (_linear.CHUNK, _linear.LEAST, _norm.RESIDENT)
+    assert record.content["failures"] == record.content["cut"] == []
+    rows = record.content["tune"]
+    assert used == {(row["tried"], row["tried"]) for row in rows}
+    assert {row["tried"] for row in rows} >= {*number.values}
+    assert {row["tried"] for row in rows if row["shipped"]} == {number.shipped(number.sizes[0])}
+    assert {(row["pass"], row["us"]) for row in rows} == {
+        p for p in (("forward", 10), ("backward", 30), ("both", 40)) if p[0] in number.passes
+    }
 
 
 def test_host_time(record):

@@ -167,12 +167,20 @@ IN_TORCH = {
 }
 
 
+def quack_is_there():
+    return importlib.util.find_spec("quack") is not None
+
+
+def fused_of_torch():
+    return getattr(functional, "linear_cross_entropy", None)  # torch 2.13 has it, 2.11 does not
+
+
 def calls(name, theirs, quack=None, **more):
     """{provider: function}; `theirs` and `quack` are their names for it."""
     found = {OURS: ours(name), EAGER: IN_TORCH[name]} | more
     if theirs is not None:
         found[LIGER] = theirs
-    if quack is not None and importlib.util.find_spec("quack"):
+    if quack is not None and quack_is_there():
         found[QUACK] = quack
     return found
 
@@ -375,7 +383,7 @@ def linear_cross_entropy(tokens, hidden, vocabulary, liger):
     )
     if liger:
         found[LIGER_FP32] = lambda h, w, t: getattr(liger, name)(h, w, t, accum_dtype=torch.float32)
-    if fused := getattr(functional, "linear_cross_entropy", None):  # torch 2.13 has it, 2.11 does not
+    if fused := fused_of_torch():
         found[FUSED] = fused
     return Timed(inputs, found, moved, flops)
 

@@ -8,7 +8,7 @@ import time
 import traceback
 
 SCHEMA = 1
-LISTS = "ceilings", "speed", "host", "first_call", "stack", "longest"
+LISTS = "ceilings", "speed", "tune", "host", "first_call", "stack", "longest"
 
 
 class Record:

@@ -27,13 +27,13 @@ PARTS = {
     "numerics": ("correctness", 90),
     "behaviour": ("correctness", 60),
     "programs": ("correctness", 90),
-    "speed": ("speed", 240),
+    "speed": ("speed", 270),
     "stack": ("speed", 200),
     "first call": ("speed", 50),
 }
 LANES = {"numerics": 6, "programs": 6}  # processes at once, of parts that measure no time, at most one to two processors
 FRESH = {"stack": slice(1, 2), "first call": slice(1)}  # and which a dry run tries
-HOST = "host time"
+HOST, TUNE = "host time", "tune"
 SECONDS, ENDLESS = 520.0, 86400.0  # with what comes before and after, less than ten minutes
 GROUPS, EXAMPLES, WIDTH = 10, 2, 240  # of the failures that are printed: with the table they fit where 12,000 characters do
 GRACE = 20  # seconds that a child may take longer than its part, before it is ended
@@ -128,9 +128,11 @@ def listed(part):
     from gpu import cases
 
     if part == "speed":
+        from gpu import tune
+
         names = [operator for operator, _ in cases.FIRST if operator != "linear_logprob"]
         first, others = cases.plan()[: len(cases.FIRST)], cases.plan()[len(cases.FIRST) :]
-        return [*map(list, first), *([HOST, name] for name in names), *map(list, others)]
+        return [*map(list, first), *([TUNE, job] for job in tune.JOBS), *([HOST, name] for name in names), *map(list, others)]
     if part == "stack":
         from gpu import stack
 
@@ -395,6 +397,7 @@ def behaviour(machine, record):
 
 def speed(machine, record):
     from gpu import timing
+    from gpu import tune
 
     with machine.serving():
         reached = timing.ceilings(machine, record)
@@ -406,6 +409,8 @@ def speed(machine, record):
         what, of = job
         if what == HOST:
             timing.host_time(machine, record, of, functional)
+        elif what == TUNE:
+            tune.tune(machine, record, of)
         else:
             timing.speed(machine, record, what, of, functional, reached)
 

@@ -86,6 +86,10 @@ def left_out(functional):
     yield f"{COMPILED} in sweeps, but at the ends of those of {ends}", "to compile takes longer than all else of a case"
     if functional is None:
         yield f"{LIGER} in all cases", "it is not installed"
+    if not cases.quack_is_there():
+        yield f"{cases.QUACK} in all cases", "it is not installed"
+    if not cases.fused_of_torch():
+        yield f"{cases.FUSED} in all cases", f"torch {torch.__version__} has none"
 
 
 @dataclasses.dataclass
@@ -145,7 +149,7 @@ class Bench:
             except Exception as error:  # whatever other people's code raises; of ours it is a failure
                 del self.contenders[name]
                 self.machine.free()
-                if name == OURS or not self.machine.alive():
+                if name.startswith(OURS) or not self.machine.alive():
                     record.fail(f"{case}: {name}", error)
                 else:
                     why = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
@@ -194,9 +198,8 @@ class Bench:
                 contender.times.append(self.sample(contender))
             self.machine.synchronize()
 
-    def rows(self, reached):
-        """What goes into the file, a row for each provider and pass."""
-        bytes_, flops = ((*two, sum(two)) for two in (self.timed.bytes, self.timed.flops))
+    def measured(self):
+        """(provider, pass, what was measured of it)."""
         for name, contender in self.contenders.items():
             for place, which in enumerate(PASSES):
                 if contender.backward:
@@ -207,18 +210,15 @@ class Bench:
                     continue
                 times = spread([self.machine.between(marks[pair[0]], marks[pair[1]]) for marks in contender.times])
                 us = times.pop("median")
-                yield {
-                    "operator": self.operator,
-                    "dtype": "bfloat16",
-                    "sizes": self.sizes,
-                    "provider": name,
-                    "pass": which,
-                    "us": us,
-                    **times,
-                    **fractions(us, bytes_[place], flops[place], reached),
-                    "peak_MiB": contender.peak,
-                    "difference": contender.difference,
-                }
+                more = {"peak_MiB": contender.peak, "difference": contender.difference}
+                yield name, which, {"pass": which, "us": us, **times, **more}
+
+    def rows(self, reached):
+        """What goes into the file, a row for each provider and pass."""
+        bytes_, flops = (dict(zip(PASSES, (*two, sum(two)), strict=True)) for two in (self.timed.bytes, self.timed.flops))
+        head = {"operator": self.operator, "dtype": "bfloat16", "sizes": self.sizes}
+        for name, which, row in self.measured():
+            yield {**head, "provider": name, **row, **fractions(row["us"], bytes_[which], flops[which], reached)}
 
 
 def fractions(us, bytes_, flops, reached):
