@@ -4,6 +4,7 @@ and what becomes of programs that were exported where no GPU is.
 Each check takes the machine and what it is of; it raises, or returns a note. Bits are compared with those of an eager call.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -25,6 +26,7 @@ from liger_aot.functional import packed_glu
 from liger_aot.ops.packed_glu import packed_glu_in_place
 
 import examples
+import formulas
 from examples import EXAMPLES
 from examples import call
 from examples import leaves
@@ -354,6 +356,44 @@ def tail(function, arguments, name):
     return [t[:, :, -3:] if name == "rope" else t[-3:] for t in (output.detach(), gradient)]
 
 
+NOT_FINITE = {
+    "softmax": lambda x: torch.softmax(x, -1),
+    "sparsemax": formulas.sparsemax,
+    "cross_entropy": formulas.cross_entropy(reduction="none"),
+}
+
+
+def not_finite(machine, name):
+    """A row with NaN or +inf, or of -inf alone, is NaN, and so is one whose target is out of range; what is masked weighs
+    nothing; an ignored row may hold anything. No row has a part in another, nor does it matter how a kernel walks them."""
+    for n in (96, 9001):
+        poisoned, target, options = [0, 1, 2], [], {}
+        with torch.device(machine.device):
+            x = torch.randn(8, n)
+            x[0, n // 2], x[1, n - 1], x[2], x[3, : n // 2], x[4, 1:] = torch.nan, torch.inf, -torch.inf, -torch.inf, -torch.inf
+            if name == "cross_entropy":
+                target, options = [torch.tensor([0, 0, 0, n - 1, 0, -100, 1, 2])], {"reduction": "none"}
+        clean = x.clone()
+        if name == "cross_entropy":
+            x[5] = torch.nan
+            if machine.computes:  # a target out of range is an error on a CPU
+                poisoned, target[0][6], target[0][7] = [0, 1, 2, 6, 7], -1, n
+        others = [row for row in range(8) if row not in poisoned]
+        with machine.launching(machine.launcher()) if machine.computes else contextlib.nullcontext():
+            got = squared(of(name, options), x, *target)
+        want = squared(lambda *tensors: [NOT_FINITE[name](*tensors)], clean[others], *(t[others] for t in target))
+        for result, g, w in zip(("result", "gradient"), got, want, strict=True):
+            # sparsemax promises nothing of the gradient there: nothing of such a row was kept.
+            if not g[poisoned].isnan().all() and (name, result) != ("sparsemax", "gradient"):
+                raise AssertionError(f"{result} of {n} columns: rows {poisoned} must be NaN, got {g[poisoned]}")
+            torch.testing.assert_close(g[others], w, msg=functools.partial("{} of {} columns: {}".format, result, n))
+
+
+def squared(function, x, *others):
+    """The square of what function gives, which has a gradient where a sum of one has none, and the gradient of its sum."""
+    return outcome(lambda *tensors: [function(*tensors)[0].square()], [x.detach().requires_grad_(), *others])
+
+
 def in_a_process(code, *arguments, **environment):
     """Run Python code in a process of its own; what that says is raised where it fails."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -520,6 +560,7 @@ CHECKS = [
     (other_device, "rms_norm"),
     *((same_bits, name) for name in (*ROW_WISE, "group_norm", "attn_res", "mhc_pre", "mhc_post_res", "embedding")),
     *((in_place, activation) for activation in ("silu", "gelu", "gelu_tanh")),
+    *((not_finite, name) for name in NOT_FINITE),
     *((beyond_31_bits, name) for name in ROW_WISE),
     *((autocast, name) for name in LINEAR),
     *((bound_model, family) for family in ("llama", "gemma2")),
