@@ -8,6 +8,8 @@ few points beside them: at one point alone, on one CPU, a few roundings may all 
 import functools
 import io
 import itertools
+import math
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -17,20 +19,23 @@ BESIDE = 16  # points, of which as many are looked at as it takes
 MANY, FEW = 256, 0.1  # numbers whose roundings are counted; the share that may be others than the nearest
 
 
-def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0, seen=None):
+def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0, seen=None, arithmetic=lambda n: nullcontext()):
     """Every output and gradient of `function` errs at most `slack` times the allowance, at worst and on average.
 
     Every floating tensor among the inputs gets a gradient, unless it is `fixed`. `through` is the dtype that intermediate
     results are rounded to by definition, where it is narrower than the result's. `carries` is the size of fp32 numbers whose
     rounding the results carry, where that is more than their own: a difference of two, of which few may be exact by luck.
-    `seen` is a list that gets (error, allowed) of all that was held.
+    `seen` is a list that gets error / allowed of all that was held. `arithmetic(n)` is a context in which float32 errs as
+    instructions may that are not the CPU's, by other draws for each n: beside the inputs the reference in float32 runs in it.
     """
     points, found, drawn = itertools.chain([inputs], beside(inputs)), [], functools.cache(upstream)
 
     def truth(n):
         while len(found) <= n:
             point = next(points)
-            found.append([run(reference, point, dtype, drawn) for dtype in (torch.float64, torch.float32)])
+            float64 = run(reference, point, torch.float64, drawn)
+            with arithmetic(len(found)) if found else nullcontext():
+                found.append([float64, run(reference, point, torch.float32, drawn)])
         return found[n]
 
     exact = truth(0)[0]
@@ -48,13 +53,24 @@ def check(function, reference, *inputs, slack=2.0, through=None, carries=0.0, se
                 if error <= allowed:
                     break
             if seen is not None:
-                seen.append((error, allowed))
-            assert error <= allowed, f"{name}: {measure.__name__} error {error:.2e}, allowed {allowed:.2e}"
+                seen.append(times(error, allowed))
+            assert error <= allowed, (
+                f"{name}: {measure.__name__} error {error:.2e}, allowed {allowed:.2e}: {times(error, allowed):.3g} times it"
+            )
         if slack == 2.0 and not carries and through is None and got.dtype != torch.float32 and got.numel() >= MANY:
             float64, float32 = truth(0)
             share, allowed = misrounded(got, exact[name]), FEW + 4 * misrounded(float32[name].to(got.dtype), float64[name])
+            if seen is not None:
+                seen.append(times(share, allowed))
             assert share <= allowed, f"{name}: {share:.0%} of the numbers are not the nearest ones, allowed {allowed:.0%}"
     return results
+
+
+def times(error, allowed):
+    """error / allowed; infinite where a number is missing, or where nothing is allowed."""
+    if error == 0:
+        return 0.0
+    return error / allowed if math.isfinite(error) and allowed > 0 else math.inf
 
 
 def misrounded(got, exact):

@@ -16,9 +16,12 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import InterpreterBuilder
+from triton.runtime.interpreter import TensorHandle
 
 import liger_aot
 from liger_aot import _jit
@@ -38,6 +41,7 @@ sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 from gpu import behaviour
 from gpu import cases
 from gpu import fresh
+from gpu import instructions
 from gpu import machine
 from gpu import numerics
 from gpu import run
@@ -347,6 +351,67 @@ def test_a_variant_that_no_time_was_left_for_is_no_failure(record):
     assert record.content["failures"] == []
 
 
+@pytest.fixture
+def erring(interpreted, monkeypatch):
+    """Interpreted kernels, whose instructions err by the whole of their bounds, up or down as the digits of a result have it;
+    but for 2^0, of which PTX says that it is 1."""
+
+    def err(function, bound):
+        def instruction(self, *operands):
+            result = function(self, *operands)
+            digits = np.ascontiguousarray(result.data).view(np.uint32)
+            down = digits * np.uint32(0x9E3779B1) >> np.uint32(31)
+            erring = np.where(result.data == 1, 1, result.data * (1 + bound * (1.0 - 2.0 * down)))
+            return TensorHandle(erring.astype(np.float32), result.dtype)
+
+        return instruction
+
+    bounds = {"exp2": instructions.EX2_APPROX, "log": instructions.LOGF, "fdiv": instructions.DIV_FULL}
+    for name, bound in (bounds | {"rsqrt": instructions.RSQRT_APPROX}).items():
+        monkeypatch.setattr(InterpreterBuilder, f"create_{name}", err(getattr(InterpreterBuilder, f"create_{name}"), bound))
+
+    def exp(self, x):
+        return self.create_exp2(TensorHandle(x.data * np.float32(instructions.LOG2E), x.dtype))
+
+    monkeypatch.setattr(InterpreterBuilder, "create_exp", exp)
+
+
+def narrow_calls(operator):
+    """What numerics holds of the operator, of narrow rows and in float32."""
+    for arguments, options in numerics.calls(Interpreted(), operator, few):
+        if arguments[0].dtype == torch.float32 and arguments[0].shape[-1] < 100:
+            function, formula, inputs, how = numerics.HELD[operator](*arguments, **options)
+            yield function, formula, [i.detach() if isinstance(i, torch.Tensor) else i for i in inputs], how
+
+
+AMPLIFIED = "dyt", "softmax", "attn_res", "neighborhood_attention"
+
+
+@pytest.mark.parametrize("operator", AMPLIFIED)
+def test_allowances_hold_for_a_gpus_instructions(erring, operator):
+    """As those of exact instructions would not."""
+    exact = []
+    for function, formula, inputs, how in itertools.islice(narrow_calls(operator), 2):
+        numerics.check(function, formula, *inputs, **how)
+        with contextlib.suppress(AssertionError):
+            harness.check(function, formula, *inputs, seen=exact, **how)
+    assert max(exact) > 1
+
+
+@pytest.mark.parametrize("operator", AMPLIFIED)
+def test_allowances_notice_more_than_instructions(operator):
+    """And say by how much it is more."""
+    for function, formula, inputs, how in itertools.islice(narrow_calls(operator), 2):
+        seen = []
+        with pytest.raises(AssertionError, match=r"error .*, allowed .*: \S+ times it"):
+            numerics.check(lambda *a, f=function: scaled(f(*a), 1 + 2**-15), formula, *inputs, seen=seen, **how)
+        assert 4 < seen[-1] < 400
+
+
+def scaled(results, factor):
+    return tuple(r * factor for r in (results if isinstance(results, tuple) else (results,)))
+
+
 class Interpreted(Dry):
     """Launches give numbers: the kernels are interpreted."""
 
@@ -391,6 +456,7 @@ HELD_BY_BITS = [
     *((behaviour.in_place, activation) for activation in ("silu", "gelu")),
     *((behaviour.beyond_31_bits, name) for name in behaviour.ROW_WISE),
     *((behaviour.autocast, name) for name in behaviour.LINEAR),
+    *((behaviour.not_finite, name) for name in behaviour.NOT_FINITE),
     *((behaviour.from_a_cpu, name) for name in (behaviour.ONE, behaviour.ALL)),
 ]
 
@@ -409,6 +475,14 @@ def test_a_launch_that_misses_its_graph_or_stream_is_seen(name, monkeypatch):
     monkeypatch.setattr(behaviour, "refill", lambda *_: None)  # what a launch before the copy would see
     with pytest.raises(AssertionError):
         behaviour.two_streams(Exact(), name)
+
+
+def test_a_row_that_should_be_nan_is_seen(monkeypatch):
+    call = behaviour.call
+    monkeypatch.setattr(behaviour, "call", lambda *a: [r.nan_to_num(0.0) for r in call(*a)])
+    for name in behaviour.NOT_FINITE:
+        with pytest.raises(AssertionError, match=r"result of 96 columns: rows .* must be NaN"):
+            behaviour.not_finite(Dry(), name)
 
 
 @pytest.fixture
