@@ -74,6 +74,10 @@ def scale(x, eps, dim=-1):
     return x.float() * torch.rsqrt(x.float().square().mean(dim, keepdim=True) + eps)
 
 
+def rounded_first(m, x):
+    return m.weight * x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype)
+
+
 def within(most, x, dtype):
     return x.clamp(-most, most) if x.dtype is dtype else x
 
@@ -102,7 +106,8 @@ IMPOSTORS = {
     "clamped in float32": lambda m, x: llama(m, x, unit(within(100, x, torch.float32), m.variance_epsilon)),
     "clamped in bfloat16": lambda m, x: llama(m, x, unit(within(100, x, torch.bfloat16), m.variance_epsilon)),
     "clamped in float16": lambda m, x: llama(m, x, unit(within(100, x, torch.float16), m.variance_epsilon)),
-    "another rounding": lambda m, x: m.weight * x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype),
+    "another rounding": rounded_first,
+    "another rounding in bfloat16": lambda m, x: rounded_first(m, x) if x.dtype is torch.bfloat16 else llama(m, x),
 }
 
 
