@@ -11,6 +11,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -133,7 +134,7 @@ def test_everything_planned_was_done(dry):
     for operator in cases.BUILD:
         rows = {(row["provider"], row["pass"]) for row in content["speed"] if row["operator"] == operator}
         assert rows >= set(itertools.product([cases.OURS, cases.EAGER, cases.COMPILED], timing.PASSES)), operator
-    assert {f"{row['number']} of {row['operator']}" for row in content["tune"]} == set(tune.JOBS)
+    assert {f"{row['number'].partition('[')[0]} of {row['operator']}" for row in content["tune"]} == set(tune.JOBS)
     assert {row["operator"] for row in content["host"]} == EXAMPLES.keys() - {"linear_logprob"}
     assert {row["what"] for row in content["ceilings"]} == {"copy", "matmul"}
     assert content["first_call"]
@@ -322,6 +323,55 @@ def test_a_process_that_is_late_is_cut(record, monkeypatch):
         run.run_part(record, "behaviour", list("abc"), False, None)
     assert record.content["failures"] == []
     assert record.content["cut"] == [{"part": "behaviour", "case": "b", "why": "its time was over"}]
+
+
+def test_what_a_late_process_began_ends_with_it(record, monkeypatch, tmp_path):
+    """It would run beside what is measured next."""
+    began = tmp_path / "began"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import pathlib, subprocess, sys, time\n"
+        f"pathlib.Path({str(began)!r}).write_text(str(subprocess.Popen(['sleep', '600']).pid))\n"
+        "print('[  0 s] begun', file=sys.stderr, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    monkeypatch.setattr(run, "__file__", str(program))
+    monkeypatch.setattr(run, "GRACE", 2)
+    record.ends = time.monotonic()
+    content, status, errors = run.run_child(record, "behaviour", ["a"], False, tmp_path, 0)
+    assert (content, status) == ({"finished": []}, None)
+    assert "begun" in errors
+    pid = int(began.read_text())
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+ENDLESS_CALL = """
+import sys, time
+sys.path[:0] = {folders!r}
+import pathlib
+from gpu.record import Record
+record = Record(pathlib.Path({out!r}), dry=True, arguments=[], environment=None, seconds=60)
+record.add("tune", tried=1)
+time.sleep(1.1)
+record.watch(1)
+time.sleep(60)
+"""
+
+
+def test_a_call_that_does_not_end_ends_its_process_and_loses_nothing(record, monkeypatch, tmp_path):
+    out = tmp_path / "found.json"
+    text = ENDLESS_CALL.format(folders=[str(pathlib.Path(run.__file__).parent.parent)], out=str(out))
+    done = subprocess.run([sys.executable, "-c", text])
+    assert done.returncode == -signal.SIGALRM
+    assert json.loads(out.read_text())["tune"] == [{"tried": 1}]
+    children = iter([({"finished": []}, done.returncode, "few rms_norm: a call"), ({"finished": ["b"]}, 0, "")])
+    monkeypatch.setattr(run, "run_child", lambda *_: next(children))
+    with record.part("behaviour", 0.5):
+        run.run_part(record, "behaviour", list("ab"), False, None)
+    (failure,) = record.content["failures"]
+    assert failure["case"] == "a"
+    assert "(a call did not end): few rms_norm: a call" in failure["message"]
 
 
 def test_the_gpu_and_what_stands_for_it_are_used_alike():
@@ -762,7 +812,7 @@ def test_numbers_are_tried_and_put_back(job, record, monkeypatch):
     rows = record.content["tune"]
     assert used == {(row["tried"], row["tried"]) for row in rows}
     assert {row["tried"] for row in rows} >= {*number.values}
-    assert {row["tried"] for row in rows if row["shipped"]} == {number.shipped(number.sizes[0])}
+    assert {row["tried"] for row in rows if row["shipped"]} == {number.shipped(operator, number.sizes[0])}
     assert {(row["pass"], row["us"]) for row in rows} == {
         p for p in (("forward", 10), ("backward", 30), ("both", 40)) if p[0] in number.passes
     }

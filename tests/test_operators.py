@@ -50,6 +50,13 @@ def test_schemas_are_what_torch_infers():
         assert _op.schema(function) == name + torch.library.infer_schema(function, mutates_args=())
 
 
+def test_a_type_that_no_operator_has_is_refused():
+    def of_many(xs: list[torch.Tensor]) -> torch.Tensor: ...
+
+    with pytest.raises(TypeError, match=r"of_many: xs must be annotated as Tensor, SymInt, .*, got list\[torch.Tensor\]"):
+        _op.schema(of_many)
+
+
 def every_second(tensor):
     """The same numbers, each followed by another that nobody may read."""
     if not isinstance(tensor, torch.Tensor) or not tensor.dim():

@@ -7,6 +7,7 @@ whose numbers are held; in a dry run the CPU kernels' numbers are held, and the 
 
 import contextlib
 import functools
+import sys
 import warnings
 
 import torch
@@ -362,8 +363,8 @@ def words(arguments, options):
     return ", ".join([*tensors, *given])
 
 
-def numerics(machine, rows, operator, record, launcher):
-    """Hold every call of one operator, for as long as there is time."""
+def numerics(machine, rows, operator, record, launcher, stuck=None):
+    """Hold every call of one operator, for as long as there is time; one that takes `stuck` seconds ends the process."""
     row = {"operator": operator, "rows": rows, "calls": 0, "failed": 0, "worst": 0.0, "of": None}
     record.content["correctness"]["numerics"].append(row)
     function = HELD[operator]
@@ -373,6 +374,8 @@ def numerics(machine, rows, operator, record, launcher):
             return
         row["calls"] += 1
         text, seen = words(arguments, options), []
+        print(f"{operator}: {text}", file=sys.stderr, flush=True)  # the last one that is said is the one that did not end
+        record.watch(stuck)
         with record.trying(f"{operator}: {text}") as outcome:
             call, formula, inputs, how = function(*arguments, **options)
             inputs = [i.detach() if isinstance(i, torch.Tensor) else i for i in inputs]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import signal
 import sys
 import time
 import traceback
@@ -21,7 +22,7 @@ class Record:
         self.content = {"schema": SCHEMA, "dry": dry, "arguments": arguments, "environment": environment}
         self.content |= {"budget": self.budget, "correctness": {"variants": None, "numerics": [], "checks": []}}
         self.content |= {name: [] for name in LISTS} | {"failures": [], "cut": []}
-        self.place = None
+        self.place, self.written = None, self.started
 
     def say(self, text):
         print(f"[{time.monotonic() - self.started:4.0f} s] {text}", file=sys.stderr, flush=True)
@@ -69,6 +70,13 @@ class Record:
     def cut(self, case, why="no time was left"):
         self.content["cut"].append({"part": self.place, "case": case, "why": why})
 
+    def watch(self, seconds):
+        """Write what was found so far, if that was not done within a second; unless called again in time, end the process."""
+        if time.monotonic() > self.written + 1:
+            self.write()
+        if seconds is not None:
+            signal.alarm(seconds)
+
     def add(self, name, **row):
         self.content[name].append(row)
 
@@ -77,6 +85,7 @@ class Record:
         unfinished = self.path.with_suffix(".part")
         unfinished.write_text(json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n")
         unfinished.replace(self.path)
+        self.written = time.monotonic()
 
 
 def finite(content):

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ HOST, TUNE = "host time", "tune"
 SECONDS, ENDLESS = 520.0, 86400.0  # with what comes before and after, less than ten minutes
 GROUPS, EXAMPLES, WIDTH = 10, 2, 240  # of the failures that are printed: with the table they fit where 12,000 characters do
 GRACE = 20  # seconds that a child may take longer than its part, before it is ended
+STUCK = 45  # seconds after which a call of numerics, which takes less than one, does not end
 
 
 def main(arguments=None):
@@ -46,7 +48,7 @@ def main(arguments=None):
     parser.add_argument("--only", choices=["correctness", "speed"])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/gpu.json"))
     parser.add_argument("--seconds", type=float, help=f"that the whole may take: {SECONDS:.0f}, or without end in a dry run")
-    parser.add_argument("--match", type=re.compile, default="", help="only jobs whose name holds what this matches")
+    parser.add_argument("--match", type=expression, default="", help="only jobs whose name holds what this matches")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, over the stub driver; nothing is measured")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -58,7 +60,7 @@ def main(arguments=None):
         expect_device()
     record.content["environment"] = environment()  # like the device, it takes seconds of the time there is
     parts = asked(record, [name for name, (half, _) in PARTS.items() if given.only in (None, half)], given.match)
-    with tempfile.TemporaryDirectory() as caches:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
         for place, (name, jobs) in enumerate(parts.items()):
             shares = [PARTS[part][1] for part in parts][place:]
             with record.part(name, shares[0] / sum(shares)):  # what one part leaves, those after it have
@@ -74,6 +76,13 @@ def main(arguments=None):
     record.budget["taken"] = round(time.monotonic() - record.started, 1)
     record.write()
     return summary(record)
+
+
+def expression(text):
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, such as '^few', got {text!r}: {error}") from None
 
 
 def expect_device():
@@ -184,7 +193,8 @@ def run_lane(record, part, jobs, dry, caches, lane, lock):
             if status is None:
                 record.cut(words(some[len(finished)]), "its time was over")
             else:
-                record.fail(words(some[len(finished)]), f"its process ended with status {status}: {errors[-1500:]}")
+                stuck = " (a call did not end)" if status == -signal.SIGALRM else ""
+                record.fail(words(some[len(finished)]), f"its process ended with status {status}{stuck}: {errors[-1500:]}")
             jobs = jobs[1:]
 
 
@@ -197,19 +207,20 @@ def run_child(record, part, jobs, dry, caches, lane):
     out.unlink(missing_ok=True)
     task = {"part": part, "jobs": jobs, "dry": dry, "seconds": record.left(), "started": time.time()}
     command = [sys.executable, str(pathlib.Path(__file__).resolve()), "--child", json.dumps(task), "--out", str(out)]
+    running = subprocess.Popen(
+        command,
+        env=child_environment(part, jobs, caches),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            env=child_environment(part, jobs, caches),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=max(record.left(), 1) + GRACE,
-            check=False,
-        )
-        status, errors = done.returncode, done.stderr
-    except subprocess.TimeoutExpired as error:
-        status, errors = None, (error.stderr or b"").decode(errors="replace")
+        _, errors = running.communicate(timeout=max(record.left(), 1) + GRACE)
+        status = running.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)  # with its own children, which would run beside what is measured next
+        status, errors = None, running.communicate()[1]
     content = json.loads(out.read_text()) if out.exists() else {"finished": []}
     out.unlink(missing_ok=True)
     for line in errors.splitlines():
@@ -368,8 +379,9 @@ def numerics(machine, record):
     def work(job):
         launcher = machine.launcher()
         try:
-            numerics.numerics(machine, *job, record, launcher)
+            numerics.numerics(machine, *job, record, launcher, STUCK)
         finally:
+            signal.alarm(0)
             for cubin, number in machines.reached(launcher).items():
                 variants["launches"][cubin] = variants["launches"].get(cubin, 0) + number
 

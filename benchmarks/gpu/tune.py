@@ -9,6 +9,7 @@ import torch
 
 from liger_aot.ops import _linear
 from liger_aot.ops import _norm
+from liger_aot.ops.layer_norm import LEAST_BLOCK
 
 from . import cases
 from . import timing
@@ -20,14 +21,14 @@ class Number:
     sizes: list
     passes: tuple  # which it has a part in
     use: Callable  # puts a value in its place
-    shipped: Callable  # sizes -> the value that is used
+    shipped: Callable  # (operator, sizes) -> the value that is used
 
 
 def use_chunk(rows):
     _linear.CHUNK = _linear.LEAST = rows
 
 
-def shipped_chunk(sizes):
+def shipped_chunk(operator, sizes):
     return _linear.chunk_rows(sizes["tokens"], sizes["hidden"], cases.DTYPE.itemsize, _linear.LEAST)
 
 
@@ -35,9 +36,15 @@ def use_resident(programs):
     _norm.RESIDENT.update(dict.fromkeys(_norm.RESIDENT, programs))
 
 
-def shipped_resident(sizes):
-    *_, block, _ = _norm.layout(torch.empty(1, sizes["hidden"], device="meta"))
-    return _norm.RESIDENT[block]
+def shipped_resident(operator, sizes):
+    return _norm.RESIDENT[block(operator, sizes)]
+
+
+def block(operator, sizes):
+    """What a norm's backward takes of a row at once."""
+    least = LEAST_BLOCK if operator == "layer_norm" else _norm.BLOCKS[0]
+    *_, block, _ = _norm.layout(torch.empty(1, sizes["hidden"], device="meta"), least)
+    return block
 
 
 NUMBERS = {
@@ -81,11 +88,12 @@ def tune(machine, record, job):
         with machine.serving(), put_back():
             for row in rows(machine, record, name, operator, sizes):
                 record.add("tune", **row, **({"stands_for": sizes} if machine.dry else {}))
+        record.write()
 
 
 def rows(machine, record, name, operator, sizes):
     number = NUMBERS[name]
-    shipped = number.shipped(sizes)
+    shipped = number.shipped(operator, sizes)
     bench = timing.Bench(machine, operator, cases.tiny(sizes) if machine.dry else sizes, None, False)
     ours, eager = bench.contenders[cases.OURS].call, bench.contenders[cases.EAGER]
 
@@ -107,7 +115,7 @@ def rows(machine, record, name, operator, sizes):
             yield {
                 "operator": operator,
                 "sizes": bench.sizes,
-                "number": name,
+                "number": name if name != "RESIDENT" else f"RESIDENT[{block(operator, sizes)}]",
                 "tried": value,
                 "shipped": value == shipped,
                 **row,

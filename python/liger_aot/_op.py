@@ -54,6 +54,8 @@ def schema(function):
     defaults = function.__defaults__ or ()
     defaults = dict(zip(names[positional - len(defaults) :], defaults, strict=False)) | (function.__kwdefaults__ or {})
     for n, (name, type_) in enumerate(parameters):
+        if type_ not in TYPES:
+            raise TypeError(f"{function.__name__}: {name} must be annotated as {', '.join(TYPES.values())}, got {type_}")
         default = defaults.get(name, Tensor)
         shown = "" if default is Tensor else f'="{default}"' if isinstance(default, str) else f"={default}"
         words.append(f"{'*, ' if n == positional else ''}{TYPES[type_]} {name}{shown}")
