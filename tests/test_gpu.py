@@ -247,7 +247,9 @@ def test_make_gpu_takes_another_file_and_another_time():
 
     def command(**variables):
         given = [f"{name}={value}" for name, value in variables.items()]
-        done = subprocess.run(["make", "--no-print-directory", "-n", "gpu", *given], cwd=BENCHMARKS.parent, capture_output=True, text=True)
+        done = subprocess.run(
+            ["make", "--no-print-directory", "-n", "gpu", *given], cwd=BENCHMARKS.parent, capture_output=True, text=True
+        )
         return shlex.split(done.stdout.split("benchmarks/gpu/run.py")[-1].replace("\\\n", ""))
 
     assert command() == ["--out", "out/gpu.json"]
