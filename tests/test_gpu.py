@@ -222,7 +222,7 @@ def test_a_process_that_dies_takes_one_job_with_it(record, monkeypatch):
 
 def test_what_is_found_is_written_as_it_is_found(record, monkeypatch):
     """What a run that is killed leaves: the whole after the last process, and beside it what the present one found."""
-    command = subprocess.run
+    command = subprocess.Popen
 
     def start(command_line, **options):
         out = pathlib.Path(command_line[-1])
@@ -232,7 +232,7 @@ def test_what_is_found_is_written_as_it_is_found(record, monkeypatch):
         return command([sys.executable, "-c", ""], **options)
 
     starts, written = [], lambda: json.loads(record.path.read_text())
-    monkeypatch.setattr(run.subprocess, "run", start)
+    monkeypatch.setattr(run.subprocess, "Popen", start)
     monkeypatch.setitem(run.FRESH, "speed", slice(1))
     record.write()
     with record.part("speed", 0.5):
