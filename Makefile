@@ -104,13 +104,16 @@ bench: $(VENV)/ready
 	$(call install,$(LIGER_AOT_ARCHS))
 	$(RUN) benchmarks/run.py --wheel build/wheel/*.whl --out out/bench.json
 
-# What `gpu` needs on a machine without a network: our wheel, Liger's, and which commit it is.
+# What `gpu` needs on a machine without a network: our wheel, Liger's, which commit it is, and kernels to choose among, for TRY.
 CARRY ?= build/carry
-carry: $(PIP)
+TRY ?= 90
+carry: $(VENV)/ready
 	rm -rf $(CARRY)
 	LIGER_AOT_CUDA=$(CUDA) $(PIP) wheel --quiet --no-deps -C build-dir=build/cuda$(CUDA) --wheel-dir $(CARRY) .
 	$(PIP) download --quiet --no-deps --only-binary=:all: --dest $(CARRY) liger-kernel==0.8.5
 	git describe --always --dirty --abbrev=40 --exclude '*' > $(CARRY)/commit
+	$(PIP) install --quiet --force-reinstall --no-deps $(CARRY)/liger_aot-*.whl
+	$(RUN) benchmarks/candidates.py $(TRY) $(CARRY)/candidates
 	ls -l $(CARRY)
 
 # All that needs a GPU, within ten minutes or GPU_SECONDS. Nothing is fetched: torch and transformers are those that PYTHON has.
@@ -122,7 +125,7 @@ gpu:
 	@ls $(CARRY)/liger_aot-*.whl >/dev/null 2>&1 || { echo "make gpu: no wheel of ours in $(CARRY); make carry, with a network"; exit 2; }
 	rm -rf build/gpu
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --target build/gpu $(CARRY)/*.whl
-	PYTHONPATH=build/gpu LIGER_AOT_COMMIT=$$(cat $(CARRY)/commit) \
+	PYTHONPATH=build/gpu LIGER_AOT_COMMIT=$$(cat $(CARRY)/commit) LIGER_AOT_CANDIDATES=$(CARRY)/candidates \
 		$(PYTHON) benchmarks/gpu/run.py --out $(GPU_OUT) $(if $(GPU_SECONDS),--seconds $(GPU_SECONDS)) $(if $(ONLY),--only $(ONLY)) \
 		$(if $(MATCH),--match '$(MATCH)')
 

@@ -5,16 +5,18 @@ import triton.language as tl
 
 BLOCK = [1024, 2048, 4096, 8192]
 ROWS = {128: 16, 1024: 2}  # rows a program takes of that BLOCK, else 1
-LOOP_BLOCK = 4096  # of rows that are wider than the largest BLOCK, walked in a loop
+# ROWS and BLOCK of rows that are wider than the largest BLOCK, which are walked in a loop. A backward reads and writes its
+# share of a weight's gradient once for all of its rows.
+LOOP_FORWARD, LOOP_BACKWARD = (1, 4096), (2, 2048)
 
 
-def num_warps(BLOCK):
-    return {4096: 8, 8192: 16}.get(BLOCK, 4)
+def num_warps(BLOCK, LOOP):
+    return 8 if LOOP else {4096: 8, 8192: 16}.get(BLOCK, 4)
 
 
-def tile(ROWS, BLOCK, LOOP):
-    """Whether a kernel is built for this combination."""
-    return globals()["ROWS"].get(BLOCK, 1) == ROWS and (not LOOP or BLOCK == LOOP_BLOCK)
+def tile(ROWS, BLOCK, LOOP, looped):
+    """Whether a kernel is built for this combination, whose loop takes `looped` rows and columns at once."""
+    return looped == (ROWS, BLOCK) if LOOP else globals()["ROWS"].get(BLOCK, 1) == ROWS
 
 
 # (x, weight, y) of RMSNorm: y has the dtype of x, or of weight where that is wider and the norm is cast to x before the product
@@ -22,15 +24,19 @@ RMS_DTYPES = [
     ("fp32", "fp32", "fp32"),
     *((t, w, y) for t in ("bf16", "fp16") for w, y in ((t, t), ("fp32", t), ("fp32", "fp32"))),
 ]
-RMS_AXES = {
-    "X": ["fp32", "bf16", "fp16"],
-    "W": ["fp32", "bf16", "fp16"],
-    "Y": ["fp32", "bf16", "fp16"],
-    "ROWS": [1, 2, 16],
-    "LOOP": [False, True],
-    "num_warps": num_warps,
-    "where": lambda X, W, Y, ROWS, BLOCK, LOOP: (X, W, Y) in RMS_DTYPES and tile(ROWS, BLOCK, LOOP),
-}
+
+
+def rms_axes(blocks, looped):
+    return {
+        "X": ["fp32", "bf16", "fp16"],
+        "W": ["fp32", "bf16", "fp16"],
+        "Y": ["fp32", "bf16", "fp16"],
+        "ROWS": [1, 2, 16],
+        "BLOCK": blocks,
+        "LOOP": [False, True],
+        "num_warps": num_warps,
+        "where": lambda X, W, Y, ROWS, BLOCK, LOOP: (X, W, Y) in RMS_DTYPES and tile(ROWS, BLOCK, LOOP, looped),
+    }
 
 
 @triton.jit

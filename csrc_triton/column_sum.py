@@ -12,8 +12,8 @@ from _aot import variants
     rows="i32",
     n="i32:16",
     T=["fp32", "bf16", "fp16"],
-    ROWS=[32],
-    BLOCK=[128],
+    ROWS=[128],
+    BLOCK=[32],
     num_warps=4,
     scalar=("stores",),
 )

@@ -5,8 +5,9 @@ import triton.language as tl
 
 from _aot import variants
 from _norm import BLOCK
-from _norm import RMS_AXES
+from _norm import LOOP_FORWARD
 from _norm import normalise
+from _norm import rms_axes
 
 
 @variants(
@@ -24,8 +25,7 @@ from _norm import normalise
     offset="fp32",
     has_weight="i32",
     cast="i32",
-    BLOCK=BLOCK,
-    **RMS_AXES,
+    **rms_axes(BLOCK, LOOP_FORWARD),
 )
 @triton.jit
 def fused_add_rms_norm_fwd(

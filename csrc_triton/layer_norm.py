@@ -5,19 +5,24 @@ import triton.language as tl
 
 from _aot import variants
 from _norm import BLOCK
+from _norm import LOOP_BACKWARD
+from _norm import LOOP_FORWARD
 from _norm import num_warps
 from _norm import tile
 
 DTYPES = [("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32")]  # (x, weight and bias)
-AXES = {
-    "X": ["fp32", "bf16", "fp16"],
-    "W": ["fp32", "bf16", "fp16"],
-    "ROWS": [1, 2],
-    "BLOCK": BLOCK,
-    "LOOP": [False, True],
-    "num_warps": num_warps,
-    "where": lambda X, W, ROWS, BLOCK, LOOP: (X, W) in DTYPES and tile(ROWS, BLOCK, LOOP),
-}
+
+
+def axes(looped):
+    return {
+        "X": ["fp32", "bf16", "fp16"],
+        "W": ["fp32", "bf16", "fp16"],
+        "ROWS": [1, 2],
+        "BLOCK": BLOCK,
+        "LOOP": [False, True],
+        "num_warps": num_warps,
+        "where": lambda X, W, ROWS, BLOCK, LOOP: (X, W) in DTYPES and tile(ROWS, BLOCK, LOOP, looped),
+    }
 
 
 @variants(
@@ -33,7 +38,7 @@ AXES = {
     eps="fp32",
     has_weight="i32",
     has_bias="i32",
-    **AXES,
+    **axes(LOOP_FORWARD),
 )
 @triton.jit
 def layer_norm_fwd(
@@ -106,7 +111,7 @@ def layer_norm_fwd(
     has_weight="i32",
     need_dw="i32",
     need_db="i32",
-    **AXES,
+    **axes(LOOP_BACKWARD),
 )
 @triton.jit
 def layer_norm_bwd(

@@ -5,10 +5,12 @@ import triton.language as tl
 
 from _aot import variants
 from _norm import BLOCK
-from _norm import RMS_AXES
+from _norm import LOOP_BACKWARD
+from _norm import LOOP_FORWARD
 from _norm import normalise
+from _norm import rms_axes
 
-AXES = {**RMS_AXES, "BLOCK": [128, *BLOCK]}
+BLOCKS = [128, *BLOCK]
 
 
 @variants(
@@ -23,7 +25,7 @@ AXES = {**RMS_AXES, "BLOCK": [128, *BLOCK]}
     offset="fp32",
     has_weight="i32",
     cast="i32",
-    **AXES,
+    **rms_axes(BLOCKS, LOOP_FORWARD),
 )
 @triton.jit
 def rms_norm_fwd(
@@ -86,7 +88,7 @@ def rms_norm_fwd(
     cast="i32",
     has_ds="i32",
     need_dw="i32",
-    **AXES,
+    **rms_axes(BLOCKS, LOOP_BACKWARD),
 )
 @triton.jit
 def rms_norm_bwd(

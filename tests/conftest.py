@@ -124,3 +124,11 @@ def plain():
     from tiny import step
 
     return step(build(), **batch())
+
+
+@pytest.fixture
+def record(tmp_path):
+    """The file of a run on a GPU, which those write who put benchmarks/ on the path."""
+    from gpu.record import Record
+
+    return Record(tmp_path / "record.json", dry=False, arguments=[], environment={}, seconds=1000.0)

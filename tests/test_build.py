@@ -107,7 +107,7 @@ BAD_CUBINS = {
 
 def hold(form="aligned", types=None, metadata=None, report=GOOD, scalar=("stores",), mixed=(), widths=None, aligned=True):
     pack = pack_of(min(_runtime.pack_paths()))
-    cubin = pack.read(f"column_sum-fp32-fp32-ROWS32-BLOCK128-{form}.cubin")
+    cubin = pack.read(f"column_sum-fp32-fp32-ROWS128-BLOCK32-{form}.cubin")
     types = types or dict(pack.parameters("column_sum"))
     kernel = SimpleNamespace(__name__="column_sum", scalar=scalar, mixed=mixed)
     registers = gate.check("that one", cubin, SimpleNamespace(**METADATA | (metadata or {})), report, kernel, types, aligned)

@@ -202,7 +202,7 @@ def test_a_thread_without_a_context(launcher):
 def launch_on(index, grid=(1,)):
     x = torch.ones(64, dtype=torch.float32)
     tensor = On(x, index)
-    _runtime.kernels.column_sum[grid](tensor, tensor, 1, 64, ROWS=32, BLOCK=128)
+    _runtime.kernels.column_sum[grid](tensor, tensor, 1, 64, ROWS=128, BLOCK=32)
 
 
 def test_the_tensors_device_is_used_and_the_current_one_stays(launcher):

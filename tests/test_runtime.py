@@ -28,7 +28,7 @@ from stub import stubbed
 
 kernels = _runtime.kernels
 rms_norm = torch.ops.liger.rms_norm.default
-SUM = {"ROWS": 32, "BLOCK": 128}
+SUM = {"ROWS": 128, "BLOCK": 32}
 
 
 @pytest.fixture
@@ -197,11 +197,11 @@ def test_the_number_of_arguments(stub):
 REFUSALS = [
     (
         {"out": Pointer(0, torch.float64)},
-        r"column_sum: no variant in sm_90.zip for aligned pointers, float32, float64, 32, 128\.",
+        r"column_sum: no variant in sm_90.zip for aligned pointers, float32, float64, 128, 32\.",
     ),
     (
-        {"n": 65, "constants": {"ROWS": 7, "BLOCK": 128}},
-        r"column_sum: no variant in sm_90.zip for any pointers, float32, .* 7, 128\.",
+        {"n": 65, "constants": {"ROWS": 7, "BLOCK": 32}},
+        r"column_sum: no variant in sm_90.zip for any pointers, float32, .* 7, 32\.",
     ),
 ]
 
@@ -480,14 +480,14 @@ def test_whose_pack_is_damaged_is_said(packs, monkeypatch, capsys):
 
 def test_a_cubin_with_one_wrong_bit_is_never_loaded(packs):
     path = copy_pack(packs)
-    info = _runtime.open_pack(path).archive.getinfo("column_sum-fp32-fp32-ROWS32-BLOCK128-aligned.cubin")
+    info = _runtime.open_pack(path).archive.getinfo("column_sum-fp32-fp32-ROWS128-BLOCK32-aligned.cubin")
     data = bytearray(path.read_bytes())
     data[info.header_offset + 30 + len(info.filename) + info.compress_size // 2] ^= 1
     path.write_bytes(data)
     _runtime.open_pack.cache_clear()
     with stubbed() as stub:
         with pytest.raises(
-            RuntimeError, match=r"sm_90\.zip is damaged: column_sum-fp32-fp32-ROWS32-BLOCK128-aligned\.cubin cannot be"
+            RuntimeError, match=r"sm_90\.zip is damaged: column_sum-fp32-fp32-ROWS128-BLOCK32-aligned\.cubin cannot be"
         ):
             sum_up()
         sum_up(n=65)

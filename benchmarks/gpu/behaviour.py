@@ -23,6 +23,9 @@ from liger_aot import export
 from liger_aot._runtime import kernels
 from liger_aot.functional import moe_route
 from liger_aot.functional import packed_glu
+from liger_aot.ops._norm import SUM_BLOCK
+from liger_aot.ops._norm import SUM_ROWS
+from liger_aot.ops._norm import column_sum
 from liger_aot.ops.packed_glu import packed_glu_in_place
 
 import examples
@@ -183,7 +186,7 @@ def thread_without_a_context(machine, name):
             machine.leave_context()
             notes.append("no context" if not machine.context() else "the context could not be left")
             # A launch alone, without an allocation before it that might make a context current.
-            kernels.column_sum[(1,)](partial, out, 37, 64, ROWS=32, BLOCK=128)
+            column_sum(partial, 37, out)
             machine.synchronize()
             machine.same([out], [partial.sum(0)], exact=False)
             machine.leave_context()
@@ -207,7 +210,7 @@ def other_device(machine, name):
     stub = Stub()
     with kernels.launched_by(Launcher(stub)):
         tensor = On(torch.ones(64), 1)
-        kernels.column_sum[(1,)](tensor, tensor, 1, 64, ROWS=32, BLOCK=128)
+        kernels.column_sum[(1,)](tensor, tensor, 1, 64, ROWS=SUM_ROWS, BLOCK=SUM_BLOCK)
     if [launch.device for launch in stub.launches] != [1] or stub.context != 0x1000:
         raise AssertionError(f"launched on {stub.launches}, then context {stub.context:#x}")
     return "one device: over the stub"

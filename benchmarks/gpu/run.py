@@ -35,8 +35,10 @@ PARTS = {
 LANES = {"numerics": 6, "programs": 6}  # processes at once, of parts that measure no time, at most one to two processors
 FRESH = {"stack": slice(1, 2), "first call": slice(1)}  # and which a dry run tries
 HOST, TUNE = "host time", "tune"
+CANDIDATES = "LIGER_AOT_CANDIDATES"  # the folder of the kernels that benchmarks/candidates.py compiled
 SECONDS, ENDLESS = 520.0, 86400.0  # with what comes before and after, less than ten minutes
 GROUPS, EXAMPLES, WIDTH = 10, 2, 240  # of the failures that are printed: with the table they fit where 12,000 characters do
+FASTER = 10  # lines of what is faster than what is shipped
 GRACE = 20  # seconds that a child may take longer than its part, before it is ended
 STUCK = 45  # seconds after which a call of numerics, which takes less than one, does not end
 
@@ -302,6 +304,13 @@ def summary(record):
         print(f"cut of {part}: {number}")
     if content["speed"] and not content["dry"]:
         print(table.part(record.path.name, content | {"speed": table.first(content["speed"])}))
+    if content["tune"] and not content["dry"]:
+        faster = table.faster(content["tune"])
+        print(
+            "\n".join(
+                ["Faster than what is shipped:", *faster[:FASTER], f"{len(faster[FASTER:])} more" if faster else "nothing"]
+            )
+        )
     if variants:
         print(f"variants reached: {variants['reached']} of {variants['built']}, sm_{variants['arch']}")
     what = "a dry run: no figure is from a GPU" if content["dry"] else f"{len(content['speed'])} times"
@@ -422,7 +431,7 @@ def speed(machine, record):
         if what == HOST:
             timing.host_time(machine, record, of, functional)
         elif what == TUNE:
-            tune.tune(machine, record, of)
+            tune.tune(machine, record, of, os.environ.get(CANDIDATES))
         else:
             timing.speed(machine, record, what, of, functional, reached)
 

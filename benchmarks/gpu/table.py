@@ -1,4 +1,7 @@
-"""README's table of figures: python benchmarks/gpu/table.py [benchmarks/results]. Only what was committed there is in it."""
+"""README's table of figures: python benchmarks/gpu/table.py [benchmarks/results]. Only what was committed there is in it.
+
+And what `tune` found that is faster than what is shipped.
+"""
 
 import json
 import pathlib
@@ -52,12 +55,30 @@ def rows(speed):
         if "liger-aot" not in providers:
             continue
         ours = providers["liger-aot"]
-        size = ", ".join(f"{name} {number}" for name, number in json.loads(sizes).items())
         others = [f" {providers[p]['us'] / ours['us']:.2f} x |" if p in providers else " |" for p in OTHERS]
+        size = in_words(json.loads(sizes))
         yield (
             f"| `{operator}` | {size} | {ours['us']:.0f} | {100 * ours['fraction']:.0f} % of {ours['bound']} "
             f"| {ours['peak_MiB']:.0f} |{''.join(others)}"
         )
+
+
+def faster(tune):
+    """A line for each choice, operator and pass in which a trial's times are all below those of the shipped numbers."""
+    cases, found = {}, []
+    for row in tune:
+        cases.setdefault((row["number"], row["operator"], json.dumps(row["sizes"]), row["pass"]), []).append(row)
+    for (number, operator, sizes, which), rows in cases.items():
+        shipped, best = next((row for row in rows if row["shipped"]), None), min(rows, key=lambda row: row["us"])
+        if shipped and best["high"] < shipped["low"]:
+            gain, times = 1 - best["us"] / shipped["us"], f"{best['us']:.1f} us, shipped {shipped['us']:.1f}"
+            case = f"{number}: {operator} {which}, {in_words(json.loads(sizes))}: {in_words(best['tried'])}"
+            found.append((gain, f"{case}: {times} ({gain:.0%} less)"))
+    return [line for _, line in sorted(found, reverse=True)]
+
+
+def in_words(numbers):
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
 
 
 if __name__ == "__main__":

@@ -12,9 +12,13 @@ from ._check import rows_of
 
 BLOCKS = 128, 1024, 2048, 4096, 8192
 ROWS = {128: 16, 1024: 2}
-LOOP_BLOCK = 4096
+# Of rows that are wider than the largest BLOCK: rows and columns of a turn of the loop, forward and backward, which reads and
+# writes its share of a weight's gradient once for all of the rows.
+LOOP_FORWARD, LOOP_BACKWARD = (1, 4096), (2, 2048)
 # A backward's programs on one multiprocessor: 16 warps together, all that fit where a thread takes 128 registers.
 RESIDENT = {128: 4, 1024: 4, 2048: 4, 4096: 2, 8192: 1}
+LOOP_RESIDENT = 2
+SUM_ROWS, SUM_BLOCK = 128, 32  # rows and columns that a program of column_sum takes at once
 
 
 def unusable(op, x):
@@ -25,18 +29,23 @@ def unusable(op, x):
 
 
 @functools.cache
-def _tile(n):
+def _tile(n, backward):
     if n > BLOCKS[-1]:
-        return 1, LOOP_BLOCK, True
+        return *(LOOP_BACKWARD if backward else LOOP_FORWARD), True
     block = fit(n, BLOCKS)
     return ROWS.get(block, 1), block, False
 
 
-def layout(x, least=BLOCKS[0]):
+def layout(x, least=BLOCKS[0], backward=False):
     """x as rows_of gives it, in how many groups programs take its rows, and ROWS, BLOCK (from `least` on) and LOOP."""
     x, stride, rows, n = rows_of(x)
-    each, block, loop = _tile(n if type(n) is int and n > least else least)  # under tracing any will do
+    each, block, loop = _tile(n if type(n) is int and n > least else least, backward)  # under tracing any will do
     return x, stride, rows, n, -(-rows // each), each, block, loop
+
+
+def resident(block, loop):
+    """How many programs of a backward there are for each multiprocessor."""
+    return LOOP_RESIDENT if loop else RESIDENT[block]
 
 
 def number_each(x, rows):
@@ -49,5 +58,5 @@ def number_each(x, rows):
 def column_sum(partial, count, out):
     """Write into out, a weight's gradient, the sum of `count` programs' shares of it."""
     n = out.numel()
-    kernels.column_sum[(cdiv(n, 128),)](partial, out, count, n, ROWS=32, BLOCK=128)
+    kernels.column_sum[(cdiv(n, SUM_BLOCK),)](partial, out, count, n, ROWS=SUM_ROWS, BLOCK=SUM_BLOCK)
     return out

@@ -27,6 +27,8 @@ from ._loss import check_target
 from ._loss import check_target_if_asked
 from ._loss import result_dtype
 
+SHORT, BLOCK = 1024, 4096  # numbers of a row that a program takes at once: of rows of no more than SHORT, and of others
+
 
 def capped(logits, softcap, scale=1.0):
     """The logits that the loss is of."""
@@ -97,13 +99,14 @@ def backward_reference(
 
 
 @functools.cache
-def _constants(short, capped, predict):
-    return {"SOFTCAP": capped} | ({} if predict is None else {"PREDICT": predict}) | {"BLOCK": 1024 if short else 4096}
+def _constants(block, capped, predict):
+    return {"SOFTCAP": capped} | ({} if predict is None else {"PREDICT": predict}) | {"BLOCK": block}
 
 
 def tile(n, softcap, predict=None):
     """The constants of a kernel for rows of n numbers."""
-    return _constants(type(n) is int and n <= 1024 and softcap is None, softcap is not None, predict)
+    short = type(n) is int and n <= SHORT and softcap is None
+    return _constants(SHORT if short else BLOCK, softcap is not None, predict)
 
 
 def class_weights(weight, label_smoothing, absent):

@@ -15,10 +15,10 @@ from .._runtime import programs
 from ._check import FLOATS
 from ._check import check_same
 from ._check import wide
-from ._norm import RESIDENT
 from ._norm import column_sum
 from ._norm import layout
 from ._norm import number_each
+from ._norm import resident
 from ._norm import unusable
 
 LEAST_BLOCK = 1024
@@ -76,11 +76,11 @@ def layer_norm_bwd(
     need_db: bool,
 ) -> tuple[Tensor, Tensor]:
     # The second result has a row for dw and a row for db, as far as needed: one column_sum serves both.
-    x, stride, rows, n, groups, ROWS, BLOCK, LOOP = layout(x, LEAST_BLOCK)
+    x, stride, rows, n, groups, ROWS, BLOCK, LOOP = layout(x, LEAST_BLOCK, backward=True)
     dy, has_weight, needed = dy.contiguous(), weight is not None, need_dw + need_db
     scale = weight.contiguous() if has_weight else x
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    count = programs(x, groups, RESIDENT[BLOCK])
+    count = programs(x, groups, resident(BLOCK, LOOP))
     partial = x.new_empty(count * needed * n, dtype=torch.float32)
     kernels.layer_norm_bwd[(count,)](
         dy, x, scale, mean, rstd, dx, partial, stride, rows, n, has_weight, need_dw, need_db,

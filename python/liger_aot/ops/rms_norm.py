@@ -16,10 +16,10 @@ from .._runtime import programs
 from ._check import FLOATS
 from ._check import check_same
 from ._check import wide
-from ._norm import RESIDENT
 from ._norm import column_sum
 from ._norm import layout
 from ._norm import number_each
+from ._norm import resident
 from ._norm import unusable
 
 DEFAULT_EPS = torch.finfo(torch.float32).eps  # torch's, whatever the dtype of x
@@ -78,9 +78,9 @@ def rms_norm_bwd(
     need_dw: bool = True,
 ) -> tuple[Tensor, Tensor]:
     # ds, a gradient that reaches x by another way, is added to dx. Without need_dw the second result is empty.
-    x, stride, rows, n, groups, ROWS, BLOCK, LOOP = layout(x)
+    x, stride, rows, n, groups, ROWS, BLOCK, LOOP = layout(x, backward=True)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    count = programs(x, groups, RESIDENT[BLOCK])
+    count = programs(x, groups, resident(BLOCK, LOOP))
     dy, rest, has_ds = dy.contiguous(), x if ds is None else ds.contiguous(), ds is not None
     if weight is None:
         scale, offset, has_weight, need_dw = x, 1.0, 0, False
