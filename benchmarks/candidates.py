@@ -11,6 +11,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import shutil
 import sys
 import tempfile
 import zipfile
@@ -21,7 +23,7 @@ import launches
 from liger_aot import _build
 from liger_aot import _runtime
 from liger_aot.export import SOURCES
-from liger_aot.export import sources
+from liger_aot.export import load_sources
 from liger_aot.ops import _glu
 from liger_aot.ops import _linear
 from liger_aot.ops import _norm
@@ -34,7 +36,7 @@ from liger_aot.ops import swiglu
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "tests"))
 from stub import machinery
 
-DTYPE, WARPS = "bfloat16", "num_warps"
+DTYPE, WARPS, STAGES = "bfloat16", "num_warps", "num_stages"
 HEAD = {"hidden": 4096, "vocabulary": 128256}
 WIDE = 2**26  # numbers of what is normalised: 128 MB
 
@@ -44,7 +46,7 @@ class Choice:
     """Numbers that belong together, and in the place of which operators at which sizes they are tried."""
 
     cases: dict  # {operator: sizes}
-    tried: list  # of {number: value}; num_warps is the kernels' own
+    tried: list  # of {number: value}; num_warps is the kernels' own, and num_stages their loops', 1 where it is not said
     # a number, or several that the package has together -> [(dictionary, key)], the places where it has them
     places: dict = dataclasses.field(default_factory=dict)
     kernels: tuple = ()  # that have the numbers among their constants
@@ -86,6 +88,13 @@ def resident(hidden, block):
     return Choice(dict.fromkeys(operators, rows_of(hidden)), tried, places, passes=("backward",))
 
 
+def ahead(block, warps):
+    """A norm's backward that loads rows before their turn comes, as far as num_stages says."""
+    tried = grid(num_warps=[warps] * 3, num_stages=[1, 2, 3])
+    cases = dict.fromkeys(("rms_norm", "layer_norm"), rows_of(block))
+    return Choice(cases, tried, {}, ("rms_norm_bwd", "layer_norm_bwd"), {"BLOCK": block, "LOOP": False}, ("backward",))
+
+
 def unit(module):
     """A gated unit, every program of which takes BLOCK numbers."""
     tried = grid(BLOCK=[512, 1024, 1024, 2048, 2048, 4096], num_warps=[2, 2, 4, 4, 8, 8])
@@ -107,7 +116,10 @@ CHOICES = {
     ),
     "column_sum": Choice(
         {"rms_norm": SMALL, "layer_norm": rows_of(8192)},
-        grid(ROWS=[32, 32, 64, 64, 128, 256], BLOCK=[128, 32, 64, 32, 32, 32], num_warps=[4, 4, 4, 4, 4, 8]),
+        [
+            *grid(ROWS=[32, 32, 64, 64, 128, 256], BLOCK=[128, 32, 64, 32, 32, 32], num_warps=[4, 4, 4, 4, 4, 8]),
+            {"ROWS": 128, "BLOCK": 32, WARPS: 4, STAGES: 2},
+        ],
         {name: [(HERE[_norm], f"SUM_{name}")] for name in ("ROWS", "BLOCK")},
         ("column_sum",),
         passes=("backward", "both"),
@@ -138,12 +150,16 @@ CHOICES = {
         {"LOOP": True},
         ("backward",),
     ),
+    **{f"norm's loads ahead at {block}": ahead(block, n) for block, n in ((1024, 4), (2048, 4), (4096, 8), (8192, 16))},
     **{f"RESIDENT at {hidden}": resident(hidden, hidden) for hidden in _norm.BLOCKS},
     "swiglu": unit(swiglu),
     "geglu": unit(geglu),
     "cross_entropy": Choice(
         {"cross_entropy": {"tokens": 4096, "vocabulary": 128256}},
-        grid(BLOCK=[1024, 2048, 2048, 4096, 4096, 4096, 8192, 8192], num_warps=[4, 4, 8, 4, 8, 16, 8, 16]),
+        [
+            *grid(BLOCK=[1024, 2048, 2048, 4096, 4096, 4096, 8192, 8192], num_warps=[4, 4, 8, 4, 8, 16, 8, 16]),
+            *grid(BLOCK=[1024, 2048, 4096], num_warps=[4, 4, 4], num_stages=[3, 2, 2]),
+        ],
         {"BLOCK": [(HERE[cross_entropy], "BLOCK")]},
         ("cross_entropy_fwd", "cross_entropy_bwd"),
         {"SOFTCAP": False, "PREDICT": False},
@@ -189,35 +205,49 @@ def entry(choice, trial, kernel):
     return f"{choice}, {text(trial)}, {kernel}"
 
 
+def staged(stages, folder):
+    """{name: kernel}, whose loops load `stages` turns ahead: Triton's tl.range says so."""
+    if stages == 1:
+        return load_sources()
+    shutil.copytree(SOURCES, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in folder.glob("*.py"):
+        text = re.sub(r"( in )range\((.*)\):$", rf"\1tl.range(\2, {STAGES}={stages}):", path.read_text(), flags=re.M)
+        path.write_text(text)
+    return load_sources(folder)
+
+
 def build(arch, folder, names=tuple(CHOICES)):
     """Compile the trials of these choices into one pack. One that spills, which the build gate refuses, is not in it."""
-    aot, kernels, built = machinery("_aot"), sources(), {}
+    aot, kernels, built = machinery("_aot"), {}, {}
     sys.path.insert(0, str(SOURCES))  # where the gate is
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f"sm_{arch}.parts.zip"
-    with tempfile.TemporaryDirectory() as cache, zipfile.ZipFile(part, "w") as archive:
-        os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DISABLE_LINE_INFO": "1"}  # as for a wheel
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(part, "w") as archive:
+        os.environ |= {"TRITON_CACHE_DIR": f"{scratch}/cache", "TRITON_DISABLE_LINE_INFO": "1"}  # as for a wheel
         for name, trial, kernel in [(n, t, k) for n in names for t in CHOICES[n].tried for k in CHOICES[n].kernels]:
-            rows = []
-            for form in forms(kernels[kernel], CHOICES[name], trial):
-                if (key := (kernel, str(form))) not in built:
-                    built[key] = compiled(aot, kernels[kernel], form, arch, archive)
+            stages, rows = trial.get(STAGES, 1), []
+            if stages not in kernels:
+                kernels[stages] = staged(stages, pathlib.Path(scratch, str(stages)))
+            function = kernels[stages][kernel]
+            for form in forms(function, CHOICES[name], trial):
+                if (key := (function.src, str(form))) not in built:  # without a loop the source is the same
+                    built[key] = compiled(aot, function, form, stages, arch, archive)
                 rows.append(built[key])
             if all(rows):
-                table = {"name": kernel, "parameters": list(kernels[kernel].parameters.items()), "variants": rows}
+                table = {"name": kernel, "parameters": list(function.parameters.items()), "variants": rows}
                 archive.writestr(f"{entry(name, trial, kernel)}.json", json.dumps(table))
     aot.pack(arch, _build.VERSION, folder / f"sm_{arch}.zip", [part])
     part.unlink()
 
 
-def compiled(aot, kernel, form, arch, archive):
+def compiled(aot, kernel, form, stages, arch, archive):
     """The table's row of a form, whose cubin goes into the archive; None if the build gate refuses it."""
     try:
         row, cubin = aot.compile_variant(kernel, *form, True, arch)
     except SystemExit as refused:
         print(f"{str(refused).partition(chr(10))[0]} with {form[-1][WARPS]} warps")
         return None
-    row["cubin"] = f"{row['cubin'].removesuffix('.cubin')}-{row['warps']}.cubin"
+    row["cubin"] = f"{row['cubin'].removesuffix('.cubin')}-{row['warps']}-{stages}.cubin"
     archive.writestr(row["cubin"], cubin)
     return row
 
@@ -288,7 +318,7 @@ def is_shipped(name, trial, operator, which, pack, multiprocessors):
     passes = launches.trace(operator, sizes, DTYPE, pack, multiprocessors)
     made = [x for part in (passes.values() if which == "both" else [passes[which]]) for x in part.launches]
     found = [pack.table(x.name)[x.key] for x in made if x.name in choice.kernels]
-    own = [v.constants | {WARPS: v.threads // _runtime.THREADS_PER_WARP} for v in found]
+    own = [v.constants | {WARPS: v.threads // _runtime.THREADS_PER_WARP, STAGES: 1} for v in found]
     return all(agree(trial, numbers) for numbers in own)
 
 

@@ -40,7 +40,8 @@ def rows(name, folder):
     """(choice, operator, sizes, pass, predicted as shipped, [(trial, predicted)]) of what a choice has a part in."""
     model = Model(name, folder)
     for choice, of in candidates.CHOICES.items():
-        trials = candidates.compiled_trials(model.compiled, choice)
+        # the model knows of no loads ahead of their turn
+        trials = [t for t in candidates.compiled_trials(model.compiled, choice) if t.get(candidates.STAGES, 1) == 1]
         for operator, first in of.cases.items():
             for sizes in [first, *MORE.get(choice, {}).get(operator, [])]:
                 plain = model.predict(operator, sizes, candidates.DTYPE)

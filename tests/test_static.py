@@ -419,6 +419,15 @@ def test_proposals_change_what_they_say_and_nothing_else(compiled, model):
     assert now == model.predict("rms_norm", candidates.SMALL, "bfloat16")
 
 
+def test_loops_of_candidates_load_ahead_where_they_are_to(compiled, pack):
+    found = candidates.opened(compiled, ARCH)
+    for trial in candidates.CHOICES["column_sum"].tried:
+        tried = candidates.Tried(pack, found, "column_sum", trial)
+        of = [("column_sum", v) for v in tried.tables["column_sum"].values()]
+        ahead = [any(i.opcode == "LDGSTS" for i in code.instructions) for code in sass.disassemble(tried, of).values()]
+        assert ahead == [trial.get("num_stages", 1) > 1]
+
+
 def test_proposals_are_of_what_is_compiled(compiled, monkeypatch):
     """Of numbers that need no kernels of their own, and of the kernels that are there; as shipped, nothing is gained."""
     monkeypatch.setattr(proposals, "MORE", {})
