@@ -74,11 +74,13 @@ HERE = {module: vars(module) for module in (_glu, _linear, _norm, cross_entropy,
 
 
 def norm(block, tried, places=None):
-    """Of rows that one BLOCK holds: the kernels of RMSNorm's smallest are no other norm's."""
+    """Of rows that one BLOCK holds: the kernels of RMSNorm's smallest are no other norm's. A multiprocessor has 16 warps."""
+    tried = [trial | {"RESIDENT": max(1, 16 // trial[WARPS])} for trial in tried]
+    places = (places or {}) | {"RESIDENT": [(_norm.RESIDENT, block)]}
     least = block == _norm.BLOCKS[0]
     operators = ("rms_norm",) if least else ("rms_norm", "layer_norm", "fused_add_rms_norm")
     kernels, of = NORMS[:2] if least else NORMS, {"BLOCK": block, "LOOP": False}
-    return Choice(dict.fromkeys(operators, rows_of(block)), tried, places or {}, kernels, of)
+    return Choice(dict.fromkeys(operators, rows_of(block)), tried, places, kernels, of)
 
 
 def resident(hidden, block):
@@ -104,6 +106,7 @@ def unit(module):
 
 
 def chunk(operator, sizes):
+    """What is_shipped would else read off the launches of a linear loss, which torch 2.11 cannot trace."""
     return {"CHUNK": _linear.chunk_rows(sizes["tokens"], sizes["hidden"], _runtime.DTYPES["bf16"].itemsize, _linear.LEAST)}
 
 

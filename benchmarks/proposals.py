@@ -14,7 +14,7 @@ import show
 ALIKE = 0.01  # of a time, below which the model tells nothing
 MORE = {  # sizes beside those that a GPU is to measure
     "column_sum": {"rms_norm": [{"tokens": 8192, "hidden": 4096}]},
-    "norm in a loop": {name: [{"tokens": 2048, "hidden": 32768}] for name in ("rms_norm", "layer_norm")},
+    "norm's backward in a loop": {name: [{"tokens": 2048, "hidden": 32768}] for name in ("rms_norm", "layer_norm")},
     "CHUNK": {"linear_cross_entropy": [candidates.HEAD | {"tokens": 4096}]},
 }
 

@@ -240,10 +240,12 @@ def test_make_gpu_takes_another_file_and_another_time():
 
 def test_the_quick_first_command_asks_for_what_its_readers_want(record):
     """And the parts it asks nothing of leave it their time."""
-    quick = re.search(r"make gpu GPU_SECONDS=\d+ MATCH='(.+)'", (BENCHMARKS / "gpu/README.md").read_text())[1]
+    text = (BENCHMARKS / "gpu/README.md").read_text()
+    quick = re.search(r"make gpu GPU_SECONDS=\d+ MATCH='(.+)' GPU_OUT=out/tune.json", text)[1]
     found = run.asked(record, run.PARTS, re.compile(quick))
     few_rows = [["few", operator] for operator in numerics.HELD]
-    assert found == {"numerics": few_rows, "behaviour": ["preload: all", "cuda_graph: rms_norm", "back_ends: rms_norm"]}
+    checks = ["preload: all", "cuda_graph: rms_norm", "back_ends: rms_norm"]
+    assert found == {"numerics": few_rows, "behaviour": checks, "speed": [[run.TUNE, job] for job in tune.JOBS]}
 
 
 def test_a_match_of_nothing_is_an_error(record):
@@ -422,10 +424,10 @@ def test_what_is_faster_than_what_is_shipped_is_said(record, capsys):
     for number, best in (("rope", 7.0), ("softmax", 9.5)):
         for tried, shipped, us in (({"num_warps": 2}, True, 10.0), ({"num_warps": 4}, False, best)):
             row = {"operator": number, "sizes": {"tokens": 8}, "pass": "forward", "tried": tried, "shipped": shipped}
-            record.add("tune", number=number, **row, us=us, low=us - 0.5, high=us + 0.5)
+            record.add("tune", number=number, **row, us=us, low=us - 0.5, high=us + 0.5, peak_MiB=8.0 - shipped)
     assert run.summary(record) == 0
     said = capsys.readouterr().out
-    line = "rope: rope forward, tokens 8: num_warps 4: 7.0 us, shipped 10.0 (30% less)"
+    line = "rope: rope forward, tokens 8: num_warps 4: 7.0 us, shipped 10.0 (30% less, 8 MiB for 7)"
     assert said.startswith(f"Faster than what is shipped:\n{line}\n0 more\n{record.path}")
     record.content["tune"] = record.content["tune"][2:]
     run.summary(record)
@@ -443,7 +445,7 @@ def test_what_is_said_last_is_short_and_complete(record, capsys):
         for operator, which, own in itertools.product(choice.cases, choice.passes, (True, False)):
             us = 8000.0 if own else 9000.0
             row = {"operator": operator, "sizes": choice.cases[operator], "pass": which, "tried": choice.tried[own]}
-            record.add("tune", number=number, **row, shipped=not own, us=us, low=us, high=us)
+            record.add("tune", number=number, **row, shipped=not own, us=us, low=us, high=us, peak_MiB=9.0)
     gpu = {"name": "NVIDIA H200", "driver": "CUDA 13.0"}
     record.content["environment"] = {"when": "2026-12-01T10:00:00+00:00", "commit": "0", "torch": "2.11.0", "gpu": gpu}
     record.place = "numerics"

@@ -14,10 +14,12 @@ from triton.runtime.interpreter import TensorHandle
 
 import liger_aot
 from liger_aot import _jit
+from liger_aot.ops import _norm
 
 import examples
 import harness
 from calls import CALLS
+from calls import WIDTHS
 from calls import few
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent / "benchmarks"))
@@ -136,11 +138,21 @@ class Exact(Interpreted):
         pass
 
 
+@pytest.mark.parametrize("multiprocessors", [132, 148])
+@pytest.mark.parametrize("n", WIDTHS)
+def test_many_rows_are_several_turns_of_each_program(n, multiprocessors):
+    """Of a norm's backward: a weight's gradient is summed over turns, and over programs."""
+    for least in _norm.BLOCKS[:2]:
+        *_, groups, _, block, loop = _norm.layout(torch.empty(numerics.many(n), n, device="meta"), least, backward=True)
+        assert groups > 2 * multiprocessors * _norm.resident(block, loop)
+
+
 HELD_BY_BITS = [
     *((check, "rms_norm") for check in (behaviour.first_call_in_a_graph, behaviour.thread_without_a_context)),
     *((behaviour.cuda_graph, name) for name in ("fused_add_rms_norm", "swiglu", "linear_logprob")),
     *((behaviour.two_streams, name) for name in ("rms_norm", "geglu", "linear_cross_entropy")),
     *((behaviour.same_bits, name) for name in ("rms_norm", "swiglu", "mhc_pre", "mhc_post_res")),
+    *((behaviour.same_bits_of_wide_rows, name) for name in ("rms_norm", "layer_norm")),
     *((behaviour.in_place, activation) for activation in ("silu", "gelu")),
     *((behaviour.beyond_31_bits, name) for name in behaviour.ROW_WISE),
     *((behaviour.autocast, name) for name in behaviour.LINEAR),

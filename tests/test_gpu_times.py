@@ -219,7 +219,9 @@ def test_what_is_spoilt_is_restored(record):
 
 
 class Served(Clocked):
-    """Operators run their bodies, over the stub."""
+    """Operators run their bodies, over the stub, which computes nothing."""
+
+    computes = False
 
     serving = Dry.serving
 
@@ -266,8 +268,8 @@ def test_numbers_are_tried_and_put_back(job, record, monkeypatch):
     module, choice, used = importlib.import_module(f"liger_aot.ops.{operator}"), candidates.CHOICES[name], []
 
     def chunks(hidden, original=_linear.chunks):
-        used.append({"CHUNK": _linear.CHUNK})
-        assert _linear.CHUNK == _linear.LEAST
+        if _linear.CHUNK == _linear.LEAST:  # which the shipped are not
+            used.append({"CHUNK": _linear.CHUNK})
         return original(hidden)
 
     def programs(x, rows, each):
@@ -288,6 +290,40 @@ def test_numbers_are_tried_and_put_back(job, record, monkeypatch):
     assert {(row["pass"], row["us"]) for row in rows} == {
         p for p in (("forward", 10), ("backward", 30), ("both", 40)) if p[0] in choice.passes
     }
+
+
+def test_a_trial_whose_gradients_are_wrong_is_a_failure(record, monkeypatch):
+    """And none to choose."""
+    choice = candidates.CHOICES["RESIDENT at 1024"]
+    monkeypatch.setitem(choice.cases, "rms_norm", {"tokens": 6, "hidden": 1024})
+
+    def wrong(call):
+        def called(x, weight):
+            factor = float("nan") if _norm.RESIDENT[1024] == 8 else 1.02 if _norm.RESIDENT[1024] == 2 else 1.0
+            return call(x * 1, Scaled.apply(weight, factor))
+
+        return called
+
+    own = cases.ours
+    monkeypatch.setattr(cases, "ours", lambda name, **options: wrong(own(name, **options)))
+    with record.part("speed", 0.5):
+        tune.tune(Clocked(), record, "RESIDENT at 1024 of rms_norm", None)
+    assert [row["tried"]["RESIDENT"] for row in record.content["tune"]] == [1, 4, 16]
+    said = [(failure["case"].rpartition(" ")[2], failure["message"]) for failure in record.content["failures"]]
+    assert [case for case, _ in said] == ["2", "8"]
+    assert re.fullmatch(r"a result or a gradient is 0\.0(2|19|20)\d* off that of the shipped numbers", said[0][1])
+    assert said[1][1] == "a result or a gradient is nan off that of the shipped numbers"
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
 
 
 def test_kernels_that_nobody_compiled_are_listed(record, tmp_path):

@@ -444,6 +444,11 @@ def test_proposals_are_of_what_is_compiled(compiled, monkeypatch):
         assert same == ([now] if made else [])
 
 
+def test_proposals_of_more_sizes_are_of_choices():
+    for choice, more in proposals.MORE.items():
+        assert more.keys() <= candidates.CHOICES[choice].cases.keys()
+
+
 def test_proposals_as_a_table(compiled, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["proposals.py", str(compiled)])
     for name in [name for name in candidates.CHOICES if name != "column_sum"]:

@@ -7,6 +7,7 @@ whose numbers are held; in a dry run the CPU kernels' numbers are held, and the 
 
 import contextlib
 import functools
+import math
 import sys
 import warnings
 
@@ -43,13 +44,13 @@ from harness import fixed
 check = functools.partial(harness.check, arithmetic=Instructions)
 HELD_IN_A_DRY_RUN = 5  # one call in so many; the others are only launched
 # Programs of the norms' backward walk over several groups of rows each, and a column_sum over several blocks of them.
-PROGRAMS = 132 * 4
-ROWS_OF_A_PROGRAM = {128: 16, 1024: 2, 2048: 2}
+PROGRAMS = 148 * 4  # of a B200, where there are the most
+ROWS_OF_A_PROGRAM = {128: 32, 2048: 4, 8192: 1, math.inf: 2}  # of wider rows there are fewer programs
 
 
 def many(n):
-    """More groups of rows than a large GPU has programs, the last of them ragged; for all widths about as many numbers."""
-    return next((2 * PROGRAMS * rows + 1 for width, rows in ROWS_OF_A_PROGRAM.items() if n <= width), PROGRAMS + 1)
+    """Two groups of rows and more for each program of a norm's backward, the last of them ragged."""
+    return next(PROGRAMS * rows + 1 for width, rows in ROWS_OF_A_PROGRAM.items() if n <= width)
 
 
 @contextlib.contextmanager

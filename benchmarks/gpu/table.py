@@ -1,6 +1,6 @@
 """README's table of figures: python benchmarks/gpu/table.py [benchmarks/results]. Only what was committed there is in it.
 
-And what `tune` found that is faster than what is shipped.
+python benchmarks/gpu/table.py --tune FILE      what a run found that is faster than what is shipped
 """
 
 import json
@@ -64,7 +64,7 @@ def rows(speed):
 
 
 def faster(tune):
-    """A line for each choice, operator and pass in which a trial's times are all below those of the shipped numbers."""
+    """A line for each choice, operator and pass in which a trial's `high` is below the `low` of the shipped numbers."""
     cases, found = {}, []
     for row in tune:
         cases.setdefault((row["number"], row["operator"], json.dumps(row["sizes"]), row["pass"]), []).append(row)
@@ -73,7 +73,9 @@ def faster(tune):
         if shipped and best["high"] < shipped["low"]:
             gain, times = 1 - best["us"] / shipped["us"], f"{best['us']:.1f} us, shipped {shipped['us']:.1f}"
             case = f"{number}: {operator} {which}, {in_words(json.loads(sizes))}: {in_words(best['tried'])}"
-            found.append((gain, f"{case}: {times} ({gain:.0%} less)"))
+            peaks = [row["peak_MiB"] for row in (best, shipped)]
+            memory = "" if peaks[0] == peaks[1] else f", {peaks[0]:.0f} MiB for {peaks[1]:.0f}"
+            found.append((gain, f"{case}: {times} ({gain:.0%} less{memory})"))
     return [line for _, line in sorted(found, reverse=True)]
 
 
@@ -82,4 +84,7 @@ def in_words(numbers):
 
 
 if __name__ == "__main__":
-    print(render(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS))
+    if sys.argv[1:2] == ["--tune"]:
+        print("\n".join(faster(json.loads(pathlib.Path(sys.argv[2]).read_text())["tune"])))
+    else:
+        print(render(pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS))

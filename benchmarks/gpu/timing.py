@@ -135,12 +135,16 @@ class Bench:
     def backward(self, outputs):
         return torch.autograd.grad(outputs, self.leaves, self.upstream, allow_unused=True)
 
+    def gradients(self, outputs):
+        """Those that there are."""
+        return [gradient for gradient in self.backward(outputs) if gradient is not None]
+
     def warm_up(self, record, case):
         """Compile, and note differences and memory; a provider that cannot run is left out of the rounds."""
         outputs = self.forward(self.contenders[EAGER])
-        reference = [o.detach() for o in outputs]
         self.upstream = [torch.ones_like(o) if not o.dim() else torch.randn_like(o) for o in outputs]
         self.originals += [u.clone() for u in self.upstream]
+        reference = [o.detach() for o in outputs] + self.gradients(outputs)
         del outputs
         for name, contender in list(self.contenders.items()):
             try:
@@ -162,11 +166,11 @@ class Bench:
         before = machine.allocated()
         outputs = self.forward(contender)
         if contender.backward:
-            self.backward(outputs)
+            gradients = self.gradients(outputs)
             machine.synchronize()
             contender.peak = None if before is None else (machine.peak() - before) / MiB
             if machine.computes:
-                contender.difference = relative(outputs, reference)
+                contender.difference = relative([*outputs, *gradients], reference)
         if contender.spoils:
             self.restore()
 
@@ -233,11 +237,10 @@ def fractions(us, bytes_, flops, reached):
     return row
 
 
-def relative(outputs, reference):
-    """‖a - b‖ / ‖b‖ over all results."""
-    pairs = list(zip(outputs, reference, strict=True))
-    error = sum((a.detach().float() - b.float()).norm().item() ** 2 for a, b in pairs)
-    return (error / sum(b.float().norm().item() ** 2 for _, b in pairs)) ** 0.5
+def relative(results, reference):
+    """‖a - b‖ / ‖b‖, the largest of all results and gradients; NaN if one holds a NaN."""
+    pairs = [(a.detach().float(), b.float()) for a, b in zip(results, reference, strict=True)]
+    return torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max().item()
 
 
 def speed(machine, record, operator, sizes, functional, reached):
