@@ -83,11 +83,11 @@ def norm(block, tried, places=None):
     return Choice(dict.fromkeys(operators, rows_of(block)), tried, places, kernels, of)
 
 
-def resident(hidden, block):
+def resident(block):
     """How many programs of a norm's backward there are for a multiprocessor."""
     operators = ("rms_norm", "layer_norm") if block != _norm.BLOCKS[0] else ("rms_norm",)
     tried, places = [{"RESIDENT": n} for n in (1, 2, 4, 8, 16)], {"RESIDENT": [(_norm.RESIDENT, block)]}
-    return Choice(dict.fromkeys(operators, rows_of(hidden)), tried, places, passes=("backward",))
+    return Choice(dict.fromkeys(operators, rows_of(block)), tried, places, passes=("backward",))
 
 
 def ahead(block, warps):
@@ -106,7 +106,7 @@ def unit(module):
 
 
 def chunk(operator, sizes):
-    """What is_shipped would else read off the launches of a linear loss, which torch 2.11 cannot trace."""
+    """The rows of a chunk as shipped, which is between CHUNK and LEAST."""
     return {"CHUNK": _linear.chunk_rows(sizes["tokens"], sizes["hidden"], _runtime.DTYPES["bf16"].itemsize, _linear.LEAST)}
 
 
@@ -154,7 +154,7 @@ CHOICES = {
         ("backward",),
     ),
     **{f"norm's loads ahead at {block}": ahead(block, n) for block, n in ((1024, 4), (2048, 4), (4096, 8), (8192, 16))},
-    **{f"RESIDENT at {hidden}": resident(hidden, hidden) for hidden in _norm.BLOCKS},
+    **{f"RESIDENT at {block}": resident(block) for block in _norm.BLOCKS},
     "swiglu": unit(swiglu),
     "geglu": unit(geglu),
     "cross_entropy": Choice(
