@@ -15,7 +15,7 @@ fused_add_rms_norm_fwd = torch.ops.liger.fused_add_rms_norm_fwd.default
 rms_norm = torch.ops.liger.rms_norm.default
 rms_norm_bwd = torch.ops.liger.rms_norm_bwd.default
 # One row, a ragged tail, more row groups than programs, two rows a program, every BLOCK, and a row that is walked in a loop.
-SHAPES = [(3,), (1, 3), (27, 100), (2, 5, 129), (13, 2000), (7, 4096), (4, 5000), (7, 8200)]
+SHAPES = [(3,), (1, 3), (27, 100), (2, 5, 129), (13, 2000), (7, 4096), (4, 5000), (15, 8200)]
 
 
 def formula(x, residual, weight, offset=0.0):

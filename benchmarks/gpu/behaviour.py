@@ -249,7 +249,7 @@ def preload(machine, _):
 
 def same_bits_of_wide_rows(machine, name):
     """Whose backward reads and writes its share of a weight's gradient again and again."""
-    same_bits(machine, name, *((9, 8200) if machine.dry else (2099, 16400)))
+    same_bits(machine, name, *((15, 8200) if machine.dry else (2099, 16400)))
 
 
 def same_bits(machine, name, rows=4099, n=4097):
