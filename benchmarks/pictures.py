@@ -14,6 +14,11 @@ OURS = "liger-aot"
 # Paul Tol's "muted" colours, which all kinds of sight tell apart, and a shape for each.
 COLOURS = "#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#AA4499", "#999933"
 SHAPES = "o", "s", "^", "D", "v", "P", "X", "<", ">"
+# In the roofline: as many as there are colours; more cannot be told apart.
+DRAWN = (
+    *("rms_norm", "fused_add_rms_norm", "layer_norm", "rope", "swiglu", "geglu"),
+    *("cross_entropy", "linear_cross_entropy", "linear_logprob"),
+)
 PASSES = {"forward": "white", "both": None}  # how a marker is filled
 
 
@@ -49,7 +54,7 @@ def points(rows):
     for row in rows:
         numbers, sizes = row.get("predicted", row), row["sizes"]
         us, moved = numbers["us"], numbers.get("least_bytes", numbers.get("bytes"))
-        if us and row.get("provider", OURS) == OURS and row["pass"] in PASSES and not row["operator"].endswith("_stats"):
+        if us and row.get("provider", OURS) == OURS and row["pass"] in PASSES and row["operator"] in DRAWN:
             multiplies = {"hidden", "vocabulary"} <= set(sizes)
             flops = 6 * sizes["tokens"] * sizes["hidden"] * sizes["vocabulary"] if multiplies else 0
             if row["pass"] == "both" or not multiplies:  # whose forward may do the backward's work

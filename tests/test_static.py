@@ -547,6 +547,15 @@ def test_the_picture_of_a_prediction_says_so_inside():
     assert all(axes.get_ylabel().startswith("predicted ") for axes in drawn.axes)
 
 
+def test_operators_of_a_picture_can_be_told_apart():
+    """However many are predicted."""
+    drawn = pictures.of_predicted(json.loads((PREDICTIONS / "H200.json").read_text()))
+    lines = [line for axes in drawn.axes for line in axes.lines if ", forward" in str(line.get_label())]
+    marks = {(line.get_label().partition(",")[0], line.get_color(), line.get_marker()) for line in lines}
+    assert {name for name, *_ in marks} == set(pictures.DRAWN)
+    assert len({(colour, shape) for _, colour, shape in marks}) == len(pictures.DRAWN)
+
+
 def test_pictures_of_measured_figures(tmp_path):
     for name, content in {
         "old": measured(when="2026-01-01T00:00:00+00:00", commit="0ld"),
